@@ -1,0 +1,1 @@
+"""Tokenizers, text sources, blocks and lanes."""
