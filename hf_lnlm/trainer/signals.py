@@ -1,0 +1,78 @@
+"""SIGTERM and SIGINT: finish the step, save a checkpoint, leave with the status a shell expects (143, 130).
+
+The stock callback behind `enable_jit_checkpoint` knows SIGTERM only, waits three seconds on a timer, and may save
+between backward and optimizer step, when the random state is already past the forward pass that the resumed run will
+repeat; such a resume isn't exact. This one keeps its switch and its place and acts only when a step is complete.
+A second signal of the same kind ends the process at once, as without a handler.
+"""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequested(BaseException):
+    """Raised inside an evaluation to leave it when a signal has arrived; never seen outside the Trainer."""
+
+
+class StopSignal(TrainerCallback):
+    """Turns a signal into "save, then stop" at the end of the current step, on all processes at the same step."""
+
+    def __init__(self) -> None:
+        """Listen for nothing until `install`."""
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Take over SIGTERM and SIGINT; does nothing outside the main thread, where Python has no handlers."""
+        self.received = None
+        try:
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        except ValueError:
+            self._previous = {}
+
+    def uninstall(self) -> None:
+        """Give the handlers back to whom they belonged."""
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        self._previous = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        previous = self._previous.get(number)
+        signal.signal(number, previous if previous is not None else signal.SIG_DFL)
+
+    @property
+    def exit_status(self) -> int:
+        """128 plus the signal's number, as a shell reports it."""
+        return 128 + (self.received or 0)
+
+    def agreed(self, args: TrainingArguments) -> bool:
+        """Return whether any process has received a signal; the same answer on every process."""
+        if args.world_size > 1:
+            flag = torch.tensor(self.received or 0, device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.received = int(flag) or None
+        return self.received is not None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Ask for a checkpoint and the end of training when a signal has come."""
+        if self.agreed(args):
+            control.should_evaluate = False
+            control.should_save = args.save_strategy != "no"
+            control.should_training_stop = True
+        return control
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave a long evaluation in the middle of training: the step before it is complete."""
+        if self._previous and self.agreed(args):
+            raise StopRequested
