@@ -1,1 +1,40 @@
-"""hf_lnlm."""
+"""hf_lnlm: recurrent, memory, state-space, sparse-attention and convolutional language models for transformers.
+
+Importing the package registers every family of `registry.FAMILIES` with transformers' Auto classes and does nothing else.
+Config and model classes, and the few functions below, are importable from here and loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from . import registry
+
+__version__ = "0.1.0"
+
+_FUNCTIONS = {
+    "LNLMTrainer": "hf_lnlm.trainer.trainer",
+    "LNLMTrainingArguments": "hf_lnlm.trainer.arguments",
+    "backends": "hf_lnlm.ops.backend",
+    "build_tokenizer": "hf_lnlm.data.tokenizers",
+    "load_documents": "hf_lnlm.data.sources",
+    "lora_config": "hf_lnlm.adaptation",
+    "objective": "hf_lnlm.objectives",
+}
+_PUBLIC = {**_FUNCTIONS, **dict(registry.public_names())}
+
+__all__ = ["__version__", "registry", *_PUBLIC]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+registry.register()

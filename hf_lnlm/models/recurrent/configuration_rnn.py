@@ -1,0 +1,127 @@
+"""Configuration of LSTM and GRU models."""
+
+# Copyright 2026 The hf_lnlm authors. Licensed under the Apache License, Version 2.0.
+
+from typing import Any, ClassVar
+
+from ..base import LNLMConfig, check_choice, strict_config
+
+CELL_TYPES = ("lstm", "gru")
+LOSS_HEADS = ("full", "chunked", "adaptive")
+LOSS_DTYPES = ("float32", "bfloat16")
+POOLINGS = ("last", "mean", "max")
+
+
+@strict_config
+class RNNConfig(LNLMConfig):
+    """Configuration of `RNNModel` and its heads.
+
+    Args:
+        cell_type: `lstm` or `gru`.
+        embedding_size: width of the token embeddings; `hidden_size` if None.
+        last_hidden_size: width of the last layer; `hidden_size` if None.
+        project_embeddings: whether a linear layer carries embeddings of another width to `hidden_size`, and the last
+            layer's output back for tied embeddings. If false the first layer reads the embeddings as they are, as in
+            AWD-LSTM and PyTorch's word_language_model.
+        bidirectional: whether each layer also reads backwards; its output is both directions, concatenated, so
+            twice as wide. Not for language models.
+        embedding_dropout: share of vocabulary rows dropped (Merity 2017, section 4.3).
+        input_dropout, hidden_dropout, output_dropout: locked dropout of the embeddings, between layers, of the output.
+        weight_dropout: share of recurrent weights dropped, one mask a forward pass (Merity 2017, section 2).
+        activation_penalty: AR, weight of the mean square of the dropped output (Merity 2017, section 4.5).
+        temporal_penalty: TAR, weight of the mean square of the change of the raw output.
+        forget_bias: initial bias of an LSTM's forget gate.
+        loss_head: `full` logits, `chunked` (never all logits while training) or `adaptive` softmax.
+        loss_chunk_size: tokens a chunk of the chunked head.
+        loss_dtype: `float32` or `bfloat16` products in the chunked head.
+        adaptive_cutoffs: where the adaptive softmax's clusters begin, ascending, below `vocab_size`.
+        adaptive_div_value: factor by which each cluster narrows.
+        pooling: how sequence classification sums up a text: `last` real token (of the backward direction: the
+            first), `mean` or `max`.
+        classifier_dropout: dropout before the classifier.
+
+    Raises:
+        ValueError: a field is out of range, or fields contradict each other.
+    """
+
+    model_type = "lnlm_rnn"
+    base_model_fsdp_plan = {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight"}
+    _bounds: ClassVar[dict[str, tuple[float, float]]] = {
+        "activation_penalty": (0.0, 1e6),
+        "temporal_penalty": (0.0, 1e6),
+        "forget_bias": (-100.0, 100.0),
+        "adaptive_div_value": (1.0, 1e6),
+    }
+
+    cell_type: str = "lstm"
+    embedding_size: int | None = None
+    last_hidden_size: int | None = None
+    project_embeddings: bool = True
+    bidirectional: bool = False
+    embedding_dropout: float | int = 0.0
+    input_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    output_dropout: float | int = 0.0
+    weight_dropout: float | int = 0.0
+    activation_penalty: float | int = 0.0
+    temporal_penalty: float | int = 0.0
+    forget_bias: float | int = 1.0
+    loss_head: str = "full"
+    loss_chunk_size: int = 256
+    loss_dtype: str = "float32"
+    adaptive_cutoffs: list[int] | tuple[int, ...] | None = None
+    adaptive_div_value: float | int = 4.0
+    pooling: str = "last"
+    classifier_dropout: float | int = 0.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.embedding_size is None:
+            self.embedding_size = self.hidden_size
+        if self.last_hidden_size is None:
+            self.last_hidden_size = self.hidden_size
+
+    def check_bounds(self) -> None:
+        """Check ranges and choices, and what they mean together; see the class for the fields."""
+        super().check_bounds()
+        check_choice("cell_type", self.cell_type, CELL_TYPES)
+        check_choice("loss_head", self.loss_head, LOSS_HEADS)
+        check_choice("loss_dtype", self.loss_dtype, LOSS_DTYPES)
+        check_choice("pooling", self.pooling, POOLINGS)
+        if self.loss_head == "adaptive":
+            self._check_adaptive()
+        self._check_tying()
+
+    def _check_adaptive(self) -> None:
+        cutoffs = list(self.adaptive_cutoffs or [])
+        fits = cutoffs and cutoffs == sorted(set(cutoffs)) and 0 < cutoffs[0] and cutoffs[-1] < self.vocab_size
+        if not fits:
+            raise ValueError(
+                f"adaptive_cutoffs must ascend strictly between 0 and vocab_size ({self.vocab_size}), "
+                f"got {self.adaptive_cutoffs}"
+            )
+        if self.tie_word_embeddings:
+            raise ValueError("loss_head='adaptive' has its own projections: tie_word_embeddings must be false, got true")
+
+    def _check_tying(self) -> None:
+        if self.bidirectional or not self.tie_word_embeddings or self.project_embeddings:
+            return
+        embedding, last = self.embedding_size or self.hidden_size, self.last_hidden_size or self.hidden_size
+        if embedding != last:
+            raise ValueError(
+                "tie_word_embeddings without project_embeddings needs embedding_size == last_hidden_size, "
+                f"got {embedding} and {last}"
+            )
+
+    @property
+    def output_size(self) -> int:
+        """Width of the base model's output."""
+        return (self.last_hidden_size or self.hidden_size) * (2 if self.bidirectional else 1)
+
+    def layer_sizes(self, layer: int) -> tuple[int, int]:
+        """Return `(input width, hidden width of one direction)` of a layer, counted from 0."""
+        directions = 2 if self.bidirectional else 1
+        embedding = self.hidden_size if self.project_embeddings else self.embedding_size
+        inputs = embedding if layer == 0 else self.hidden_size * directions
+        last = layer == self.num_hidden_layers - 1
+        return int(inputs or 0), int(self.last_hidden_size or 0) if last else self.hidden_size

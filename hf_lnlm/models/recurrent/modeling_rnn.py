@@ -1,0 +1,542 @@
+"""LSTM and GRU language models, classifiers and taggers.
+
+References:
+    [1] Zaremba, Sutskever and Vinyals 2014, "Recurrent Neural Network Regularization".
+    [2] Merity, Keskar and Socher 2017, "Regularizing and Optimizing LSTM Language Models" (AWD-LSTM).
+    [3] Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder" (GRU).
+
+Glossary (paper symbol: variable): h_t: `states[0]`, c_t: `states[1]`; W: `input_gates.weight`, U: `recurrent_gates.weight`;
+alpha, beta of [2]: `config.activation_penalty`, `config.temporal_penalty`.
+
+Deliberate deviations:
+    * Gates are two `nn.Linear` children a direction, whose weights go to torch's fused kernels. So LoRA, quantisation
+      and offloading work on them as on any linear layer, and every code path sees the same effective weight.
+    * AR and TAR of [2] are averaged over the positions that carry a label, so that accumulated batches add up exactly.
+    * GRU resets after the recurrent product, as torch and cuDNN do; [3] resets before it.
+
+Complexity: O(length * hidden^2) a layer, O(1) memory and time a generated token whatever came before.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import dropout
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_torchdynamo_compiling
+from transformers.utils.output_capturing import capture_outputs
+
+from ...nn.dropout import EmbeddingDropout, LockedDropout
+from ...nn.effective_weight import effective_weight
+from ...nn.loss_heads import (
+    IGNORED,
+    AdaptiveSoftmax,
+    chunked_loss,
+    classification_loss,
+    next_token_labels,
+    normalised,
+)
+from ...nn.masks import SequenceMarks, end_token, sequence_marks
+from ...nn.pooling import max_over_time, mean_over_time
+from ...nn.ragged import RowLayout, batch_state, gather_rows, rows_state, scatter_rows
+from ...ops.recurrence import NUM_GATES, STATES, recurrence
+from ...ops.recurrence.reference import recurrence_reference
+from ..base import LNLMPreTrainedModel
+from .configuration_rnn import RNNConfig
+
+States = tuple[torch.Tensor, ...]
+
+
+@dataclass
+class RNNModelOutput(BaseModelOutputWithPast):
+    """Output of `RNNModel`.
+
+    Args:
+        raw_hidden_state: `(batch, length, output_size)`, the last layer's output before output dropout; only while
+            training with a temporal penalty.
+    """
+
+    raw_hidden_state: torch.FloatTensor | None = None
+
+
+class RNNDirection(nn.Module):
+    """One direction of one layer: the gates' weights and the recurrence over them.
+
+    Args:
+        config: the model's configuration.
+        input_size, hidden_size: widths of its input and state.
+        reverse: whether it reads from the last token to the first.
+    """
+
+    def __init__(self, config: RNNConfig, input_size: int, hidden_size: int, reverse: bool = False) -> None:
+        super().__init__()
+        self.cell_type = config.cell_type
+        self.backend = config.backend
+        self.weight_dropout = config.weight_dropout
+        self.forget_bias = config.forget_bias
+        self.input_size, self.hidden_size, self.reverse = input_size, hidden_size, reverse
+        gates = NUM_GATES[config.cell_type] * hidden_size
+        self.input_gates = nn.Linear(input_size, gates)
+        self.recurrent_gates = nn.Linear(hidden_size, gates)
+
+    def weights(self, inputs: torch.Tensor) -> tuple[Any, ...]:
+        """Return input weight, recurrent weight and their biases, with adapters and weight drop applied."""
+        w_ih, b_ih = effective_weight(self.input_gates, self.input_size, inputs.dtype, inputs.device)
+        w_hh, b_hh = effective_weight(self.recurrent_gates, self.hidden_size, inputs.dtype, inputs.device)
+        if self.training and self.weight_dropout:
+            w_hh = dropout(w_hh, self.weight_dropout)
+        return w_ih, w_hh, b_ih, b_hh
+
+    def initial_states(self, inputs: torch.Tensor) -> States:
+        """Return zero states `(batch, hidden_size)`, one for each of the cell's state tensors."""
+        zeros = inputs.new_zeros(inputs.shape[0], self.hidden_size)
+        return (zeros,) * len(STATES[self.cell_type])
+
+    def forward(
+        self, inputs: torch.Tensor, states: States | None, marks: SequenceMarks, keep_state: bool
+    ) -> tuple[torch.Tensor, States]:
+        """Run over a batch.
+
+        Args:
+            inputs: `(batch, length, input_size)`.
+            states: carried states `(batch, hidden_size)`, or None for zeros.
+            marks: which positions are real and where documents begin.
+            keep_state: whether the final states are wanted (they cost more in ragged batches).
+
+        Returns:
+            outputs `(batch, length, hidden_size)` and final states.
+        """
+        states = self.initial_states(inputs) if states is None else states
+        weights = self.weights(inputs)
+        if marks.layout is not None:
+            return self._run_rows(inputs, states, weights, marks.layout, keep_state)
+        if marks.traced:
+            return self._run_traced(inputs, states, weights, marks)
+        if not self.reverse:
+            return recurrence(self.cell_type, inputs, states, weights, backend=self.backend)
+        outputs, states = recurrence(self.cell_type, inputs.flip(1), states, weights, backend=self.backend)
+        return outputs.flip(1), states
+
+    def _run_rows(
+        self, inputs: torch.Tensor, states: States, weights: Any, layout: RowLayout, keep_state: bool
+    ) -> tuple[torch.Tensor, States]:
+        index = layout.reversed_index if self.reverse else layout.index
+        place = layout.reversed_place if self.reverse else layout.place
+        in_place = layout.aligned and not self.reverse
+        rows = inputs[:, : index.shape[1]] if in_place else gather_rows(inputs, index)
+        begin = states if layout.aligned else tuple(rows_state(s, s.new_zeros(1), layout) for s in states)
+        lengths = layout.lengths if keep_state else None
+        outputs, final = recurrence(self.cell_type, rows, begin, weights, lengths, backend=self.backend)
+        final = tuple(batch_state(new, old, layout) for new, old in zip(final, states, strict=True))
+        return scatter_rows(outputs, place, layout.mask), final
+
+    def _run_traced(
+        self, inputs: torch.Tensor, states: States, weights: Any, marks: SequenceMarks
+    ) -> tuple[torch.Tensor, States]:
+        mask, starts = marks.mask, marks.starts
+        if not self.reverse:
+            return recurrence_reference(self.cell_type, inputs, states, weights, mask=mask, starts=starts)
+        outputs, states = recurrence_reference(
+            self.cell_type,
+            inputs.flip(1),
+            states,
+            weights,
+            mask=None if mask is None else mask.flip(1),
+            starts=marks.reversed_starts(),
+        )
+        return outputs.flip(1), states
+
+
+class RNNLayer(GradientCheckpointingLayer):
+    """One recurrent layer, in one or both directions.
+
+    Args:
+        config: the model's configuration.
+        layer_idx: which layer, from 0.
+    """
+
+    def __init__(self, config: RNNConfig, layer_idx: int) -> None:
+        super().__init__()
+        sizes = config.layer_sizes(layer_idx)
+        self.forwards = RNNDirection(config, *sizes)
+        self.backwards = RNNDirection(config, *sizes, reverse=True) if config.bidirectional else None
+
+    def forward(
+        self, hidden_states: torch.Tensor, states: States | None, marks: SequenceMarks, keep_state: bool = False
+    ) -> tuple[torch.Tensor, States]:
+        """Run the layer; see `RNNDirection.forward`. Two directions are concatenated in the last dimension."""
+        outputs, states = self.forwards(hidden_states, states, marks, keep_state)
+        if self.backwards is not None:
+            outputs = torch.cat([outputs, self.backwards(hidden_states, None, marks, False)[0]], dim=-1)
+        return outputs, states
+
+
+class RNNPreTrainedModel(LNLMPreTrainedModel):
+    """Weight initialisation and traits that the recurrent models share."""
+
+    config: RNNConfig
+    _no_split_modules = ["RNNLayer"]
+    _can_record_outputs = {"hidden_states": RNNLayer}
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RNNDirection):
+            bound = module.hidden_size**-0.5
+            for gates in (module.input_gates, module.recurrent_gates):
+                init.uniform_(gates.weight, -bound, bound)
+                init.zeros_(gates.bias)
+            if module.cell_type == "lstm":
+                size = module.hidden_size
+                bias = torch.zeros_like(module.input_gates.bias)
+                bias[size : 2 * size] = module.forget_bias
+                init.copy_(module.input_gates.bias, bias)
+
+
+class RNNModel(RNNPreTrainedModel):
+    """Embeddings and stacked LSTM or GRU layers, without a head.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: RNNConfig) -> None:
+        super().__init__(config)
+        width = int(config.embedding_size or config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, width, config.pad_token_id)
+        projected = config.project_embeddings and width != config.hidden_size
+        self.embedding_projection = nn.Linear(width, config.hidden_size, bias=False) if projected else None
+        self.layers = nn.ModuleList([RNNLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.embedding_dropout = EmbeddingDropout(config.embedding_dropout)
+        self.input_dropout = LockedDropout(config.input_dropout)
+        self.hidden_dropout = LockedDropout(config.hidden_dropout)
+        self.output_dropout = LockedDropout(config.output_dropout)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RNNModelOutput:
+        """Run the model.
+
+        Args:
+            input_ids: `(batch, length)`; or give `inputs_embeds` `(batch, length, embedding_size)`.
+            attention_mask: `(batch, past + length)`, zero at padding, which may lie anywhere.
+            position_ids: `(batch, length)`; position 0 begins a document, with a fresh state (packed rows).
+            past_key_values: state so far, a `DynamicCache(config=model.config)`; updated and returned.
+            use_cache: whether to return the state.
+            seq_idx: `(batch, length)` document numbers of packed rows.
+
+        Returns:
+            last hidden state `(batch, length, output_size)` and the state.
+
+        Raises:
+            ValueError: inputs, mask or state do not fit each other or the config.
+        """
+        hidden_states = self._embed(input_ids, inputs_embeds)
+        cache = self._cache(past_key_values, use_cache)
+        marks = sequence_marks(hidden_states, attention_mask, position_ids, seq_idx, cache)
+        for index, layer in enumerate(self.layers):
+            states = self._read(cache, index, hidden_states.shape[0])
+            hidden_states, states = layer(hidden_states, states, marks, cache is not None)
+            if cache is not None:
+                named = dict(zip(STATES[self.config.cell_type], states, strict=True))
+                cache.layers[index].write(self.config.cell_type, named, hidden_states.shape[1])
+            if index + 1 < len(self.layers):
+                hidden_states = self.hidden_dropout(hidden_states)
+        wants_raw = self.training and self.config.temporal_penalty
+        return RNNModelOutput(
+            last_hidden_state=self.output_dropout(hidden_states),
+            past_key_values=cache if use_cache else None,
+            raw_hidden_state=hidden_states if wants_raw else None,
+        )
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds, got " + ("neither", "both")[input_ids is not None])
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.embedding_dropout(inputs_embeds, input_ids, self.config.vocab_size)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError(f"the input has no positions: shape {tuple(inputs_embeds.shape[:2])}")
+        embeddings = self.input_dropout(inputs_embeds)
+        return embeddings if self.embedding_projection is None else self.embedding_projection(embeddings)
+
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
+        if self.config.bidirectional:
+            if past_key_values is not None:
+                raise ValueError("a bidirectional model reads whole sequences: past_key_values must be None")
+            return None
+        if past_key_values is None:
+            return DynamicCache(config=self.config) if use_cache else None
+        layers = getattr(past_key_values, "layers", [])
+        if len(layers) != len(self.layers) or not all(hasattr(layer, "read") for layer in layers):
+            raise ValueError(
+                f"past_key_values must hold {len(self.layers)} recurrent states, as DynamicCache(config=model.config) "
+                f"makes them, got {past_key_values!r}"
+            )
+        return past_key_values
+
+    def _read(self, cache: Cache | None, index: int, batch_size: int) -> States | None:
+        if cache is None:
+            return None
+        size = self.config.layer_sizes(index)[1]
+        names = STATES[self.config.cell_type]
+        states = cache.layers[index].read(self.config.cell_type, batch_size, {name: (size,) for name in names})
+        return None if states is None else tuple(states[name] for name in names)
+
+
+class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
+    """LSTM or GRU language model with a full, chunked or adaptive softmax.
+
+    Args:
+        config: the model's configuration, with `bidirectional=False`.
+
+    Raises:
+        ValueError: the config is bidirectional: the backward direction would read the tokens to be predicted.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: RNNConfig) -> None:
+        if config.bidirectional:
+            raise ValueError("a causal language model cannot be bidirectional: config.bidirectional must be False, got True")
+        super().__init__(config)
+        self.model = RNNModel(config)
+        width, embedding = config.output_size, int(config.embedding_size or config.hidden_size)
+        narrowed = config.tie_word_embeddings and width != embedding
+        self.output_projection = nn.Linear(width, embedding, bias=False) if narrowed else None
+        self.lm_head = self._make_head(config, embedding if narrowed else width)
+        self.post_init()
+
+    @staticmethod
+    def _make_head(config: RNNConfig, width: int) -> nn.Module:
+        if config.loss_head == "adaptive":
+            return AdaptiveSoftmax(width, config.vocab_size, list(config.adaptive_cutoffs or []), config.adaptive_div_value)
+        return nn.Linear(width, config.vocab_size, bias=not config.tie_word_embeddings)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the LM head; None for an adaptive softmax, which cannot be resized."""
+        return None if self.config.loss_head == "adaptive" else self.lm_head
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize embeddings and head, as in transformers.
+
+        Raises:
+            ValueError: the head is an adaptive softmax, whose clusters belong to one vocabulary.
+        """
+        if self.config.loss_head == "adaptive" and new_num_tokens not in (None, self.config.vocab_size):
+            raise ValueError(f"an adaptive softmax cannot be resized from {self.config.vocab_size} to {new_num_tokens} tokens")
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        shift_labels: torch.LongTensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Run the model and, given labels, its loss; see `RNNModel.forward` for the other arguments.
+
+        Args:
+            labels: `(batch, length)`, the input ids; shifted inside. -100 is ignored.
+            logits_to_keep: how many last positions (or which) get logits; 0 for all.
+            shift_labels: `(batch, length)` labels already shifted, used in place of `labels`.
+
+        Returns:
+            loss in nats a token, logits `(batch, kept, vocab_size)` and the state. While training with a chunked or
+            adaptive head the logits are None: they are never computed.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            seq_idx=seq_idx,
+            **kwargs,
+        )
+        loss, logits = self._loss_and_logits(outputs, labels, shift_labels, logits_to_keep, kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _loss_and_logits(
+        self, outputs: Any, labels: Any, shift_labels: Any, logits_to_keep: Any, kwargs: Any
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        hidden = outputs.last_hidden_state
+        if self.output_projection is not None:
+            hidden = self.output_projection(hidden)
+        if labels is None and shift_labels is None:
+            return None, self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        targets = next_token_labels(labels, shift_labels)
+        items = kwargs.get("num_items_in_batch")
+        if self.training and self.config.loss_head != "full" and not is_torchdynamo_compiling():
+            loss, logits = self._loss_without_logits(hidden, targets, items), None
+        else:
+            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+            loss = self.loss_function(logits, None, self.config.vocab_size, shift_labels=targets, num_items_in_batch=items)
+        return loss + self._penalties(outputs, targets, items), logits
+
+    def _loss_without_logits(self, hidden: torch.Tensor, targets: torch.Tensor, items: Any) -> torch.Tensor:
+        flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(hidden.device)
+        if self.config.loss_head == "adaptive":
+            total = self.lm_head.summed_loss(flat, labels)  # type: ignore[operator, union-attr]
+        else:
+            dtype = getattr(torch, self.config.loss_dtype)
+            total = chunked_loss(self.lm_head, flat, labels, self.config.loss_chunk_size, dtype)
+        return normalised(total, (labels != IGNORED).sum(), items)
+
+    def _penalties(self, outputs: Any, targets: torch.Tensor, items: Any) -> torch.Tensor | float:
+        """AR and TAR of [2], section 4.5, per labelled token; 0 in evaluation, so that losses stay comparable."""
+        config = self.config
+        if not self.training or not (config.activation_penalty or config.temporal_penalty):
+            return 0.0
+        labelled = (targets != IGNORED).unsqueeze(-1)
+        width = outputs.last_hidden_state.shape[-1]
+        total = config.activation_penalty * (outputs.last_hidden_state.pow(2) * labelled).sum()
+        if config.temporal_penalty:
+            raw = outputs.raw_hidden_state
+            total = total + config.temporal_penalty * ((raw[:, 1:] - raw[:, :-1]).pow(2) * labelled[:, :-1]).sum()
+        return normalised(total / width, labelled.sum(), items)
+
+
+class RNNForSequenceClassification(RNNPreTrainedModel):
+    """Text classifier or regressor over a (bidirectional) LSTM or GRU.
+
+    Args:
+        config: the model's configuration; `pooling` says how a text is summed up.
+    """
+
+    def __init__(self, config: RNNConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RNNModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.output_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        """Classify texts.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds: as in `RNNModel.forward`.
+            labels: `(batch,)` class ids, or values as `config.problem_type` wants them.
+
+        Returns:
+            loss and logits `(batch, num_labels)`. A row without any real token is classified from zeros.
+        """
+        kwargs["use_cache"] = False
+        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.classifier(self.dropout(self._pool(outputs.last_hidden_state, attention_mask)))
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+    def _pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        mask = None if attention_mask is None else attention_mask.bool()
+        if self.config.pooling == "mean":
+            return mean_over_time(hidden.mT, mask)
+        if self.config.pooling == "max":
+            return max_over_time(hidden.mT, mask)
+        if not self.config.bidirectional:
+            return end_token(hidden, mask)
+        forwards, backwards = hidden.chunk(2, dim=-1)
+        return torch.cat([end_token(forwards, mask), end_token(backwards, mask, first=True)], dim=-1)
+
+
+class RNNForTokenClassification(RNNPreTrainedModel):
+    """Tagger over a (bidirectional) LSTM or GRU.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: RNNConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RNNModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.output_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """Tag tokens.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds: as in `RNNModel.forward`.
+            labels: `(batch, length)` class ids; -100 is ignored.
+
+        Returns:
+            loss and logits `(batch, length, num_labels)`.
+        """
+        kwargs["use_cache"] = False
+        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=kwargs.get("num_items_in_batch"))
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+__all__ = [
+    "RNNForCausalLM",
+    "RNNForSequenceClassification",
+    "RNNForTokenClassification",
+    "RNNModel",
+    "RNNPreTrainedModel",
+]

@@ -1,0 +1,38 @@
+"""The weight that a fused path may use in place of calling a module.
+
+LoRA, quantisation, offloading and parametrisations wrap `nn.Linear` modules. A fused kernel that reads `.weight` around
+them computes something else, silently. Whatever the wrapper, it still is an affine map, and an affine map is known
+completely by its values on the unit vectors: `f(e_i) - f(0)` are the columns of its weight. So a module that is anything
+but a plain `nn.Linear` is applied to the identity, which is exact, differentiable, and costs one product of
+`in_features` rows.
+"""
+
+import torch
+from torch import nn
+
+Affine = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Tell whether `module.weight` and `module.bias` are all there is to a module: an `nn.Linear` without hooks."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is nn.Linear and not hooked and not hasattr(module, "_hf_hook")
+
+
+def effective_weight(module: nn.Module, in_features: int, dtype: torch.dtype, device: torch.device) -> Affine:
+    """Return weight `(out_features, in_features)` and bias `(out_features,)` of any affine module.
+
+    Args:
+        module: an `nn.Linear`, or what peft, accelerate, a quantiser or a parametrisation made of one.
+        in_features: width of the module's input.
+        dtype, device: of the input that the module would have been given.
+
+    Returns:
+        weight and bias (None when there is none), connected to the graph, so that adapters get their gradients.
+    """
+    if is_plain_linear(module):
+        return module.weight, module.bias  # type: ignore[return-value]
+    basis = torch.eye(in_features + 1, in_features, dtype=dtype, device=device)  # the last row is zero: the bias
+    values = module(basis)
+    bias = values[in_features]
+    return (values[:in_features] - bias).mT.contiguous(), bias

@@ -1,0 +1,118 @@
+"""Losses of language-model and classification heads, right under gradient accumulation.
+
+A head whose `forward` takes `num_items_in_batch` must divide its *summed* loss by it, or Trainer's gradients come out
+scaled by the number of accumulation steps. Everything here does, for the losses that transformers scales and for those
+that it does not (regression, multi-label, chunked and adaptive softmax).
+
+References:
+    [1] Grave et al. 2017, "Efficient softmax approximation for GPUs" (adaptive softmax).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, pad
+
+from ..ops.linear_cross_entropy import linear_cross_entropy
+from .effective_weight import effective_weight
+
+Items = torch.Tensor | int | None
+IGNORED = -100
+
+
+def next_token_labels(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the label of each position's *next* token, `(batch, length)`; the last position has none (-100).
+
+    Args:
+        labels: `(batch, length)`, aligned with the input as transformers wants it.
+        shift_labels: `(batch, length)`, already shifted; taken as it is when given.
+    """
+    if shift_labels is not None:
+        return shift_labels
+    return pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
+
+
+def normalised(total: torch.Tensor, count: torch.Tensor | int, num_items_in_batch: Items) -> torch.Tensor:
+    """Divide a summed loss by the items of the whole batch, or by its own `count` when those are not given."""
+    divisor = count if num_items_in_batch is None else num_items_in_batch
+    return total / (divisor.to(total.device) if isinstance(divisor, torch.Tensor) else divisor)
+
+
+class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
+    """Adaptive softmax [1] as an LM head: called with hidden states it returns log-probabilities, which serve as logits.
+
+    Args:
+        hidden_size: width of the hidden states.
+        vocab_size: number of classes, the most frequent ones first.
+        cutoffs: where the clusters begin, ascending, below `vocab_size`.
+        div_value: factor by which each cluster's projection narrows.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, cutoffs: list[int], div_value: float = 4.0) -> None:
+        super().__init__(hidden_size, vocab_size, cutoffs, div_value=div_value)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Return log-probabilities `(..., vocab_size)` of hidden states `(..., hidden_size)`."""
+        return self.log_prob(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], self.n_classes)
+
+    def summed_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the summed cross-entropy of `(tokens, hidden_size)` against `(tokens,)`, negative labels ignored."""
+        kept = labels >= 0
+        if not bool(kept.any()):
+            return hidden.sum() * 0.0
+        return -super().forward(hidden[kept], labels[kept]).output.sum()
+
+
+def chunked_loss(
+    lm_head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, chunk_size: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the summed cross-entropy of an LM head without its logits.
+
+    Args:
+        lm_head: `nn.Linear`, or a wrapper of one (LoRA, quantised, offloaded).
+        hidden: `(tokens, hidden_size)`.
+        labels: `(tokens,)`, negative ones ignored.
+        chunk_size: tokens a chunk.
+        dtype: of the products.
+    """
+    weight, bias = effective_weight(lm_head, hidden.shape[-1], hidden.dtype, hidden.device)
+    return linear_cross_entropy(hidden, weight, bias, labels, chunk_size, dtype)
+
+
+def classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, config: Any, num_items_in_batch: Items = None
+) -> torch.Tensor:
+    """Loss of a sequence classifier: single label, several labels or regression.
+
+    The kind is `config.problem_type`; when that is None it follows, as in transformers, from `num_labels` and the
+    labels' type, and is remembered in the config.
+
+    Args:
+        logits: `(batch, num_labels)`.
+        labels: `(batch,)` ids, `(batch, num_labels)` zeros and ones, or `(batch[, num_labels])` values.
+        config: with `num_labels` and `problem_type`.
+        num_items_in_batch: number of labels of the whole accumulated batch.
+
+    Raises:
+        ValueError: the labels' shape does not fit the problem type.
+    """
+    if config.problem_type is None:
+        config.problem_type = _problem_type(config.num_labels, labels)
+    labels = labels.to(logits.device)
+    if config.problem_type == "single_label_classification":
+        total = cross_entropy(logits.float(), labels.view(-1), ignore_index=IGNORED, reduction="sum")
+        return normalised(total, (labels != IGNORED).sum(), num_items_in_batch)
+    expected = logits.squeeze(-1).shape if config.num_labels == 1 else logits.shape
+    if labels.squeeze(-1).shape != expected and labels.shape != expected:
+        raise ValueError(f"{config.problem_type} labels must have shape {tuple(expected)}, got {tuple(labels.shape)}")
+    predicted, wanted = logits.float().reshape(-1), labels.reshape(-1).float()
+    loss = mse_loss if config.problem_type == "regression" else binary_cross_entropy_with_logits
+    return normalised(loss(predicted, wanted, reduction="sum"), wanted.numel(), num_items_in_batch)
+
+
+def _problem_type(num_labels: int, labels: torch.Tensor) -> str:
+    if num_labels == 1:
+        return "regression"
+    integral = labels.dtype in (torch.long, torch.int)
+    return "single_label_classification" if integral else "multi_label_classification"

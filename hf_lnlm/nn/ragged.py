@@ -1,0 +1,151 @@
+"""Masked and packed batches for recurrences: every run of real tokens becomes a left-aligned row.
+
+A recurrence must pass over masked positions as if they were not there, whether the padding is left, right or inside, and
+must start afresh where a packed row begins a new document. Both are one operation here: gather the real tokens of each
+document into a row of its own, run the recurrence on the rows, scatter the results back. It is exact, keeps the fused
+kernels (which know no mask), and needs no arithmetic on masked positions.
+
+Glossary: a *source* position is a cell of the `(batch, length)` input; a *row* is one document of one batch row.
+Complexity: O(batch · length) index arithmetic and one copy in and out. Data-dependent shapes: not for torch.compile.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class RowLayout(NamedTuple):
+    """Where each real token goes.
+
+    Attributes:
+        index: `(rows, width)` flat source position of each token; padding points at 0.
+        reversed_index: `(rows, width)` the same with each row's tokens in reverse order.
+        lengths: `(rows,)` tokens in each row; at least 1.
+        place: `(batch, length)` flat position in `(rows, width)` of each source position; 0 where masked.
+        reversed_place: `(batch, length)` the same for the reversed rows.
+        mask: `(batch, length)` true at real tokens.
+        first_row: `(batch,)` the row that continues the state carried into the batch row, or -1 if none does.
+        last_row: `(batch,)` the row whose final state is the batch row's final state, or -1 if it has no token.
+        aligned: true if rows and batch rows coincide and tokens are already left-aligned (right padding only).
+    """
+
+    index: torch.Tensor
+    reversed_index: torch.Tensor
+    lengths: torch.Tensor
+    place: torch.Tensor
+    reversed_place: torch.Tensor
+    mask: torch.Tensor
+    first_row: torch.Tensor
+    last_row: torch.Tensor
+    aligned: bool
+
+
+def document_starts(
+    position_ids: torch.Tensor | None, seq_idx: torch.Tensor | None, mask: torch.Tensor
+) -> torch.Tensor | None:
+    """Mark the positions that begin a document, `(batch, length)` booleans, or None when no marker was given.
+
+    Args:
+        position_ids: `(batch, length)`; a real token at position 0 begins a document.
+        seq_idx: `(batch, length)` document numbers, as transformers' flattening collator gives them.
+        mask: `(batch, length)` true at real tokens.
+    """
+    starts = None
+    if position_ids is not None:
+        starts = (position_ids.expand(mask.shape) == 0) & mask
+    if seq_idx is not None:
+        change = torch.zeros_like(mask)
+        change[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+        starts = change & mask if starts is None else starts | (change & mask)
+    return starts
+
+
+def row_layout(mask: torch.Tensor, starts: torch.Tensor | None) -> RowLayout | None:
+    """Plan the rows of a batch, or return None when there is nothing to do (no masked token, no inner start).
+
+    Args:
+        mask: `(batch, length)` true at real tokens.
+        starts: `(batch, length)` true where a document begins, or None. A batch row's first real token continues the
+            carried state unless it is marked.
+    """
+    batch, length = mask.shape
+    if bool(mask.all()) and (starts is None or not bool(starts.any())):
+        return None
+    starts = torch.zeros_like(mask) if starts is None else starts
+    first_real = mask & (mask.cumsum(1) == 1)
+    begins = (starts & mask) | first_real
+    row_of = begins.reshape(-1).cumsum(0).view(batch, length) - 1  # row of each real token; garbage where masked
+    lengths = torch.bincount(row_of[mask], minlength=int(begins.sum()))
+    if lengths.numel() == 0:
+        return _empty_layout(mask)
+    offset_of_row = lengths.cumsum(0) - lengths
+    column = mask.reshape(-1).cumsum(0).view(batch, length) - 1 - offset_of_row[row_of.clamp(min=0)]
+    width = int(lengths.max())
+    place = torch.where(mask, row_of * width + column, 0)
+    mirrored = lengths[row_of.clamp(min=0)] - 1 - column
+    reversed_place = torch.where(mask, row_of * width + mirrored, 0)
+    return RowLayout(
+        index=_invert(place, mask, lengths.numel(), width),
+        reversed_index=_invert(reversed_place, mask, lengths.numel(), width),
+        lengths=lengths,
+        place=place,
+        reversed_place=reversed_place,
+        mask=mask,
+        first_row=_row_at(first_real & ~starts, row_of),
+        last_row=_row_at(mask & (mask.flip(1).cumsum(1).flip(1) == 1), row_of),
+        aligned=lengths.numel() == batch and bool((mask[:, :1] & (mask == (mask.cumprod(1) > 0))).all()),
+    )
+
+
+def _invert(place: torch.Tensor, mask: torch.Tensor, rows: int, width: int) -> torch.Tensor:
+    source = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
+    index = torch.zeros(rows * width, dtype=torch.long, device=mask.device)
+    index[place[mask]] = source[mask]
+    return index.view(rows, width)
+
+
+def _row_at(chosen: torch.Tensor, row_of: torch.Tensor) -> torch.Tensor:
+    """Row of the one chosen position of each batch row, `(batch,)`; -1 where nothing is chosen."""
+    return torch.where(chosen, row_of, -1).amax(1)
+
+
+def _empty_layout(mask: torch.Tensor) -> RowLayout:
+    """Layout of a batch without any real token."""
+    none = torch.zeros((0, 1), dtype=torch.long, device=mask.device)
+    place = torch.zeros(mask.shape, dtype=torch.long, device=mask.device)
+    nowhere = torch.full((mask.shape[0],), -1, dtype=torch.long, device=mask.device)
+    return RowLayout(none, none, none[:, 0], place, place, mask, nowhere, nowhere, False)
+
+
+def gather_rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Collect `(batch, length, width)` into rows `(rows, row width, width)` by a layout's `index`."""
+    return tensor.reshape(-1, tensor.shape[-1])[index]
+
+
+def scatter_rows(rows: torch.Tensor, place: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Undo `gather_rows` by a layout's `place`; masked positions become zero."""
+    if rows.shape[0] == 0:
+        return rows.new_zeros((*mask.shape, rows.shape[-1]))
+    values = rows.reshape(-1, rows.shape[-1])[place]
+    return values.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+def rows_state(state: torch.Tensor, initial: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+    """Return each row's state to begin with: the carried one for a batch row's first row, the initial one elsewhere.
+
+    Args:
+        state: `(batch, ...)` carried state.
+        initial: `(...)` or `(1, ...)` initial state of a fresh document.
+        layout: the plan.
+    """
+    fresh = initial.expand(layout.lengths.shape[0], *state.shape[1:])
+    carried = layout.first_row >= 0
+    return fresh.index_copy(0, layout.first_row[carried], state[carried])
+
+
+def batch_state(final: torch.Tensor, state: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+    """Return each batch row's final state `(batch, ...)`; rows without a real token keep `state`."""
+    if final.shape[0] == 0:
+        return state
+    seen = (layout.last_row >= 0).view(-1, *[1] * (state.dim() - 1))
+    return torch.where(seen, final[layout.last_row.clamp(min=0)], state)

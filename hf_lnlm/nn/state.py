@@ -1,0 +1,164 @@
+"""Recurrent state as a layer of transformers' own `DynamicCache`.
+
+A recurrent model's memory of the past is a few tensors of fixed size a layer (an LSTM's `h` and `c`, a convolution's last
+frames, an external memory), not keys and values that grow. `RecurrentStateLayer` keeps them in the cache object that
+`generate` makes, reorders for beam search and hands back, so that greedy decoding, sampling, beams, chunked prefill and
+truncated back-propagation through time are one mechanism.
+
+The layer is registered under its own layer type. transformers' own "linear_attention" layer does not fit: its state reads
+as absent until a convolution state is written, and a cache made of it alone has no sequence length.
+
+The layer type carries a hash of this file, so that checkpoints with different revisions of the code can live in one
+process, each finding its own class.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+
+States = dict[str, torch.Tensor]
+
+RECURRENT_LAYER_TYPE = "lnlm_recurrent_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+
+
+class RecurrentStateLayer(CacheLayerMixin):
+    """One layer's recurrent state: named tensors, batch first, and how many positions made them.
+
+    An empty layer means the model's *initial* state, which need not be zero. States are written whole, with the name of
+    what wrote them (`kind`), and are refused when read by anything else.
+
+    Attributes:
+        states: name → tensor of shape `(batch, ...)`; empty before the first write and after `reset`.
+        kind: what wrote the states, such as "lstm"; None while empty.
+        seen_tokens: number of positions (masked ones included) that the state has passed.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.states: States = {}
+        self.kind: str | None = None
+        self.seen_tokens = 0
+
+    def read(self, kind: str, batch_size: int, shapes: dict[str, tuple[int, ...]]) -> States | None:
+        """Return the state, or None when the sequence has only begun and the initial state applies.
+
+        Args:
+            kind: what is about to read, such as "lstm".
+            batch_size: rows of the input.
+            shapes: name → shape of one row's state, without the batch dimension.
+
+        Returns:
+            name → tensor `(batch_size, *shape)`, or None.
+
+        Raises:
+            ValueError: the state was written by another kind of layer, for another batch size or another config.
+        """
+        if not self.states:
+            return None
+        if self.kind != kind:
+            raise ValueError(f"past_key_values holds the state of a {self.kind!r} layer, this is a {kind!r} layer")
+        if set(self.states) != set(shapes):
+            raise ValueError(f"past_key_values holds states {sorted(self.states)}, expected {sorted(shapes)}")
+        for name, shape in shapes.items():
+            found = tuple(self.states[name].shape)
+            if found[0] != batch_size:
+                raise ValueError(f"past_key_values holds the state of {found[0]} rows, the input has {batch_size}")
+            if found[1:] != tuple(shape):
+                raise ValueError(f"past_key_values: state {name!r} has shape {found[1:]} a row, expected {shape}")
+        return self.states
+
+    def write(self, kind: str, states: States, num_tokens: int) -> None:
+        """Replace the state.
+
+        Args:
+            kind: what writes, such as "lstm".
+            states: name → tensor `(batch, ...)`. Kept as they are, with their graph if they have one.
+            num_tokens: positions this step consumed.
+        """
+        self.kind = kind
+        self.states = dict(states)
+        self.seen_tokens += num_tokens
+        self.is_initialized = True
+
+    def update(self, key_states: Any = None, value_states: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Do nothing: `write` is how this layer is filled. Present because `DynamicCache` may call it with None."""
+        return key_states, value_states
+
+    def lazy_initialization(self, key_states: Any = None, value_states: Any = None) -> None:
+        """Do nothing: an empty layer already stands for the initial state."""
+
+    def get_seq_length(self) -> int:
+        """Return the number of positions seen."""
+        return self.seen_tokens
+
+    def get_max_length(self) -> int:
+        """Return -1: a recurrent state has no longest sequence."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (length of the mask that covers past and present, its offset)."""
+        return self.seen_tokens + query_length, 0
+
+    def _map(self, function: Any) -> None:
+        self.states = {name: function(tensor) for name, tensor in self.states.items()}
+
+    def reset(self) -> None:
+        """Forget everything: the next read gives the initial state."""
+        self.states = {}
+        self.kind = None
+        self.seen_tokens = 0
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Give row i the state of row `beam_idx[i]`; `beam_idx` is `(batch,)`."""
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, a `(rows,)` tensor of indices or booleans."""
+        self._map(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def detach_(self) -> None:
+        """Cut the graph: truncated back-propagation through time keeps the values and drops their history."""
+        self._map(lambda tensor: tensor.detach())
+
+    def crop(self, max_length: int) -> None:
+        """Refuse to shorten: a recurrent state cannot be rolled back.
+
+        Raises:
+            ValueError: unless there is nothing to remove.
+        """
+        if max_length not in (0, self.seen_tokens):
+            raise ValueError(f"a recurrent state cannot be cropped to {max_length} of {self.seen_tokens} tokens")
+
+    def offload(self) -> None:
+        """Move the state to the CPU, remembering where it was."""
+        if self.states:
+            self.device = next(iter(self.states.values())).device
+        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move the state back to where it was before `offload`."""
+        device = getattr(self, "device", None)
+        if device is not None:
+            self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows of the state, or None while it is empty."""
+        return next(iter(self.states.values())).shape[0] if self.states else None
+
+
+DYNAMIC_LAYER_TYPE_MAPPING.setdefault(RECURRENT_LAYER_TYPE, RecurrentStateLayer)
+STATIC_LAYER_TYPE_MAPPING.setdefault(RECURRENT_LAYER_TYPE, RecurrentStateLayer)

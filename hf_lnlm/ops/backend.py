@@ -1,0 +1,69 @@
+"""Which implementation of an operation runs, and why.
+
+`reference` is the paper's equations, `eager` fast pure torch on any device, `cpu` numba, `gpu` Triton. A config's
+`backend="auto"` takes the fastest that can run; a named one that cannot run is an error, never a silent fallback.
+"""
+
+import importlib.util
+from functools import cache
+
+import torch
+
+
+@cache
+def numba_reason() -> str | None:
+    """Return why numba kernels cannot run here, or None when they can."""
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed (pip install 'hf_lnlm[cpu]')"
+    return None
+
+
+@cache
+def triton_reason() -> str | None:
+    """Return why Triton kernels cannot run here, or None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'hf_lnlm[gpu]')"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return None
+
+
+def pick_backend(
+    requested: str, device: torch.device | str, available: tuple[str, ...], dtype: torch.dtype | None = None
+) -> str:
+    """Choose the backend of one call.
+
+    Args:
+        requested: `auto` or the name of a backend.
+        device: where the tensors are.
+        available: backends that the operation has, such as `("reference", "eager", "cpu")`.
+        dtype: the tensors' type; compiled kernels take float32 and narrower, so float64 falls to eager.
+
+    Returns:
+        One of `available`.
+
+    Raises:
+        ValueError: the operation has no such backend, or it cannot run on this machine or device.
+    """
+    kind = torch.device(device).type
+    if requested != "auto":
+        return _demand(requested, kind, available)
+    narrow = dtype != torch.float64
+    if kind == "cuda" and "gpu" in available and narrow and triton_reason() is None:
+        return "gpu"
+    if kind == "cpu" and "cpu" in available and narrow and numba_reason() is None:
+        return "cpu"
+    return "eager" if "eager" in available else "reference"
+
+
+def _demand(requested: str, kind: str, available: tuple[str, ...]) -> str:
+    if requested not in available:
+        raise ValueError(f"backend must be auto or one of {', '.join(available)}, got {requested!r}")
+    reason = {"cpu": numba_reason(), "gpu": triton_reason()}.get(requested)
+    if requested == "cpu" and kind != "cpu":
+        reason = reason or f"the tensors are on {kind}"
+    if requested == "gpu" and kind != "cuda":
+        reason = reason or f"the tensors are on {kind}"
+    if reason:
+        raise ValueError(f"backend {requested!r} cannot run: {reason}")
+    return requested

@@ -1,0 +1,148 @@
+"""The table of families: what the package adds to transformers, one row each.
+
+Registration with the Auto classes, `hf-lnlm list`, the README's table, the model cards, LoRA's default targets and the
+contract tests are all derived from `FAMILIES`. Adding a family means adding a row here and writing its configuration, its
+modeling file and its card.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+PREFIX = "lnlm_"
+ROOMS = "hf_lnlm.models"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of models.
+
+    Attributes:
+        model_type: its name in configs, with the prefix `lnlm_`.
+        title: its name for people.
+        room: folder under `hf_lnlm/models`.
+        name: stem of `configuration_<name>.py` and `modeling_<name>.py`.
+        config: name of its config class.
+        models: Auto class → name of the model class that it builds. Auto classes are named as in transformers.
+        extra_models: public model classes without an Auto class.
+        paper: what it implements: authors, year, title.
+        sizes: `tiny`, `small`, `base` → config fields, for `--size`.
+        bidirectional: config fields that make it read both ways, if it can do either.
+        lora_targets: module names that LoRA adapts by default.
+        lora_parameters: raw parameters that LoRA reaches through `target_parameters`.
+        demo: config fields of its row in the demo's table of causal models, or None to leave it out.
+    """
+
+    model_type: str
+    title: str
+    room: str
+    name: str
+    config: str
+    models: dict[str, str]
+    paper: str
+    sizes: dict[str, dict[str, Any]]
+    lora_targets: tuple[str, ...]
+    lora_parameters: tuple[str, ...] = ()
+    extra_models: tuple[str, ...] = ()
+    bidirectional: dict[str, Any] | None = None
+    demo: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def config_module(self) -> str:
+        """Dotted name of the configuration module."""
+        return f"{ROOMS}.{self.room}.configuration_{self.name}"
+
+    @property
+    def modeling_module(self) -> str:
+        """Dotted name of the modeling module."""
+        return f"{ROOMS}.{self.room}.modeling_{self.name}"
+
+    @property
+    def config_class(self) -> type:
+        """The config class, imported."""
+        return getattr(importlib.import_module(self.config_module), self.config)
+
+    def model_class(self, auto_class: str) -> type:
+        """Return the class that an Auto class builds for this family.
+
+        Raises:
+            ValueError: the family has no such head; the message lists the heads it has.
+        """
+        if auto_class not in self.models:
+            raise ValueError(f"{self.model_type} has no {auto_class}: it has {', '.join(self.models)}")
+        return getattr(importlib.import_module(self.modeling_module), self.models[auto_class])
+
+    def auto_map(self) -> dict[str, str]:
+        """Return the `auto_map` of a checkpoint that carries its code: every Auto class → `file.Class`."""
+        heads = {auto: f"modeling_{self.name}.{cls}" for auto, cls in self.models.items()}
+        return {"AutoConfig": f"configuration_{self.name}.{self.config}", **heads}
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        model_type="lnlm_rnn",
+        title="LSTM / GRU",
+        room="recurrent",
+        name="rnn",
+        config="RNNConfig",
+        models={
+            "AutoModel": "RNNModel",
+            "AutoModelForCausalLM": "RNNForCausalLM",
+            "AutoModelForSequenceClassification": "RNNForSequenceClassification",
+            "AutoModelForTokenClassification": "RNNForTokenClassification",
+        },
+        paper="Hochreiter and Schmidhuber 1997; Cho et al. 2014; Merity, Keskar and Socher 2017",
+        sizes={
+            "tiny": {"hidden_size": 128, "num_hidden_layers": 1},
+            "small": {"hidden_size": 512, "num_hidden_layers": 2},
+            "base": {"hidden_size": 1150, "embedding_size": 400, "num_hidden_layers": 3},
+        },
+        bidirectional={"bidirectional": True},
+        lora_targets=("input_gates", "recurrent_gates"),
+        demo={"RNN-LSTM": {"cell_type": "lstm"}, "RNN-GRU": {"cell_type": "gru"}},
+    ),
+)
+
+
+@cache
+def _by_type() -> dict[str, Family]:
+    return {family.model_type: family for family in FAMILIES}
+
+
+def is_ours(model_type: str | None) -> bool:
+    """Tell whether a model type is one of the package's."""
+    return model_type in _by_type()
+
+
+def family(model_type: str) -> Family:
+    """Return the row of a model type.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if model_type not in _by_type():
+        raise ValueError(f"no family {model_type!r}: hf_lnlm has {', '.join(_by_type())}")
+    return _by_type()[model_type]
+
+
+def public_names() -> Iterator[tuple[str, str]]:
+    """Yield (class name, module) of every config and model class, for `from hf_lnlm import X`."""
+    for row in FAMILIES:
+        yield row.config, row.config_module
+        for name in dict.fromkeys([*row.models.values(), *row.extra_models]):
+            yield name, row.modeling_module
+
+
+def register() -> None:
+    """Register every family with transformers' Auto classes. Safe to call twice; touches no stock entry."""
+    import transformers
+
+    for row in FAMILIES:
+        config = row.config_class
+        transformers.AutoConfig.register(row.model_type, config, exist_ok=True)
+        for auto_class in row.models:
+            getattr(transformers, auto_class).register(config, row.model_class(auto_class), exist_ok=True)
