@@ -1,0 +1,247 @@
+"""Tokenizers made of `tokenizers` parts only, so that a checkpoint needs no custom class to load them.
+
+Every kind starts with the same seven special tokens under the same ids (`SPECIAL_TOKENS`); T5's sentinels, where asked
+for, are the last ids of the vocabulary and descend: `<extra_id_0>` is the highest. `check_vocabulary` compares a
+tokenizer with a model's configuration before a run starts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS: dict[str, str] = {
+    "pad_token": "<pad>",
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+    "cls_token": "<cls>",
+    "sep_token": "<sep>",
+}
+"""Attribute of the tokenizer → text of the special token; the position is the id (`<pad>` is 0, `<sep>` is 6)."""
+
+AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWYXBZUOJ*-"
+"""The 20 amino acids, then X (any), B, Z, J (ambiguous), U, O (rare), `*` (stop) and `-` (gap): IUPAC's letters."""
+
+TEMPLATES: dict[str, tuple[str, str]] = {
+    "bert": ("<cls> $A <sep>", "<cls> $A <sep> $B:1 <sep>:1"),
+    "roberta": ("<cls> $A <sep>", "<cls> $A <sep> <sep> $B <sep>"),
+    "t5": ("$A <eos>", "$A <eos> $B <eos>"),
+    "causal": ("<bos> $A", "<bos> $A $B"),
+}
+"""Name → (template of one text, template of a pair), in `tokenizers` notation."""
+
+KINDS = ("byte", "char", "word", "protein", "bpe")
+DEFAULT_BPE_VOCABULARY = 8192
+PADDED_VOCABULARY = 128
+"""A model's vocabulary may exceed its tokenizer's by less than this many unused rows, as stock T5's does."""
+
+
+def build_tokenizer(
+    kind: str,
+    texts: Iterable[str] | None = None,
+    *,
+    vocab_size: int | None = None,
+    sentinels: int = 0,
+    template: str | None = None,
+) -> PreTrainedTokenizerFast:
+    """Builds a tokenizer that stock transformers saves and loads by itself.
+
+    Args:
+        kind: `byte` (UTF-8 bytes, gives back any string exactly), `char` (Unicode characters of `texts`), `word`
+            (whitespace-separated words of `texts`, as PTB and WikiText are written), `protein` (amino acids) or
+            `bpe` (byte-level byte-pair encoding trained on `texts`, gives back any string exactly).
+        texts: The training texts of `char`, `word` and `bpe`; read once. The other kinds need none.
+        vocab_size: Upper bound of the whole vocabulary, special tokens and sentinels included; `byte` and `protein`
+            have a fixed size. Default: all characters or words seen, 8,192 for `bpe`.
+        sentinels: Number of T5 sentinels `<extra_id_i>`, the last ids of the vocabulary in descending order.
+        template: `bert`, `roberta`, `t5` or `causal`: which special tokens a call adds around its text. None adds
+            none, which is what packing and preference training want. With `bert` or `roberta`, special tokens written
+            in a text (`"a <mask> b"`) are read as such, since the fill-mask pipeline needs it; a `byte` tokenizer
+            without them takes every text literally.
+
+    Returns:
+        A `PreTrainedTokenizerFast` with ids as in `SPECIAL_TOKENS`.
+
+    Raises:
+        ValueError: An unknown kind or template, missing texts, or a vocabulary size that can't be had.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if sentinels < 0:
+        raise ValueError(f"sentinels must be 0 or more, got {sentinels}")
+    if template is not None and template not in TEMPLATES:
+        raise ValueError(f"template must be one of {', '.join(TEMPLATES)} or None, got {template!r}")
+    room = None if vocab_size is None else vocab_size - sentinels
+    if kind in ("byte", "protein"):
+        backend = _byte_backend() if kind == "byte" else _protein_backend()
+        if room is not None and room != backend.get_vocab_size():
+            size = backend.get_vocab_size() + sentinels
+            raise ValueError(f"vocab_size of a {kind} tokenizer with {sentinels} sentinels is {size}, got {vocab_size}")
+    else:
+        backend = _learnt_backend(kind, texts, room)
+    return _wrap(backend, sentinels, template, literal=kind == "byte" and template not in ("bert", "roberta"))
+
+
+def _learnt_backend(kind: str, texts: Iterable[str] | None, room: int | None) -> Tokenizer:
+    """The backends whose vocabulary comes from text; `room` is the vocabulary without sentinels."""
+    if texts is None:
+        raise ValueError(f"a {kind} tokenizer is built from texts, got none")
+    texts = [texts] if isinstance(texts, str) else texts
+    if kind == "bpe":
+        return _bpe_backend(texts, DEFAULT_BPE_VOCABULARY if room is None else room)
+    units: Counter[str] = Counter()
+    for text in texts:
+        units.update(text if kind == "char" else text.split())
+    if not units:
+        raise ValueError(f"a {kind} tokenizer is built from texts, got no {kind} in them")
+    specials = list(SPECIAL_TOKENS.values())
+    if room is not None and room <= len(specials):
+        raise ValueError(f"vocab_size must exceed the {len(specials)} special tokens and the sentinels, got {room}")
+    ranked = sorted((unit for unit in units if unit not in specials), key=lambda unit: (-units[unit], unit))
+    vocabulary = specials + ranked[: None if room is None else room - len(specials)]
+    return _char_backend(vocabulary) if kind == "char" else _word_backend(vocabulary)
+
+
+def byte_symbols() -> list[str]:
+    """The printable character that byte-level tokenizers write for each byte value 0 … 255 (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = {byte: chr(256 + rank) for rank, byte in enumerate(b for b in range(256) if b not in printable)}
+    return [others.get(byte, chr(byte)) for byte in range(256)]
+
+
+def _byte_backend() -> Tokenizer:
+    tokens = [*SPECIAL_TOKENS.values(), *byte_symbols()]
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _char_backend(vocabulary: Sequence[str]) -> Tokenizer:
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, [], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    return backend
+
+
+def _protein_backend() -> Tokenizer:
+    backend = _char_backend([*SPECIAL_TOKENS.values(), *AMINO_ACIDS])
+    lower = [normalizers.Replace(letter.lower(), letter) for letter in AMINO_ACIDS if letter.isalpha()]
+    backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), ""), *lower])
+    return backend
+
+
+def _word_backend(vocabulary: Sequence[str]) -> Tokenizer:
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return backend
+
+
+def _bpe_backend(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    specials = list(SPECIAL_TOKENS.values())
+    smallest = len(specials) + 256
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size of a bpe tokenizer must be {smallest} or more without sentinels, got {vocab_size}"
+        )
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def _wrap(backend: Tokenizer, sentinels: int, template: str | None, literal: bool) -> PreTrainedTokenizerFast:
+    """Adds sentinels and template to a backend and hands it to transformers."""
+    names = [f"<extra_id_{index}>" for index in reversed(range(sentinels))]
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS.values()])
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    if template is not None:
+        single, pair = TEMPLATES[template]
+        ids = [(token, index) for index, token in enumerate(SPECIAL_TOKENS.values())]
+        backend.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=ids)
+    extra: dict[str, Any] = {"extra_special_tokens": names} if names else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        split_special_tokens=literal,
+        clean_up_tokenization_spaces=False,
+        **SPECIAL_TOKENS,
+        **extra,
+    )
+
+
+def sentinel_ids(tokenizer: Any) -> list[int]:
+    """Ids of `<extra_id_0>`, `<extra_id_1>` … as far as the tokenizer has them without a gap; empty if it has none."""
+    vocabulary = tokenizer.get_vocab()
+    ids: list[int] = []
+    while (index := vocabulary.get(f"<extra_id_{len(ids)}>")) is not None:
+        ids.append(index)
+    return ids
+
+
+def check_vocabulary(tokenizer: Any, config: Any) -> None:
+    """Refuses a tokenizer and a model's configuration that disagree, before anything is trained.
+
+    A model's vocabulary may hold fewer than 128 unused rows at its end (stock T5's 32,128 for 32,100 tokens).
+
+    Args:
+        tokenizer: Any transformers tokenizer.
+        config: The model's configuration; ids that it leaves at None aren't compared.
+
+    Raises:
+        ValueError: Names both vocabulary sizes, or the special token with both ids, or the id beyond the vocabulary.
+    """
+    size, rows = len(tokenizer), getattr(config, "vocab_size", None)
+    if rows is None:
+        return
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= rows or rows - size >= PADDED_VOCABULARY:
+        raise ValueError(
+            f"the tokenizer has {size} tokens (highest id {highest}) but the model's vocab_size is {rows}: "
+            f"build the model with vocab_size={max(size, highest + 1)} or use the tokenizer that belongs to it"
+        )
+    for name in ("pad", "bos", "eos", "mask", "decoder_start"):
+        _check_special(name, getattr(config, f"{name}_token_id", None), tokenizer, rows)
+
+
+def _check_special(name: str, wanted: int | list[int] | None, tokenizer: Any, rows: int) -> None:
+    """Compares one special id of the configuration (`eos` may be a list) with the tokenizer's."""
+    allowed = [] if wanted is None else wanted if isinstance(wanted, (list, tuple)) else [wanted]
+    beyond = [index for index in allowed if not 0 <= index < rows]
+    if beyond:
+        raise ValueError(f"{name}_token_id of the model's config must lie in 0 … {rows - 1}, got {beyond[0]}")
+    actual = getattr(tokenizer, f"{name}_token_id", None)
+    if allowed and actual is not None and actual not in allowed:
+        raise ValueError(
+            f"{name}_token_id is {wanted} in the model's config but {actual} ({tokenizer.convert_ids_to_tokens(actual)!r}) "
+            f"in the tokenizer: set {name}_token_id={actual} or use the tokenizer that belongs to the model"
+        )
+
+
+def check_token_ids(ids: Any, vocab_size: int) -> None:
+    """Refuses token ids that a model's embedding doesn't have.
+
+    Args:
+        ids: Integer array or tensor of any shape (numpy or torch).
+        vocab_size: Rows of the embedding.
+
+    Raises:
+        ValueError: Names the highest offending id, or the lowest if one is negative.
+    """
+    if ids.shape and 0 in ids.shape:
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"token ids must lie in 0 … {vocab_size - 1} (vocab_size), got {low if low < 0 else high}")
