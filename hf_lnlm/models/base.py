@@ -1,11 +1,12 @@
-"""Base classes of every family: the config with its bounds, and the model that carries its code.
+"""Base classes of every family: the config with its bounds, which carries the code, and the model.
 
 What every family gets from here:
 
 * `LNLMConfig`: the fields that transformers' mixins, `generate`, Trainer and peft expect, and one table of bounds that is
   checked before anything derived is built, so that a hostile `config.json` cannot make the process allocate.
-* `LNLMPreTrainedModel`: `save_pretrained` writes the family's code beside the weights, `_init_weights` reaches every
-  module, and `_no_weight_decay` names the parameters that weight decay must leave alone.
+* `LNLMConfig.save_pretrained`, through which every save of a model goes, writes the family's code beside the config.
+* `LNLMPreTrainedModel`: `_init_weights` reaches every module, and `_no_weight_decay` names the parameters that weight
+  decay must leave alone.
 """
 
 import importlib
@@ -176,6 +177,37 @@ class LNLMConfig(PreTrainedConfig):
     def validate_layer_type(self) -> None:
         """Accept the package's own cache layer types, which transformers' fixed list does not know."""
 
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save the config and, beside it, the code of its family, so that the folder loads where hf_lnlm is missing.
+
+        A model's `save_pretrained` comes through here, after it noted which files are old, so that pushing it to the Hub
+        uploads the code too. An adapter's does not: its folder holds no config and needs no code.
+
+        Args:
+            save_directory: folder to write to; made if it does not exist.
+            push_to_hub: whether to upload the config and its code as well.
+            kwargs: as in transformers' `PreTrainedConfig.save_pretrained`.
+
+        Raises:
+            ValueError: the code of the family cannot be flattened into one folder (see hub/bundle.py).
+        """
+        if not type(self).__module__.startswith(_PACKAGE + "."):  # carried code: transformers copies it as it is
+            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+            return
+        bundle = importlib.import_module(_PACKAGE + ".hub.bundle")  # the one arrow upwards; not carried
+        own = vars(self).get("auto_map")
+        self.auto_map = bundle.auto_map(self)
+        try:
+            super().save_pretrained(save_directory)
+        finally:
+            del self.auto_map
+            if own is not None:
+                self.auto_map = own
+        bundle.write_code(self.model_type, save_directory)
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", None) or os.path.basename(os.path.normpath(save_directory))
+            self.push_to_hub(repo_id, **kwargs)
+
     @property
     def layer_types(self) -> list[str]:
         """Cache layer type of each layer, for `DynamicCache(config=...)`; length `num_hidden_layers`."""
@@ -183,7 +215,7 @@ class LNLMConfig(PreTrainedConfig):
 
 
 class LNLMPreTrainedModel(PreTrainedModel):
-    """Base of every model: saves its own code, initialises every module, names what weight decay spares.
+    """Base of every model: initialises every module, names what weight decay spares; its config carries the code.
 
     Subclasses set `config: TheirConfig`, `base_model_prefix`, `_no_split_modules` and `_can_record_outputs`.
     """
@@ -207,18 +239,3 @@ class LNLMPreTrainedModel(PreTrainedModel):
         """Return the names of the parameters that weight decay must not touch, in definition order."""
         patterns = [re.compile(pattern) for pattern in self._no_weight_decay]
         return [name for name, _ in self.named_parameters() if any(p.search(name) for p in patterns)]
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        """Save weights, config and the code that they need, so that the folder loads where hf_lnlm is missing.
-
-        Args:
-            save_directory: folder to write to; made if it does not exist.
-            args, kwargs: as in transformers' `PreTrainedModel.save_pretrained`, `push_to_hub` included.
-
-        Raises:
-            ValueError: code of the family cannot be flattened into one folder (see hub/bundle.py).
-        """
-        if not type(self).__module__.startswith(_PACKAGE + ".") or self.is_remote_code():
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        bundle = importlib.import_module(_PACKAGE + ".hub.bundle")  # the one arrow upwards; not carried
-        return bundle.save_with_code(self, super().save_pretrained, save_directory, *args, **kwargs)
