@@ -11,8 +11,8 @@ class LNLMTrainingArguments(TrainingArguments):
     """`TrainingArguments` with three additions and three safer defaults.
 
     Changed defaults: `enable_jit_checkpoint` is on (SIGTERM and SIGINT save and leave with status 143 or 130),
-    `disable_tqdm` follows the terminal (no bars in a pipe or a log file), and `data_seed` is `seed` when it isn't given,
-    so that the order of the examples never depends on what drew random numbers before the data loader was built.
+    `disable_tqdm` follows the terminal (no bars in a pipe or a log file), and `data_seed` is `seed` unless given, so
+    that the order of the examples never depends on what drew random numbers before the data loader was built.
 
     Args:
         carry_state (`bool`): Truncated back-propagation through time: the recurrent state left by one batch starts the

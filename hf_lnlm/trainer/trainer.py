@@ -4,35 +4,18 @@ Added, each in its own module: checkpoints that are whole or absent (`checkpoint
 """
 
 import os
-import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
 from .checkpoints import STAGING_NAME, find_fault, newest_complete, publish, rotate, seal, sweep, warn_of
+from .loss_scale import LossProbe, LossRule
+from .randomness import kept_random_state
 from .signals import StopRequested, StopSignal
-
-
-@contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Leave the random generators of Python, NumPy and torch as they were found."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    devices = torch.cuda.random.get_rng_state_all() if torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.random.set_rng_state(cpu)
-        if devices is not None:
-            torch.cuda.random.set_rng_state_all(devices)
 
 
 class LNLMTrainer(Trainer):
@@ -50,6 +33,7 @@ class LNLMTrainer(Trainer):
         self._staged_push: str | None = None
         self._staging: str | None = None
         self._damaged: set[str] = set()
+        self._loss_rule: LossRule | None = None
         if listens:
             self.add_callback(self._signals)
 
@@ -157,8 +141,10 @@ class LNLMTrainer(Trainer):
             return
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
-        message = f"step {self.state.global_step}: the checkpoint couldn't be written and was dropped; the previous one is whole"
-        raise OSError(f"{message} ({failure})") from failure
+        step = self.state.global_step
+        raise OSError(
+            f"the checkpoint of step {step} couldn't be written; older ones are whole ({failure})"
+        ) from failure
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload only what has been published: the stock code would upload from the staging folder."""
@@ -166,3 +152,59 @@ class LNLMTrainer(Trainer):
             self._staged_push = checkpoint_folder
         else:
             super()._push_from_checkpoint(checkpoint_folder)
+
+    # ---- loss scale -------------------------------------------------------------------------------------------------
+
+    @property
+    def _scales_loss(self) -> bool:
+        """Whether losses are ours to scale: not with a loss function, smoothing or engine that does it itself."""
+        return self.label_smoother is None and self.compute_loss_func is None and not self.is_deepspeed_enabled
+
+    def _find_loss_rule(self, inputs: dict[str, Any]) -> LossRule:
+        """Measure on the first batch how the model's loss is normalised; every process takes process 0's answer."""
+        probe = LossProbe(
+            self.model, self._prepare_inputs(inputs), self.model_accepts_loss_kwargs, self._loss_shifts_labels
+        )
+        with self.compute_loss_context_manager():
+            rule = probe.rule()
+        self.model_accepts_loss_kwargs = rule.passes_num_items
+        self.loss_is_scaled_for_ga = True
+        return rule
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        """Count the items of all micro-batches of a step on all processes, `(terms,)`."""
+        if not self._scales_loss or not batch_samples:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        if self._loss_rule is None:
+            self._loss_rule = self._find_loss_rule(batch_samples[0])
+        total = sum(self._loss_rule.count(batch).to(device) for batch in batch_samples)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.reduce(total, "sum") / self.get_tp_size()
+        return total
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss of a micro-batch, as its share in the mean over all items of the step.
+
+        Args:
+            model: The wrapped model.
+            inputs: The micro-batch.
+            return_outputs: Return the model's outputs too.
+            num_items_in_batch: Items of the step for each term of the loss, `(terms,)`.
+        """
+        rule = self._loss_rule
+        if rule is None or not torch.is_tensor(num_items_in_batch) or not num_items_in_batch.dim():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        scalar = num_items_in_batch[0] if rule.passes_num_items else None
+        loss, outputs = super().compute_loss(model, inputs, True, scalar)
+        if not rule.passes_num_items:
+            sums = rule.sums(loss, outputs, inputs, num_items_in_batch)
+            loss = (sums / num_items_in_batch.to(sums.device).clamp(min=1)).sum().to(loss.dtype)
+            if self.args.average_tokens_across_devices:
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, outputs) if return_outputs else loss

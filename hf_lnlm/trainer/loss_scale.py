@@ -1,0 +1,327 @@
+"""One loss for one global batch, however it is cut into micro-batches and processes.
+
+A step sees micro-batches b on several processes. What it must minimise is the mean over all their items (predicted
+tokens, classified rows …), sum_b S_b / sum_b n_b, with S_b a micro-batch's summed loss and n_b its items. Models return
+S_b / n_b, or S_b / N if they honour `num_items_in_batch` = N. Many stock heads accept that argument (`**kwargs`) and
+ignore it; the stock Trainer then adds up means, and loss and gradient grow with accumulation and processes.
+
+Which of the two a model does, and what it counts, is measured once on two rows of the first batch (no gradients, random
+state and buffers restored), because neither class names nor signatures tell:
+
+- `loss(N)` and `loss(2N)` with equal dropout differ by exactly 2: the model honours N. It keeps doing so.
+- otherwise N isn't passed and the mean is multiplied by n_b / N. n_b is the candidate count (labels, labels after the
+  causal shift, rows, attended tokens) that explains how the losses of the two rows combine into the loss of both:
+  L01 = (n0 L0 + n1 L1) / (n0 + n1).
+
+Heads with several terms are means over different items, so no single factor is right. They are computed by parts from
+the logits: question answering (start, end; positions beyond the row are ignored), and masked LM + sentence
+pair (…ForPreTraining of BERT, ALBERT and their kin). A model with other terms declares them by two methods:
+
+    loss_items(inputs) -> dict[str, Tensor]           items of each term, 0-dimensional, from the batch alone
+    loss_sums(outputs, inputs) -> dict[str, Tensor]   weighted *sums* of each term (0 for no items), same keys
+
+and its training loss is then the sum over terms of sums / items.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.trainer_pt_utils import find_batch_size
+
+from .randomness import kept_random_state
+
+Inputs = Mapping[str, Any]
+Counter = Callable[[Inputs], torch.Tensor]
+IGNORED = -100
+
+
+def _labels_given(inputs: Inputs) -> torch.Tensor:
+    return inputs["labels"].ne(IGNORED).sum()
+
+
+def _labels_after_shift(inputs: Inputs) -> torch.Tensor:
+    if inputs.get("shift_labels") is not None:
+        return inputs["shift_labels"].ne(IGNORED).sum()
+    labels = inputs["labels"]
+    return (labels[..., 1:] if labels.dim() > 1 else labels).ne(IGNORED).sum()
+
+
+def _rows(inputs: Inputs) -> torch.Tensor:
+    return torch.tensor(find_batch_size(dict(inputs)) or 0)
+
+
+def _attended(inputs: Inputs) -> torch.Tensor:
+    mask = inputs.get("attention_mask")
+    return inputs["input_ids"].new_tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
+
+
+COUNTERS: dict[str, Counter] = {
+    "labels": _labels_given,
+    "labels after the shift": _labels_after_shift,
+    "rows": _rows,
+    "attended tokens": _attended,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One cross-entropy term of a head with several.
+
+    Args:
+        logits: Name of the output, `(..., classes)`; for positions `(rows, length)`.
+        labels: Name of the input, `(...)`.
+        weight: Factor of the term's mean in the loss.
+        position: Labels are positions in the row; those at or beyond its length are ignored.
+    """
+
+    logits: str
+    labels: str
+    weight: float = 1.0
+    position: bool = False
+
+    def target(self, inputs: Inputs) -> torch.Tensor:
+        """Return the labels, flat, with -100 where nothing is predicted."""
+        labels = inputs[self.labels]
+        if self.position:
+            labels = labels.clamp(min=0).masked_fill(labels >= inputs["input_ids"].shape[-1], IGNORED)
+        return labels.reshape(-1)
+
+    def total(self, outputs: Any, inputs: Inputs) -> torch.Tensor:
+        """Return the weighted sum of the term over its items."""
+        logits = outputs[self.logits]
+        target = self.target(inputs).to(logits.device)
+        logits = logits.reshape(target.numel(), -1).float()
+        return self.weight * functional.cross_entropy(logits, target, ignore_index=IGNORED, reduction="sum")
+
+
+_SPAN = (
+    Part("start_logits", "start_positions", 0.5, position=True),
+    Part("end_logits", "end_positions", 0.5, position=True),
+)
+KNOWN_PARTS: tuple[tuple[Part, ...], ...] = (
+    _SPAN,
+    (Part("prediction_logits", "labels"), Part("seq_relationship_logits", "next_sentence_label")),
+    (Part("prediction_logits", "labels"), Part("sop_logits", "sentence_order_label")),
+)
+
+
+class LossRule:
+    """How a model's loss relates to the items of a batch.
+
+    `count(inputs)` gives the items of each term, shape `(terms,)`; `sums(...)` the summed loss of each term.
+    """
+
+    passes_num_items = False
+
+    def count(self, inputs: Inputs) -> torch.Tensor:
+        """Return the number of items of each term of the loss, `(terms,)`, float64."""
+        raise NotImplementedError
+
+    def sums(self, loss: torch.Tensor, outputs: Any, inputs: Inputs, total: torch.Tensor) -> torch.Tensor:
+        """Return each term's weighted sum over the items of this micro-batch, `(terms,)`.
+
+        Args:
+            loss: What the model returned.
+            outputs: The model's outputs.
+            inputs: The micro-batch.
+            total: Items of the whole step, `(terms,)`.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class HonoursItems(LossRule):
+    """The model divides its summed loss by `num_items_in_batch`."""
+
+    counter: str
+    passes_num_items = True
+
+    def count(self, inputs: Inputs) -> torch.Tensor:
+        return COUNTERS[self.counter](inputs).double().reshape(1)
+
+    def sums(self, loss: torch.Tensor, outputs: Any, inputs: Inputs, total: torch.Tensor) -> torch.Tensor:
+        return (loss * total.to(loss.device, loss.dtype)).reshape(1)
+
+
+@dataclass(frozen=True)
+class MeanOfItems(LossRule):
+    """The model returns the mean over the items of the micro-batch."""
+
+    counter: str
+
+    def count(self, inputs: Inputs) -> torch.Tensor:
+        return COUNTERS[self.counter](inputs).double().reshape(1)
+
+    def sums(self, loss: torch.Tensor, outputs: Any, inputs: Inputs, total: torch.Tensor) -> torch.Tensor:
+        items = self.count(inputs).to(loss.device, loss.dtype)
+        if not items.any():
+            return _nothing(outputs).reshape(1)
+        return loss * items
+
+
+@dataclass(frozen=True)
+class SumOfParts(LossRule):
+    """Known heads with several cross-entropy terms, computed from their logits."""
+
+    parts: tuple[Part, ...]
+
+    def count(self, inputs: Inputs) -> torch.Tensor:
+        return torch.stack([part.target(inputs).ne(IGNORED).sum().double() for part in self.parts])
+
+    def sums(self, loss: torch.Tensor, outputs: Any, inputs: Inputs, total: torch.Tensor) -> torch.Tensor:
+        return torch.stack([part.total(outputs, inputs) for part in self.parts])
+
+
+@dataclass(frozen=True)
+class DeclaredParts(LossRule):
+    """A model that declares its terms by `loss_items` and `loss_sums`."""
+
+    model: nn.Module
+
+    def count(self, inputs: Inputs) -> torch.Tensor:
+        return torch.stack([items.double().reshape(()) for items in self.model.loss_items(inputs).values()])  # type: ignore[operator]
+
+    def sums(self, loss: torch.Tensor, outputs: Any, inputs: Inputs, total: torch.Tensor) -> torch.Tensor:
+        return torch.stack(list(self.model.loss_sums(outputs, inputs).values()))  # type: ignore[operator]
+
+
+def _nothing(outputs: Any) -> torch.Tensor:
+    """Return a zero that is connected to the outputs, for a micro-batch without a single label."""
+    tensors = [value for name, value in outputs.items() if name != "loss" and torch.is_tensor(value)]
+    return sum((tensor.float().sum() * 0 for tensor in tensors if tensor.is_floating_point()), torch.zeros(()))
+
+
+def _known_parts(inputs: Inputs) -> tuple[Part, ...] | None:
+    for parts in KNOWN_PARTS:
+        if all(inputs.get(part.labels) is not None for part in parts):
+            return parts
+    return None
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Leave modes, buffers and random state as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.no_grad(), kept_random_state():
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _row(inputs: Inputs, index: int, size: int) -> dict[str, Any]:
+    """Return row `index` of every tensor that has `size` rows."""
+    pick = slice(index, index + 1)
+    return {
+        name: value[pick] if torch.is_tensor(value) and value.dim() and value.shape[0] == size else value
+        for name, value in inputs.items()
+    }
+
+
+def _only_first_labels(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """Ignore all token labels of a row but its first `number`, so that candidate counts differ from row to row."""
+    labels = row.get("labels")
+    if labels is None or labels.dim() < 2 or labels.is_floating_point():
+        return row
+    given = labels.ne(IGNORED)
+    keep = given & (given.reshape(1, -1).cumsum(-1).reshape(labels.shape) <= number)
+    return {**row, "labels": labels.masked_fill(~keep, IGNORED)}
+
+
+class LossProbe:
+    """Finds the rule of a model by looking at two rows of a batch.
+
+    Args:
+        model: The unwrapped model.
+        inputs: The first batch, on the model's device.
+        passes_kwargs: Whether forward accepts `num_items_in_batch`.
+        shifts: Whether the model is expected to shift labels; only the order in which counts are tried.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, passes_kwargs: bool, shifts: bool) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.passes_kwargs = passes_kwargs
+        self.preferred = "labels after the shift" if shifts else "labels" if "labels" in inputs else "rows"
+
+    def rule(self) -> LossRule:
+        """Return the rule; when the measurement decides nothing, the one that the model's kind suggests."""
+        if hasattr(self.model, "loss_items") and hasattr(self.model, "loss_sums"):
+            return DeclaredParts(self.model)
+        with _undisturbed(self.model):
+            rows = self._two_rows()
+            parts = _known_parts(self.inputs)
+            if parts is not None and self._explains(parts, rows):
+                return SumOfParts(parts)
+            if self.passes_kwargs and "labels" in self.inputs:
+                counted = self._items_honoured(rows)
+                if counted is not None:
+                    return HonoursItems(counted)
+            return MeanOfItems(self._items_of_mean(rows))
+
+    def _two_rows(self) -> list[dict[str, Any]]:
+        size = find_batch_size(dict(self.inputs)) or 1
+        first, second = _row(self.inputs, 0, size), _row(self.inputs, min(1, size - 1), size)
+        return [_only_first_labels(first, 2), _only_first_labels(second, 3)]
+
+    def _loss(self, rows: list[dict[str, Any]], training: bool, **extra: Any) -> tuple[float, Any]:
+        """Return the model's loss for some rows and its outputs, with the same dropout every time."""
+        batch = {
+            name: torch.cat([row[name] for row in rows]) if torch.is_tensor(rows[0][name]) else rows[0][name]
+            for name in rows[0]
+        }
+        self.model.train(training)
+        torch.manual_seed(0)
+        outputs = self.model(**batch, **extra)
+        return float(outputs["loss"] if isinstance(outputs, dict) else outputs[0]), outputs
+
+    def _explains(self, parts: tuple[Part, ...], rows: list[dict[str, Any]]) -> bool:
+        batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0] if torch.is_tensor(rows[0][name])}
+        loss, outputs = self._loss(rows, training=False)
+        if any(part.logits not in outputs for part in parts):
+            return False
+        rule = SumOfParts(parts)
+        sums, items = rule.sums(torch.tensor(loss), outputs, batch, rule.count(batch)), rule.count(batch)
+        return abs(float((sums.cpu() / items.cpu().clamp(min=1)).sum()) - loss) <= 1e-2 * max(abs(loss), 1e-6)
+
+    def _candidates(self) -> list[str]:
+        known = [name for name in COUNTERS if name in ("rows", "attended tokens") or "labels" in self.inputs]
+        if "input_ids" not in self.inputs:
+            known = [name for name in known if name != "attended tokens"]
+        return sorted(known, key=lambda name: name != self.preferred)
+
+    def _items(self, name: str, row: dict[str, Any]) -> float:
+        return float(COUNTERS[name](row))
+
+    def _items_honoured(self, rows: list[dict[str, Any]]) -> str | None:
+        """Return what the model counts if its loss is its sum / num_items_in_batch, None if it isn't."""
+        mean, _ = self._loss(rows, training=True)
+        once, _ = self._loss(rows, training=True, num_items_in_batch=torch.tensor(7))
+        twice, _ = self._loss(rows, training=True, num_items_in_batch=torch.tensor(14))
+        if not abs(once - 2 * twice) <= 1e-3 * abs(once) or abs(once - twice) < 1e-9:
+            return None
+        found = once * 7 / mean if mean else 0.0
+        errors = {name: abs(sum(self._items(name, row) for row in rows) - found) for name in self._candidates()}
+        return min(errors, key=lambda name: (round(errors[name], 1), name != self.preferred))
+
+    def _items_of_mean(self, rows: list[dict[str, Any]]) -> str:
+        """Return the count whose weighted mean of the two rows' losses is the loss of both."""
+        both = self._loss(rows, training=False)[0]
+        first, second = (self._loss([row], training=False)[0] for row in rows)
+        if abs(first - second) <= 1e-4 * abs(both):
+            return self.preferred
+        share = (both - second) / (first - second)
+        errors = {}
+        for name in self._candidates():
+            zero, one = (self._items(name, row) for row in rows)
+            errors[name] = abs(zero / max(zero + one, 1.0) - share)
+        return min(errors, key=lambda name: (round(errors[name], 2), name != self.preferred))

@@ -1,0 +1,139 @@
+"""Tiny stock models of every kind of head, each with a dataset whose rows have unequal numbers of labels."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as T
+
+VOCAB, LENGTH, ROWS = 40, 12, 8
+Row = dict[str, Any]
+
+
+def _tokens(generator: random.Random) -> list[int]:
+    return [generator.randrange(5, VOCAB) for _ in range(LENGTH)]
+
+
+def _mask(row: int) -> list[int]:
+    return [1] * (LENGTH - row % 4) + [0] * (row % 4)
+
+
+def causal(row: int, generator: random.Random) -> Row:
+    ids = _tokens(generator)
+    keep = 3 + row
+    return {"input_ids": ids, "attention_mask": [1] * LENGTH, "labels": ids[:keep] + [-100] * (LENGTH - keep)}
+
+
+def masked(row: int, generator: random.Random) -> Row:
+    ids = _tokens(generator)
+    labels = [-100] * LENGTH
+    for position in range(1, 2 + row):
+        labels[position] = ids[position]
+    return {"input_ids": ids, "attention_mask": _mask(row), "labels": labels}
+
+
+def sequence(row: int, generator: random.Random) -> Row:
+    return {"input_ids": _tokens(generator), "attention_mask": [1] * LENGTH, "labels": generator.randrange(3)}
+
+
+def token(row: int, generator: random.Random) -> Row:
+    labels = [generator.randrange(3) if position < 2 + row else -100 for position in range(LENGTH)]
+    return {"input_ids": _tokens(generator), "attention_mask": _mask(row), "labels": labels}
+
+
+def question(row: int, generator: random.Random) -> Row:
+    start, end = generator.randrange(LENGTH), LENGTH + 3 if row % 3 == 0 else generator.randrange(LENGTH)
+    plain = {"input_ids": _tokens(generator), "attention_mask": [1] * LENGTH}
+    return {**plain, "start_positions": start, "end_positions": end}
+
+
+def question_inside(row: int, generator: random.Random) -> Row:
+    return {**question(row, generator), "end_positions": generator.randrange(LENGTH)}
+
+
+def replaced(row: int, generator: random.Random) -> Row:
+    labels = [generator.randrange(2) for _ in range(LENGTH)]
+    return {"input_ids": _tokens(generator), "attention_mask": _mask(row), "labels": labels}
+
+
+def pair(label: str) -> Callable[[int, random.Random], Row]:
+    return lambda row, generator: {**masked(row, generator), label: generator.randrange(2)}
+
+
+def choice(row: int, generator: random.Random) -> Row:
+    rows = [_tokens(generator) for _ in range(3)]
+    return {"input_ids": rows, "attention_mask": [[1] * LENGTH] * 3, "labels": generator.randrange(3)}
+
+
+def span(row: int, generator: random.Random) -> Row:
+    labels = [*_tokens(generator)[: 2 + row]]
+    return {
+        "input_ids": _tokens(generator),
+        "attention_mask": [1] * LENGTH,
+        "labels": labels + [-100] * (10 - len(labels)),
+    }
+
+
+_BERT = dict(
+    vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+    max_position_embeddings=32, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_GPT2 = dict(
+    vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=3, resid_pdrop=0.0, embd_pdrop=0.0,
+    attn_pdrop=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_XLNET = dict(
+    vocab_size=VOCAB, d_model=16, n_layer=1, n_head=2, d_inner=32, num_labels=3, dropout=0.0, summary_last_dropout=0.0
+)
+_T5 = dict(
+    vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, num_labels=3, dropout_rate=0.0,
+    decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, classifier_dropout=0.0,
+)  # fmt: skip
+_LLAMA = dict(
+    vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+    intermediate_size=32, max_position_embeddings=32, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
+    "Bert": (T.BertConfig, _BERT),
+    "Roberta": (T.RobertaConfig, _BERT),
+    "Albert": (T.AlbertConfig, {**_BERT, "embedding_size": 8, "classifier_dropout_prob": 0.0}),
+    "Electra": (T.ElectraConfig, {**_BERT, "embedding_size": 8, "summary_last_dropout": 0.0}),
+    "XLNet": (T.XLNetConfig, _XLNET),
+    "T5": (T.T5Config, _T5),
+    "GPT2": (T.GPT2Config, _GPT2),
+    "Llama": (T.LlamaConfig, _LLAMA),
+}
+HEADS: dict[str, Callable[[int, random.Random], Row]] = {
+    "GPT2LMHeadModel": causal, "LlamaForCausalLM": causal, "BertLMHeadModel": causal, "XLNetLMHeadModel": masked,
+    "BertForMaskedLM": masked, "RobertaForMaskedLM": masked, "AlbertForMaskedLM": masked, "ElectraForMaskedLM": masked,
+    "BertForPreTraining": pair("next_sentence_label"), "AlbertForPreTraining": pair("sentence_order_label"),
+    "ElectraForPreTraining": replaced, "T5ForConditionalGeneration": span,
+    **{f"{name}ForSequenceClassification": sequence for name in _CONFIGS},
+    **{f"{name}ForTokenClassification": token for name in _CONFIGS},
+    **{f"{name}ForQuestionAnswering": question for name in _CONFIGS},
+    "XLNetForQuestionAnswering": question_inside, "XLNetForQuestionAnsweringSimple": question, "BertForMultipleChoice": choice,
+}  # fmt: skip
+
+
+def build(head: str) -> tuple[torch.nn.Module, list[Row]]:
+    """Return a seeded tiny model of a class of transformers and eight rows for it."""
+    name = next(prefix for prefix in _CONFIGS if head.startswith(prefix))
+    config_class, values = _CONFIGS[name]
+    values = dict(values)
+    if "QuestionAnswering" in head or "PreTraining" in head:
+        values["num_labels"] = 2
+    if head == "BertLMHeadModel":
+        values["is_decoder"] = True
+    if head == "T5ForSequenceClassification":
+
+        def rows(row: int, generator: random.Random) -> Row:  # this head pools at </s>, one in every row
+            made = sequence(row, generator)
+            return {**made, "input_ids": made["input_ids"][:-1] + [1]}
+    else:
+        rows = HEADS[head]
+    torch.manual_seed(0)
+    model = getattr(T, head)(config_class(**values))
+    generator = random.Random(1)
+    return model, [rows(row, generator) for row in range(ROWS)]
