@@ -1,0 +1,272 @@
+"""A recipe: every choice of a run in one YAML file, typed section by section.
+
+Precedence, lowest first: the size's defaults, the recipe file, the command's own flags, `--set key=value`.
+The resolved recipe is written beside the checkpoint; running it again gives the same weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .coerce import RecipeLoader, coerce, parse_yaml, read_yaml
+from .errors import UsageProblem, did_you_mean
+
+RECIPE_FILE = "recipe.yaml"
+_MINIMUM_BLOCK = 8
+
+
+@dataclass
+class ModelSection:
+    """Which model: a family from scratch, or a checkpoint to go on from."""
+
+    family: str | None = None
+    size: Literal["tiny", "small", "base"] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class TokenizerSection:
+    """Which tokenizer: a kind trained on the run's own text, or a saved one."""
+
+    kind: str | None = None
+    vocab_size: int | None = None
+    path: str | None = None
+
+
+@dataclass
+class DataSection:
+    """Where the examples come from and how they are cut; columns are named for labelled data."""
+
+    source: str | list[str] | None = None
+    text_column: str = "text"
+    validation: float | str | None = None
+    config_name: str | None = None
+    split: str | None = None
+    streaming: bool = False
+    encoding: str = "utf-8"
+    errors: Literal["strict", "replace", "ignore"] = "strict"
+    mode: Literal["auto", "blocks", "lanes"] = "auto"
+    block_size: int | None = None
+    max_documents: int | None = None
+    label_column: str = "label"
+    pair_column: str | None = None
+    tokens_column: str = "tokens"
+    tags_column: str = "tags"
+    source_column: str = "source"
+    target_column: str = "target"
+
+
+@dataclass
+class ObjectiveSection:
+    """What is learnt; every key besides `name` is an option of that objective or task."""
+
+    name: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LoraSection:
+    """Low-rank adapters instead of full fine-tuning; the targets default to the family's registry row."""
+
+    enabled: bool = False
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str | list[str] | None = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    merge: bool = False
+
+
+@dataclass
+class HubSection:
+    """Where the finished checkpoint goes."""
+
+    repo_id: str | None = None
+    private: bool | None = None
+    push: bool = False
+    license: str | None = None
+
+
+@dataclass
+class Recipe:
+    """All sections; `training` holds TrainingArguments by their own names."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
+    data: DataSection = field(default_factory=DataSection)
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    lora: LoraSection = field(default_factory=LoraSection)
+    training: dict[str, Any] = field(default_factory=dict)
+    hub: HubSection = field(default_factory=HubSection)
+
+
+class RecipeDumper(yaml.SafeDumper):
+    """SafeDumper that also quotes text which the recipe loader would take for a number."""
+
+    yaml_implicit_resolvers = {
+        first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])
+        + RecipeLoader.yaml_implicit_resolvers.get(first, [])
+        for first in {**yaml.SafeDumper.yaml_implicit_resolvers, **RecipeLoader.yaml_implicit_resolvers}
+    }
+
+
+def field_types(kind: type) -> dict[str, Any]:
+    """Name to resolved annotation of every field of the dataclass `kind`."""
+    hints = typing.get_type_hints(kind)
+    return {item.name: hints[item.name] for item in dataclasses.fields(kind) if item.init}
+
+
+def typed_section(kind: type, values: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """`values` checked key by key against the dataclass `kind`.
+
+    Raises:
+        UsageProblem: an unknown key (with the closest known one) or a value of the wrong type.
+    """
+    known = field_types(kind)
+    typed = {}
+    for key, value in values.items():
+        if key not in known:
+            raise UsageProblem(f"unknown key {section}.{key}{did_you_mean(str(key), known)}")
+        typed[key] = coerce(value, known[key], f"{section}.{key}")
+    return typed
+
+
+def _mapping(value: Any, section: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UsageProblem(f"{section}: wanted a mapping of keys, got {value!r}")
+    return value
+
+
+def _objective_section(values: dict[str, Any]) -> ObjectiveSection:
+    options = {key: value for key, value in values.items() if key not in ("name", "options")}
+    options |= _mapping(values.get("options"), "objective.options")
+    return ObjectiveSection(coerce(values.get("name"), str | None, "objective.name"), options)
+
+
+def _training_section(values: dict[str, Any]) -> dict[str, Any]:
+    from ..trainer.arguments import LNLMTrainingArguments
+
+    return typed_section(LNLMTrainingArguments, values, "training")
+
+
+def typed_recipe(values: Mapping[str, Any]) -> Recipe:
+    """A Recipe from nested plain values.
+
+    Args:
+        values: section name to mapping, as a YAML file holds it.
+
+    Raises:
+        UsageProblem: naming the first wrong section, key or value.
+    """
+    recipe, sections = Recipe(), field_types(Recipe)
+    for name, value in values.items():
+        if name not in sections:
+            raise UsageProblem(f"unknown section {name!r}{did_you_mean(str(name), sections)}")
+        content = _mapping(value, name)
+        if name == "objective":
+            recipe.objective = _objective_section(content)
+        elif name == "training":
+            recipe.training = _training_section(content)
+        else:
+            setattr(recipe, name, sections[name](**typed_section(sections[name], content, name)))
+    return recipe
+
+
+def assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `values["a"]["b"] = value` for the dotted key `a.b`, making sections on the way."""
+    *path, last = dotted.split(".")
+    here = values
+    for name in path:
+        if not isinstance(here.get(name), dict):
+            here[name] = {}
+        here = here[name]
+    here[last] = value
+
+
+def apply_settings(values: dict[str, Any], settings: list[str]) -> None:
+    """Apply `--set section.key=value` strings to nested plain values, in order; values are read as YAML.
+
+    Raises:
+        UsageProblem: a string without `=`, or a key without a section.
+    """
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        key = key.strip()
+        if not equals or "." not in key or not all(key.split(".")):
+            raise UsageProblem(f"--set wants section.key=value, got {setting!r}")
+        assign(values, key, parse_yaml(text, f"--set {key}"))
+
+
+def load_recipe(path: str | Path | None, flags: Mapping[str, Any], settings: list[str]) -> Recipe:
+    """The recipe in the file at `path`, overridden by flags and settings.
+
+    Args:
+        path: a YAML file, or None to start empty.
+        flags: dotted key to value; None means that the flag was not given.
+        settings: `--set` strings.
+
+    Raises:
+        UsageProblem: what is wrong, naming file, key and value.
+    """
+    values = read_yaml(path) if path is not None else {}
+    for key, value in flags.items():
+        if value is not None:
+            assign(values, key, value)
+    apply_settings(values, settings)
+    recipe = typed_recipe(values)
+    _check_ranges(recipe)
+    return recipe
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    positive = {
+        "tokenizer.vocab_size": recipe.tokenizer.vocab_size,
+        "data.max_documents": recipe.data.max_documents,
+        "lora.r": recipe.lora.r,
+    }
+    for key, value in positive.items():
+        if value is not None and value < 1:
+            raise UsageProblem(f"{key} must be at least 1, got {value}")
+    if recipe.data.block_size is not None and recipe.data.block_size < _MINIMUM_BLOCK:
+        raise UsageProblem(f"data.block_size must be at least {_MINIMUM_BLOCK}, got {recipe.data.block_size}")
+    share = recipe.data.validation
+    if isinstance(share, float) and not 0 <= share < 1:
+        raise UsageProblem(f"data.validation as a share must lie in [0, 1), got {share}")
+    if recipe.model.family and recipe.model.checkpoint:
+        raise UsageProblem("give model.family (from scratch) or model.checkpoint (go on from it), not both")
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """Nested plain values of `recipe`, without the keys that are at their default."""
+    result: dict[str, Any] = {}
+    for item in dataclasses.fields(recipe):
+        section = getattr(recipe, item.name)
+        if isinstance(section, ObjectiveSection):
+            values = {"name": section.name, **section.options}
+        elif dataclasses.is_dataclass(section):
+            empty = type(section)()
+            values = {key: value for key, value in vars(section).items() if value != getattr(empty, key)}
+        else:
+            values = dict(section)
+        if values:
+            result[item.name] = values
+    return result
+
+
+def dump_recipe(recipe: Recipe, header: str = "") -> str:
+    """`recipe` as YAML text that reads back equal; `header` lines become comments."""
+    comment = "".join(f"# {line}\n" for line in header.splitlines())
+    return comment + yaml.dump(plain(recipe), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True, width=120)
