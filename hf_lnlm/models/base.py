@@ -144,7 +144,20 @@ class LNLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.check_bounds()
         check_bound("num_labels", kwargs.get("num_labels"), (1, MAX_LABELS))
+        self._forget_carried_code(kwargs)
         super().__post_init__(**kwargs)
+
+    def _forget_carried_code(self, kwargs: dict[str, Any]) -> None:
+        """Drop from a loaded config the `auto_map` entries that a save wrote: they follow from the family."""
+        module = type(self).__module__
+        if not module.startswith(_PACKAGE + ".") or not isinstance(kwargs.get("auto_map"), dict):
+            return
+        stem = module.rpartition("configuration_")[2]
+        ours = (f"configuration_{stem}", f"modeling_{stem}")
+        entries = kwargs.pop("auto_map").items()
+        kept = {auto: name for auto, name in entries if str(name).split("--")[-1].split(".")[0] not in ours}
+        if kept:
+            kwargs["auto_map"] = kept
 
     def check_bounds(self) -> None:
         """Check every numeric field against its bounds. Runs first, before anything derived is built.

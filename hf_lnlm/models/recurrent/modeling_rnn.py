@@ -206,6 +206,15 @@ class RNNPreTrainedModel(LNLMPreTrainedModel):
                 bias = torch.zeros_like(module.input_gates.bias)
                 bias[size : 2 * size] = module.forget_bias
                 init.copy_(module.input_gates.bias, bias)
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range or module.embedding_dim**-0.5)
+            # the slice loses the flag by which init spares loaded weights, so it is asked for here
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
+        for name in ("embedding_projection", "output_projection"):
+            projection = getattr(module, name, None)
+            if projection is not None:  # normal(0, 0.02) would all but cut the path between embeddings and layers
+                init.xavier_uniform_(projection.weight)
 
 
 class RNNModel(RNNPreTrainedModel):
@@ -365,7 +374,6 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        shift_labels: torch.LongTensor | None = None,
         seq_idx: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
@@ -374,12 +382,14 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
         Args:
             labels: `(batch, length)`, the input ids; shifted inside. -100 is ignored.
             logits_to_keep: how many last positions (or which) get logits; 0 for all.
-            shift_labels: `(batch, length)` labels already shifted, used in place of `labels`.
+            kwargs: `shift_labels` `(batch, length)`, labels already shifted, used in place of `labels`, and
+                `num_items_in_batch`, by which the summed loss is divided, as Trainer gives them.
 
         Returns:
             loss in nats a token, logits `(batch, kept, vocab_size)` and the state. While training with a chunked or
             adaptive head the logits are None: they are never computed.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # in the signature, Trainer would take it for a column of labels
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

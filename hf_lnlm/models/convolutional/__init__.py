@@ -1,0 +1,1 @@
+"""Convolutional families: TextCNN, character CNN, VDCNN, gated convolutional language model."""

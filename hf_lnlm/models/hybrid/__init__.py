@@ -1,0 +1,1 @@
+"""Hybrid families: a stock or own encoder with a convolutional head."""
