@@ -1,0 +1,126 @@
+"""Configuration of the gated convolutional language model."""
+
+# Copyright 2026 The hf_lnlm authors. Licensed under the Apache License, Version 2.0.
+
+from typing import Any, ClassVar, NamedTuple
+
+from ..base import LNLMConfig, check_bound, check_choice, strict_config
+
+LOSS_HEADS = ("full", "chunked", "adaptive")
+LOSS_DTYPES = ("float32", "bfloat16")
+POOLINGS = ("last", "mean", "max")
+Sizes = list[int] | tuple[int, ...]
+
+
+class LayerShape(NamedTuple):
+    """Shape of one layer.
+
+    Attributes:
+        in_size: channels in.
+        size: channels out.
+        kernel_size: frames that an output sees, itself included.
+        bottleneck_size: channels of the wide convolution, or None if it runs at full width.
+    """
+
+    in_size: int
+    size: int
+    kernel_size: int
+    bottleneck_size: int | None
+
+
+@strict_config
+class GatedCNNConfig(LNLMConfig):
+    """Configuration of `GatedCNNModel` and its heads (Dauphin et al. 2017).
+
+    Args:
+        embedding_size: width of the token embeddings; `hidden_size` if None.
+        hidden_size: channels of every layer, unless `layer_channels` says otherwise.
+        kernel_size: frames that an output sees, itself included, unless `layer_kernels` says otherwise.
+        layer_channels: channels of each layer.
+        layer_kernels: kernel size of each layer.
+        bottleneck_size: channels of the wide convolution in a bottleneck block (1, k, 1); None for plain blocks.
+        weight_norm: learn the length and the direction of each filter apart (Salimans & Kingma 2016).
+        dropout: dropout of every layer's input.
+        loss_head: `full` logits, `chunked` (never all logits while training) or `adaptive` softmax.
+        loss_chunk_size: tokens a chunk of the chunked head.
+        loss_dtype: `float32` or `bfloat16` products in the chunked head.
+        adaptive_cutoffs: where the adaptive softmax's clusters begin, ascending, below `vocab_size`.
+        adaptive_div_value: factor by which each cluster narrows.
+        pooling: how sequence classification sums up a text: `last` real token, `mean` or `max`.
+        classifier_dropout: dropout before the classifier.
+
+    Raises:
+        ValueError: a field is out of range, or fields contradict each other.
+    """
+
+    model_type = "lnlm_gated_cnn"
+    base_model_fsdp_plan = {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight"}
+    _bounds: ClassVar[dict[str, tuple[float, float]]] = {
+        "kernel_size": (1, 4096),
+        "layer_kernels": (1, 4096),
+        "layer_channels": (1, 2**24),
+        "adaptive_div_value": (1.0, 1e6),
+    }
+
+    num_hidden_layers: int = 8
+    embedding_size: int | None = None
+    kernel_size: int = 4
+    layer_channels: Sizes | None = None
+    layer_kernels: Sizes | None = None
+    bottleneck_size: int | None = None
+    weight_norm: bool = True
+    dropout: float | int = 0.0
+    loss_head: str = "full"
+    loss_chunk_size: int = 256
+    loss_dtype: str = "float32"
+    adaptive_cutoffs: Sizes | None = None
+    adaptive_div_value: float | int = 4.0
+    pooling: str = "max"
+    classifier_dropout: float | int = 0.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.embedding_size is None:
+            self.embedding_size = self.hidden_size
+
+    def check_bounds(self) -> None:
+        """Check ranges and choices, and what they mean together; see the class for the fields."""
+        super().check_bounds()
+        check_choice("backend", self.backend, ("auto", "reference", "eager"))
+        check_choice("loss_head", self.loss_head, LOSS_HEADS)
+        check_choice("loss_dtype", self.loss_dtype, LOSS_DTYPES)
+        check_choice("pooling", self.pooling, POOLINGS)
+        for name in ("layer_channels", "layer_kernels"):
+            given = getattr(self, name)
+            if given is not None:
+                check_bound(f"len({name})", len(given), (self.num_hidden_layers, self.num_hidden_layers))
+        if self.loss_head == "adaptive":
+            self._check_adaptive()
+
+    def _check_adaptive(self) -> None:
+        cutoffs = list(self.adaptive_cutoffs or [])
+        fits = cutoffs and cutoffs == sorted(set(cutoffs)) and 0 < cutoffs[0] and cutoffs[-1] < self.vocab_size
+        if not fits:
+            raise ValueError(
+                f"adaptive_cutoffs must ascend strictly between 0 and vocab_size ({self.vocab_size}), "
+                f"got {self.adaptive_cutoffs}"
+            )
+        if self.tie_word_embeddings:
+            raise ValueError("loss_head='adaptive' has its own projections: tie_word_embeddings must be false, got true")
+
+    def layer_shape(self, layer: int) -> LayerShape:
+        """Return the shape of a layer, counted from 0."""
+        channels = list(self.layer_channels or [self.hidden_size] * self.num_hidden_layers)
+        kernels = list(self.layer_kernels or [self.kernel_size] * self.num_hidden_layers)
+        before = int(self.embedding_size or self.hidden_size) if layer == 0 else channels[layer - 1]
+        return LayerShape(before, channels[layer], kernels[layer], self.bottleneck_size)
+
+    @property
+    def output_size(self) -> int:
+        """Width of the base model's output."""
+        return self.layer_shape(self.num_hidden_layers - 1).size
+
+    @property
+    def receptive_field(self) -> int:
+        """Number of tokens, itself included, that a prediction can see."""
+        return 1 + sum(self.layer_shape(layer).kernel_size - 1 for layer in range(self.num_hidden_layers))

@@ -1,0 +1,393 @@
+"""Gated convolutional language model and classifier [1].
+
+References:
+    [1] Dauphin, Fan, Auli & Grangier 2017, "Language Modeling with Gated Convolutional Networks" (ICML).
+    [2] Salimans & Kingma 2016, "Weight Normalization".
+    [3] Grave et al. 2017, "Efficient softmax approximation for GPUs".
+
+Glossary (paper symbol ↔ here): X input of a layer ↔ `hidden`; k kernel width ↔ `kernel_size`; W, V with b, c ↔ the two
+halves of `convolution.projection`; h = (X∗W + b) ⊗ σ(X∗V + c) (eq. 1) ↔ `gate`; g of [2] ↔ `gain`.
+
+Deviations: a residual connection between layers of different width goes through a linear map; a text is read from zeros
+before its first token, as in the paper, and packed documents each from zeros of their own. The state is the last k − 1
+frames of each layer's wide convolution, so decoding is exact and its cost does not depend on the text before.
+
+Complexity: O(length · k · channels²) a layer, the whole sequence at once; O(k · channels²) for one more token.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_torchdynamo_compiling
+from transformers.utils.output_capturing import capture_outputs
+
+from ...nn.convolution import CausalConvolution, TimeConvolution, justify, left_justify, restore
+from ...nn.loss_heads import (
+    IGNORED,
+    AdaptiveSoftmax,
+    chunked_loss,
+    classification_loss,
+    next_token_labels,
+    normalised,
+)
+from ...nn.masks import SequenceMarks, end_token, sequence_marks
+from ...nn.pooling import max_over_time, mean_over_time
+from ...nn.ragged import RowLayout, batch_state, gather_rows, rows_state, scatter_rows
+from ..base import LNLMPreTrainedModel
+from .configuration_gated_cnn import GatedCNNConfig
+from .text_classifier import embed_inputs
+
+STATE_KIND = "gated_cnn"
+Piece = tuple[torch.Tensor, torch.Tensor]
+
+
+def gate(features: torch.Tensor) -> torch.Tensor:
+    """Gated linear unit (eq. 1): the first half of `(batch, 2 C, T)`, let through by the sigmoid of the second."""
+    return F.glu(features, dim=1)
+
+
+class GatedCNNLayer(GradientCheckpointingLayer):
+    """A causal gated convolution with a residual connection, plain or with a bottleneck (1, k, 1).
+
+    Args:
+        config: the model's configuration.
+        layer_idx: which layer, from 0.
+    """
+
+    def __init__(self, config: GatedCNNConfig, layer_idx: int) -> None:
+        super().__init__()
+        shape, norm = config.layer_shape(layer_idx), config.weight_norm
+        inner = shape.bottleneck_size
+        self.tap_by_tap = config.backend == "reference"
+        self.dropout = nn.Dropout(config.dropout)
+        self.narrow = TimeConvolution(shape.in_size, 2 * inner, 1, weight_norm=norm) if inner else None
+        wide_in, wide_out = (inner, inner) if inner else (shape.in_size, shape.size)
+        self.convolution = CausalConvolution(wide_in, 2 * wide_out, shape.kernel_size, weight_norm=norm)
+        self.widen = TimeConvolution(inner, 2 * shape.size, 1, weight_norm=norm) if inner else None
+        same = shape.in_size == shape.size
+        self.shortcut = None if same else nn.Linear(shape.in_size, shape.size, bias=False)
+
+    @property
+    def window_shape(self) -> tuple[int, int]:
+        """Shape of one row's state: channels and frames."""
+        return self.convolution.in_features, self.convolution.window_size
+
+    def forward(self, hidden: torch.Tensor, window: torch.Tensor | None, marks: SequenceMarks) -> Piece:
+        """Run the layer on a piece of the sequence.
+
+        Args:
+            hidden: `(batch, length, channels)`.
+            window: `(batch, channels, k - 1)` frames before the piece; None at the beginning.
+            marks: which positions are real and where documents begin.
+
+        Returns:
+            output `(batch, length, channels out)` and the window after the piece.
+        """
+        features = self.dropout(hidden).mT
+        if self.narrow is not None:
+            features = gate(self.narrow(features))
+        if window is None:
+            window = features.new_zeros(features.shape[0], *self.window_shape)
+        features, window = self._convolve(features, window, marks)
+        features = gate(features)
+        if self.widen is not None:
+            features = gate(self.widen(features))
+        return features.mT + (hidden if self.shortcut is None else self.shortcut(hidden)), window
+
+    def _convolve(self, features: torch.Tensor, window: torch.Tensor, marks: SequenceMarks) -> Piece:
+        if marks.traced and marks.mask is None and marks.starts is not None:
+            marks = marks._replace(mask=torch.ones_like(marks.starts))
+        if marks.traced and marks.mask is not None:
+            return self._convolve_traced(features, window, marks.mask, marks.starts)
+        if marks.layout is not None and not marks.layout.aligned:
+            return self._convolve_rows(features, window, marks.layout)
+        lengths = None if marks.layout is None else marks.layout.lengths
+        return self._run(features, window, lengths)
+
+    def _run(self, features: torch.Tensor, window: torch.Tensor, lengths: torch.Tensor | None) -> Piece:
+        if not self.tap_by_tap:
+            return self.convolution.with_window(features, window, lengths)
+        batch, _, length = features.shape
+        lengths = torch.full((batch,), length, device=features.device) if lengths is None else lengths
+        documents = torch.zeros(batch, length, dtype=torch.long, device=features.device)
+        return self.convolution.with_documents(features, window, lengths, documents)
+
+    def _convolve_rows(self, features: torch.Tensor, window: torch.Tensor, layout: RowLayout) -> Piece:
+        if layout.lengths.numel() == 0:
+            return features.new_zeros(features.shape[0], self.convolution.out_features, features.shape[2]), window
+        rows = gather_rows(features.mT, layout.index).mT
+        output, final = self._run(rows, rows_state(window, window.new_zeros(1), layout), layout.lengths)
+        return scatter_rows(output.mT, layout.place, layout.mask).mT, batch_state(final, window, layout)
+
+    def _convolve_traced(
+        self, features: torch.Tensor, window: torch.Tensor, mask: torch.Tensor, starts: torch.Tensor | None
+    ) -> Piece:
+        plan = left_justify(mask)
+        rows = justify(features.mT, plan).mT
+        if starts is None:
+            output, window = self.convolution.with_window(rows, window, plan.lengths)
+        else:
+            documents = starts.cumsum(1)
+            documents = documents if plan.order is None else documents.gather(1, plan.order)
+            output, window = self.convolution.with_documents(rows, window, plan.lengths, documents)
+        return restore(output.mT, plan).mT, window
+
+
+class GatedCNNPreTrainedModel(LNLMPreTrainedModel):
+    """Weight initialisation and traits that the gated convolutional models share."""
+
+    config: GatedCNNConfig
+    _no_split_modules = ["GatedCNNLayer"]
+    _can_record_outputs = {"hidden_states": GatedCNNLayer}
+    _no_weight_decay = (r"\.gain$", r"\.bias$")
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TimeConvolution):  # He et al. 2015, as in the paper, section 4.3
+            weight = module.projection.weight
+            init.normal_(weight, std=(2.0 / weight.shape[1]) ** 0.5)
+            if module.gain is not None:
+                init.copy_(module.gain, torch.linalg.vector_norm(weight, dim=1))
+
+
+class GatedCNNModel(GatedCNNPreTrainedModel):
+    """Embeddings and gated convolutional layers, without a head.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: GatedCNNConfig) -> None:
+        super().__init__(config)
+        width = int(config.embedding_size or config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, width, config.pad_token_id)
+        self.layers = nn.ModuleList([GatedCNNLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Run the model.
+
+        Args:
+            input_ids: `(batch, length)`; or give `inputs_embeds` `(batch, length, embedding_size)`.
+            attention_mask: `(batch, past + length)`, zero at padding, which may lie anywhere.
+            position_ids: `(batch, length)`; position 0 begins a document, with a fresh window (packed rows).
+            past_key_values: windows so far, a `DynamicCache(config=model.config)`; updated and returned.
+            use_cache: whether to return the windows.
+            seq_idx: `(batch, length)` document numbers of packed rows.
+
+        Returns:
+            last hidden state `(batch, length, output_size)` and the windows.
+
+        Raises:
+            ValueError: inputs, mask or state do not fit each other or the config.
+        """
+        hidden = embed_inputs(self.embed_tokens, input_ids, inputs_embeds)
+        cache = self._cache(past_key_values, use_cache)
+        marks = sequence_marks(hidden, attention_mask, position_ids, seq_idx, cache)
+        for index, layer in enumerate(self.layers):
+            hidden, window = layer(hidden, self._read(cache, index, hidden.shape[0]), marks)
+            if cache is not None:
+                cache.layers[index].write(STATE_KIND, {"window": window}, hidden.shape[1])
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache if use_cache else None)
+
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
+        if past_key_values is None:
+            return DynamicCache(config=self.config) if use_cache else None
+        layers = getattr(past_key_values, "layers", [])
+        if len(layers) != len(self.layers) or not all(hasattr(layer, "read") for layer in layers):
+            raise ValueError(
+                f"past_key_values must hold {len(self.layers)} windows, as DynamicCache(config=model.config) makes "
+                f"them, got {past_key_values!r}"
+            )
+        return past_key_values
+
+    def _read(self, cache: Cache | None, index: int, batch_size: int) -> torch.Tensor | None:
+        if cache is None:
+            return None
+        shapes = {"window": self.layers[index].window_shape}
+        states = cache.layers[index].read(STATE_KIND, batch_size, shapes)
+        return None if states is None else states["window"]
+
+
+class GatedCNNForCausalLM(GatedCNNPreTrainedModel, GenerationMixin):
+    """Gated convolutional language model with a full, chunked or adaptive softmax [3].
+
+    Args:
+        config: the model's configuration.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: GatedCNNConfig) -> None:
+        super().__init__(config)
+        self.model = GatedCNNModel(config)
+        width, embedding = config.output_size, int(config.embedding_size or config.hidden_size)
+        narrowed = config.tie_word_embeddings and width != embedding
+        self.output_projection = nn.Linear(width, embedding, bias=False) if narrowed else None
+        self.lm_head = self._make_head(config, embedding if narrowed else width)
+        self.post_init()
+
+    @staticmethod
+    def _make_head(config: GatedCNNConfig, width: int) -> nn.Module:
+        if config.loss_head == "adaptive":
+            cutoffs = list(config.adaptive_cutoffs or [])
+            return AdaptiveSoftmax(width, config.vocab_size, cutoffs, config.adaptive_div_value)
+        return nn.Linear(width, config.vocab_size, bias=not config.tie_word_embeddings)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the LM head; None for an adaptive softmax, which cannot be resized."""
+        return None if self.config.loss_head == "adaptive" else self.lm_head
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize embeddings and head, as in transformers.
+
+        Raises:
+            ValueError: the head is an adaptive softmax, whose clusters belong to one vocabulary.
+        """
+        if self.config.loss_head == "adaptive" and new_num_tokens not in (None, self.config.vocab_size):
+            size = self.config.vocab_size
+            raise ValueError(f"an adaptive softmax cannot be resized from {size} to {new_num_tokens} tokens")
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        shift_labels: torch.LongTensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Run the model and, given labels, its loss; see `GatedCNNModel.forward` for the other arguments.
+
+        Args:
+            labels: `(batch, length)`, the input ids; shifted inside. -100 is ignored.
+            logits_to_keep: how many last positions (or which) get logits; 0 for all.
+            shift_labels: `(batch, length)` labels already shifted, used in place of `labels`.
+
+        Returns:
+            loss in nats a token, logits `(batch, kept, vocab_size)` and the windows. While training with a chunked or
+            adaptive head the logits are None: they are never computed.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            seq_idx=seq_idx,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        if self.output_projection is not None:
+            hidden = self.output_projection(hidden)
+        loss, logits = self._loss_and_logits(hidden, labels, shift_labels, logits_to_keep, kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def _loss_and_logits(
+        self, hidden: torch.Tensor, labels: Any, shift_labels: Any, logits_to_keep: Any, kwargs: Any
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if labels is None and shift_labels is None:
+            return None, self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        targets = next_token_labels(labels, shift_labels)
+        items = kwargs.get("num_items_in_batch")
+        if self.training and self.config.loss_head != "full" and not is_torchdynamo_compiling():
+            return self._loss_without_logits(hidden, targets, items), None
+        logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        size = self.config.vocab_size
+        return self.loss_function(logits, None, size, shift_labels=targets, num_items_in_batch=items), logits
+
+    def _loss_without_logits(self, hidden: torch.Tensor, targets: torch.Tensor, items: Any) -> torch.Tensor:
+        flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(hidden.device)
+        if self.config.loss_head == "adaptive":
+            total = self.lm_head.summed_loss(flat, labels)  # type: ignore[operator, union-attr]
+        else:
+            dtype = getattr(torch, self.config.loss_dtype)
+            total = chunked_loss(self.lm_head, flat, labels, self.config.loss_chunk_size, dtype)
+        return normalised(total, (labels != IGNORED).sum(), items)
+
+
+class GatedCNNForSequenceClassification(GatedCNNPreTrainedModel):
+    """Text classifier or regressor over gated convolutions.
+
+    Args:
+        config: the model's configuration; `pooling` says how a text is summed up.
+    """
+
+    def __init__(self, config: GatedCNNConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GatedCNNModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.output_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        """Classify texts.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds: as in `GatedCNNModel.forward`.
+            labels: `(batch,)` class ids, or values as `config.problem_type` wants them.
+
+        Returns:
+            loss and logits `(batch, num_labels)`. A row without any real token is classified from zeros.
+        """
+        kwargs["use_cache"] = False
+        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.classifier(self.dropout(self._pool(outputs.last_hidden_state, attention_mask)))
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+    def _pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        mask = None if attention_mask is None else attention_mask.bool()
+        if self.config.pooling == "last":
+            return end_token(hidden, mask)
+        return (max_over_time if self.config.pooling == "max" else mean_over_time)(hidden.mT, mask)
+
+
+__all__ = ["GatedCNNForCausalLM", "GatedCNNForSequenceClassification", "GatedCNNModel", "GatedCNNPreTrainedModel"]

@@ -1,0 +1,246 @@
+"""Convolutions over time that padding cannot touch, with kernels that adapters can reach.
+
+A kernel is kept as an `nn.Linear` from `kernel_size` neighbouring frames to one output frame, so that LoRA, quantisation
+and offloading, which know `nn.Linear` only, apply to convolutions as they do to projections. The fast path reads the
+weight through `effective_weight` and runs the fused convolution of torch.
+
+Masked frames are zeros before every convolution, exactly what lies beyond the ends of a sequence. With left-justified
+rows (`left_justify`) that makes every real output frame independent of how a batch was padded.
+
+Glossary: C channels in, F features out, k kernel size, T frames. Feature maps are `(batch, C, T)`, masks `(batch, T)`.
+Complexity: O(batch · T · k · C · F) multiplications; a masked frame costs as much as a real one.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .effective_weight import effective_weight
+
+
+class Justified(NamedTuple):
+    """A batch with every row's real tokens moved to the front, in their order.
+
+    Attributes:
+        order: `(batch, T)` source position of each justified position; masked ones follow the real ones. None if every
+            row is justified as it is (right padding).
+        mask: `(batch, T)` true at the real tokens of the justified rows.
+        lengths: `(batch,)` number of real tokens.
+    """
+
+    order: torch.Tensor | None
+    mask: torch.Tensor
+    lengths: torch.Tensor
+
+
+def check_mask(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    """Return a mask as booleans `(batch, T)`, or None if there is none.
+
+    Args:
+        attention_mask: `(batch, length)` of booleans or numbers, nonzero at real tokens.
+        batch, length: shape of the input it belongs to.
+
+    Raises:
+        ValueError: the mask has another shape.
+    """
+    if attention_mask is None:
+        return None
+    if tuple(attention_mask.shape) != (batch, length):
+        raise ValueError(
+            f"attention_mask must have the input's shape ({batch}, {length}), got {tuple(attention_mask.shape)}"
+        )
+    return attention_mask.bool()
+
+
+def left_justify(mask: torch.Tensor) -> Justified:
+    """Plan the move of real tokens to the front of their rows, whatever the padding: left, right or inside.
+
+    Args:
+        mask: `(batch, T)` true at real tokens.
+    """
+    lengths = mask.sum(1)
+    if not torch.compiler.is_compiling() and bool((mask[:, :-1] >= mask[:, 1:]).all()):
+        return Justified(None, mask, lengths)
+    order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return Justified(order, positions < lengths[:, None], lengths)
+
+
+def justify(tensor: torch.Tensor, plan: Justified) -> torch.Tensor:
+    """Move the real positions of `(batch, T, width)` to the front; zeros follow them."""
+    if plan.order is not None:
+        tensor = tensor.gather(1, plan.order[:, :, None].expand(-1, -1, tensor.shape[2]))
+    return tensor.masked_fill(~plan.mask[:, :, None], 0.0)
+
+
+def restore(tensor: torch.Tensor, plan: Justified) -> torch.Tensor:
+    """Undo `justify` on `(batch, T, width)`; masked positions become zero."""
+    tensor = tensor.masked_fill(~plan.mask[:, :, None], 0.0)
+    if plan.order is None:
+        return tensor
+    return torch.zeros_like(tensor).scatter(1, plan.order[:, :, None].expand_as(tensor), tensor)
+
+
+def mask_frames(features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Zero the masked frames of `(batch, C, T)`."""
+    return features if mask is None else features.masked_fill(~mask[:, None, :], 0.0)
+
+
+def strided_mask(mask: torch.Tensor | None, stride: int) -> torch.Tensor | None:
+    """Mask of the frames that a stride keeps, `(batch, ceil(T / stride))`, for left-justified rows."""
+    return mask if mask is None or stride == 1 else mask[:, ::stride]
+
+
+def window_mask(mask: torch.Tensor, kernel_size: int, padding: int) -> torch.Tensor:
+    """Tell which windows see at least one real token.
+
+    Args:
+        mask: `(batch, T)` true at real tokens.
+        kernel_size: frames a window sees.
+        padding: zeros put before the first and after the last frame.
+
+    Returns:
+        `(batch, T + 2 padding - kernel_size + 1)` booleans.
+    """
+    padded = F.pad(mask, (padding, padding))
+    return padded.unfold(1, kernel_size, 1).any(2)
+
+
+class TimeConvolution(nn.Module):
+    """Convolution over time, `(batch, C, T)` → `(batch, F, T')`.
+
+    Args:
+        in_features: channels of a frame, C.
+        out_features: feature maps, F.
+        kernel_size: frames a window sees, k.
+        padding: zeros before the first and after the last frame.
+        stride: frames from one window to the next.
+        weight_norm: learn each map's length (`gain`) and direction apart.
+        bias: whether every map has an offset.
+
+    Attributes:
+        projection: the kernel, `nn.Linear(C * k, F)`; its input holds a window channel by channel.
+        gain: `(F,)` lengths of the maps' weights, or None without `weight_norm`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int,
+        padding: tuple[int, int] = (0, 0),
+        stride: int = 1,
+        weight_norm: bool = False,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.kernel_size = in_features, out_features, kernel_size
+        self.padding, self.stride = padding, stride
+        self.projection = nn.Linear(in_features * kernel_size, out_features, bias=bias)
+        self.gain = nn.Parameter(torch.ones(out_features)) if weight_norm else None
+
+    def kernel(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the weight `(F, C * k)` and bias `(F,)` in effect, for an input of `like`'s dtype and device."""
+        weight, bias = effective_weight(self.projection, self.in_features * self.kernel_size, like.dtype, like.device)
+        if self.gain is not None:
+            gain = self.gain.to(weight)
+            weight = weight * (gain / weight.norm(dim=1).clamp(min=torch.finfo(weight.dtype).tiny))[:, None]
+        return weight, bias
+
+    def forward(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Convolve.
+
+        Args:
+            features: `(batch, C, T)`.
+            mask: `(batch, T)` true at real frames; others count as zeros.
+
+        Returns:
+            `(batch, F, (T + padding - k) // stride + 1)`.
+
+        Raises:
+            ValueError: padding included, the input is shorter than one window.
+        """
+        features = mask_frames(features, mask)
+        left, right = self.padding
+        if features.shape[2] + left + right < self.kernel_size:
+            raise ValueError(f"a window has {self.kernel_size} frames, got {features.shape[2]} and padding {self.padding}")
+        weight, bias = self.kernel(features)
+        weight = weight.view(self.out_features, self.in_features, self.kernel_size)
+        if left == right:
+            return F.conv1d(features, weight, bias, stride=self.stride, padding=left)
+        return F.conv1d(F.pad(features, (left, right)), weight, bias, stride=self.stride)
+
+    def extra_repr(self) -> str:
+        """Describe the module in `print(model)`."""
+        return f"kernel_size={self.kernel_size}, padding={self.padding}, stride={self.stride}"
+
+
+class CausalConvolution(TimeConvolution):
+    """Convolution whose output at a frame sees that frame and the k - 1 before it, never a later one.
+
+    It runs over a sequence in pieces of any length: the last k - 1 real frames (`window`) are all that a piece needs of
+    those before it.
+    """
+
+    @property
+    def window_size(self) -> int:
+        """Frames of the past that one output needs, k - 1."""
+        return self.kernel_size - 1
+
+    def with_window(
+        self, features: torch.Tensor, window: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Convolve a piece, given the frames before it.
+
+        Args:
+            features: `(batch, C, T)`, rows left-justified.
+            window: `(batch, C, k - 1)` the last real frames before the piece; zeros at the beginning.
+            lengths: `(batch,)` real frames in each row; None if all T are real.
+
+        Returns:
+            output `(batch, F, T)` and the next window `(batch, C, k - 1)`, unchanged for a row without a real frame.
+        """
+        joined = torch.cat([window.to(features.dtype), features], dim=2)
+        return self._convolve(joined), self._next_window(joined, lengths)
+
+    def with_documents(
+        self, features: torch.Tensor, window: torch.Tensor, lengths: torch.Tensor, documents: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do the same for rows that hold several documents, tap by tap: the definition, and what a tracer can follow.
+
+        Args:
+            features: `(batch, C, T)`, rows left-justified.
+            window: `(batch, C, k - 1)` frames before the piece; they belong to document 0.
+            lengths: `(batch,)` real frames in each row.
+            documents: `(batch, T)` ascending numbers of the documents; a tap never reaches into another one.
+
+        Returns:
+            output `(batch, F, T)` and the next window, without frames of documents that have ended.
+        """
+        weight, bias = self.kernel(features)
+        taps = weight.view(self.out_features, self.in_features, self.kernel_size)
+        joined = torch.cat([window.to(features.dtype), features], dim=2)
+        numbers = F.pad(documents, (self.window_size, 0))
+        output = features.new_zeros(features.shape[0], features.shape[2], self.out_features)
+        for tap in range(self.kernel_size):
+            reached = slice(tap, tap + features.shape[2])
+            same = (numbers[:, reached] == documents)[:, None, :]
+            output = output + F.linear((joined[:, :, reached] * same).mT, taps[:, :, tap])
+        last = numbers.gather(1, (lengths + self.window_size - 1).clamp(min=0)[:, None])
+        return (output if bias is None else output + bias).mT, self._next_window(
+            joined * (numbers == last)[:, None, :], lengths
+        )
+
+    def _convolve(self, joined: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.kernel(joined)
+        if joined.shape[2] == self.kernel_size:  # one new frame: a matrix product
+            return F.linear(joined.flatten(1), weight, bias).unsqueeze(2)
+        return F.conv1d(joined, weight.view(self.out_features, self.in_features, self.kernel_size), bias)
+
+    def _next_window(self, joined: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+        if lengths is None:
+            return joined[:, :, joined.shape[2] - self.window_size :]
+        places = lengths[:, None] + torch.arange(self.window_size, device=joined.device)
+        return joined.gather(2, places[:, None, :].expand(-1, joined.shape[1], -1))
