@@ -2,8 +2,8 @@
 
 Columns of a row (numpy arrays and integers): `input_ids` `[length]`; `example_id`, the block's number, stable for given
 documents, tokenizer and length; `epoch` (see data/epochs.py); `num_bytes`, the UTF-8 bytes covered by the tokens that
-this block is first to hold, for bits per byte; with `boundaries=True` `position_ids` `[length]`, which restart at 0 where
-a document starts; with `words=True` `word_ids` `[length]`, −1 outside every word.
+this block is first to hold, for bits per byte; with `boundaries=True` `position_ids` `[length]`, which restart at 0
+where a document starts; with `words=True` `word_ids` `[length]`, −1 outside every word.
 
 An objective knows the options it needs: `PackedBlocks(documents, tokenizer, **objective.packing(tokenizer, length))`.
 With `overlap=1` (causal) every token but the stream's first is predicted exactly once: a block's first token is the
@@ -42,7 +42,8 @@ class Layout:
         if self.body <= max(self.overlap, 0) or self.overlap < 0:
             frame = len(self.head) + len(self.tail)
             raise ValueError(
-                f"length must exceed the overlap ({self.overlap}) and the {frame} special tokens of a row, got {self.length}"
+                f"length must exceed the overlap ({self.overlap}) and the {frame} special tokens of a row, "
+                f"got {self.length}"
             )
 
     @property
@@ -184,14 +185,16 @@ class PackedStream(EpochStream):
 
     def numbered_rows(self) -> Iterator[dict[str, Any]]:
         """Cuts the documents into rows as they come."""
-        buffer, count = _Buffer(), 0
+        buffer, empty = _Buffer(), True
         for document in self.rows:
             buffer.append(self.encoder.encode(document["text"]))
-            for count, row in enumerate(self._complete(buffer), start=count + 1):
+            for row in self._complete(buffer):
+                empty = False
                 yield row
-        if count == 0:
+        if empty:
             raise ValueError(
-                f"the stream is too short for one block of {self.layout.length} tokens: use a smaller length"
+                f"the stream is too short: {len(buffer)} tokens, but one block needs {self.layout.body} (length "
+                f"{self.layout.length}): use more text or a smaller length"
             )
 
     def _complete(self, buffer: _Buffer) -> Iterator[dict[str, Any]]:

@@ -25,7 +25,13 @@ LARGEST_TEXT = 2**30
 
 @dataclass(frozen=True)
 class FileOptions:
-    """How text is read: encoding, what invalid bytes do (`strict`, `replace`, `ignore`), document = `file` or `line`."""
+    """How text is read.
+
+    Args:
+        encoding: Encoding of text files.
+        errors: What invalid bytes do: `strict` stops, `replace` and `ignore` go on.
+        unit: What one document of a text file is: `file` or `line`.
+    """
 
     encoding: str = "utf-8"
     errors: str = "strict"
@@ -40,7 +46,7 @@ class FileOptions:
             "".encode(self.encoding)
         except LookupError:
             raise ValueError(
-                f"encoding must be one that Python knows, such as utf-8 or latin-1, got {self.encoding!r}"
+                f"encoding must be one that Python knows (utf-8, latin-1, …), got {self.encoding!r}"
             ) from None
 
 
@@ -74,10 +80,11 @@ def read_files(paths: list[str], options: FileOptions) -> Iterator[dict[str, Any
     for name in paths:
         path = Path(name)
         kind = FORMATS.get(Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower(), "text")
-        count = -1
-        for count, row in enumerate(READERS[kind](path, options)):
+        empty = True
+        for row in READERS[kind](path, options):
+            empty = False
             yield row
-        if count < 0:
+        if empty:
             raise ValueError(f"no text in {path}: the file has no {'text' if kind == 'text' else 'record'}")
 
 
@@ -160,7 +167,8 @@ def _parquet(path: Path, options: FileOptions) -> Iterator[dict[str, Any]]:
 
 
 def _fasta(path: Path, options: FileOptions) -> Iterator[dict[str, Any]]:
-    name, parts = None, []
+    name: str | None = None
+    parts: list[str] = []
     for number, line in enumerate(_decoded(path, options).splitlines(), start=1):
         if line.startswith(">"):
             if name is not None:

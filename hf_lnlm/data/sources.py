@@ -46,13 +46,13 @@ def load_documents(
     """Loads documents: rows with a column `text`.
 
     Args:
-        source: `stdlib` (the `.py` files of Python's standard library, one document each, tests left out); a file, folder
-            or glob of `.txt .text .md .py .jsonl .json .csv .tsv .parquet .fasta .fa .faa` (each may end in `.gz`; any
-            other ending is read as text); a folder written by `Dataset.save_to_disk`; a name on the Hub, `name` or
+        source: `stdlib` (the `.py` files of Python's standard library, one document each, tests left out); a file,
+            folder or glob of text, `.jsonl .ndjson .json .csv .tsv .parquet .fasta .fa .faa` (any other ending is read as
+            text; each may end in `.gz`); a folder written by `Dataset.save_to_disk`; a name on the Hub, `name` or
             `name:configuration`; or a `datasets` object.
         text_column: Column of a record that holds the text; for FASTA `text` is the sequence.
-        validation: Share of the documents to set aside (0 … 1, exclusive), another source, or None: then the source's own
-            validation split, if it has one.
+        validation: Share of the documents to set aside (0 … 1, exclusive), another source, or None: then the source's
+            own validation split, if it has one.
         encoding: Encoding of text files.
         errors: What to do with bytes that aren't valid: `strict` stops, `replace` and `ignore` go on.
         unit: `file` or `line`: what one document of a text file is. Empty lines are no documents.

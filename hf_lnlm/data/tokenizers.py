@@ -224,9 +224,10 @@ def _check_special(name: str, wanted: int | list[int] | None, tokenizer: Any, ro
         raise ValueError(f"{name}_token_id of the model's config must lie in 0 … {rows - 1}, got {beyond[0]}")
     actual = getattr(tokenizer, f"{name}_token_id", None)
     if allowed and actual is not None and actual not in allowed:
+        token = tokenizer.convert_ids_to_tokens(actual)
         raise ValueError(
-            f"{name}_token_id is {wanted} in the model's config but {actual} ({tokenizer.convert_ids_to_tokens(actual)!r}) "
-            f"in the tokenizer: set {name}_token_id={actual} or use the tokenizer that belongs to the model"
+            f"{name}_token_id is {wanted} in the model's config but {actual} ({token!r}) in the tokenizer: "
+            f"set {name}_token_id={actual} or use the tokenizer that belongs to the model"
         )
 
 

@@ -1,8 +1,8 @@
 """Documents → one long stream of token ids, with the UTF-8 bytes and the word that each token covers.
 
-Glossary: *document* a row with a `text`; *stream* all documents' tokens one after the other, each document framed by the
-tokenizer's bos and eos; *bytes of a token* the UTF-8 bytes of the text from the end of the token before it to its own
-end, so that the bytes of a document's tokens sum to the bytes of the document whatever the tokenizer skips.
+Glossary: *document* a row with a `text`; *stream* all documents' tokens one after the other, each document framed by
+the tokenizer's bos and eos; *bytes of a token* the UTF-8 bytes of the text from the end of the token before it to its
+own end, so that the bytes of a document's tokens sum to the bytes of the document whatever the tokenizer skips.
 
 Special tokens that are merely written in a document (`"<eos>"` in a source file) are read as text, never as ids.
 Long documents are tokenised in pieces of `PIECE` characters, cut where white space starts: a border of every tokenizer
@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from .tokenizers import byte_symbols
 
 PIECE = 1 << 16
@@ -167,7 +168,7 @@ def _char_widths(text: str) -> np.ndarray:
 
 
 def _covered_bytes(spans: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """Bytes of each token `[tokens]` from its character spans `[tokens, 2]`; what follows the last token is added to it."""
+    """Bytes of each token `[tokens]` from its character spans `[tokens, 2]`; the last one also gets what follows it."""
     if not len(spans):
         return np.zeros(0, np.uint16)
     total = np.concatenate([[0], np.cumsum(widths)])
@@ -177,7 +178,7 @@ def _covered_bytes(spans: np.ndarray, widths: np.ndarray) -> np.ndarray:
 
 
 def _word_numbers(word_ids: Sequence[int | None], spans: np.ndarray, text: str) -> np.ndarray:
-    """Word of each token, `[tokens]`: the pre-tokenizer's words, or white space where it makes one word of everything."""
+    """Word of each token, `[tokens]`: the pre-tokenizer's words, or white space where that makes one word of all."""
     numbers = np.array([-1 if word is None else word for word in word_ids], np.int32)
     if not len(numbers) or numbers.max() > 0 or len(text.split()) < 2:
         return numbers

@@ -8,8 +8,10 @@ from typing import Any
 
 from .base import Objective
 from .causal import CausalObjective
+from .masked import MaskedObjective
+from .span import SpanObjective
 
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (CausalObjective,)}
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (CausalObjective, MaskedObjective, SpanObjective)}
 """Name → class; a new objective is one file and one entry."""
 
 __all__ = ["OBJECTIVES", "Objective", "objective"]

@@ -10,8 +10,8 @@ Each objective is a frozen dataclass (its fields are its options) with
   result doesn't depend on how rows were batched.
 
 Batches hold what a stock model's `forward` takes (`input_ids`, `labels`, `attention_mask` only if a row is padded,
-`position_ids` if rows have them, `shift_labels` for lanes) and, with `collator.bookkeeping`, `num_bytes` `[batch]` for
-bits per byte, which the evaluation loop takes out before `forward`.
+`position_ids` if rows have them, `shift_labels` for lanes) and, with `bookkeeping=True`, the columns `BOOKKEEPING` as
+far as the rows have them, which the training and evaluation loops take out before `forward`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ from .families import Direction, direction_of, fitting_models, has_head
 
 IGNORED = -100
 """Label of a position that is not predicted (PyTorch's `ignore_index`)."""
+
+BOOKKEEPING = {"num_bytes": torch.int64, "reset": torch.bool}
+"""Columns that are not for the model, each `[batch]`: bytes covered (bits per byte), and whether a carried state is
+forgotten before the row (lanes)."""
 
 Row = Mapping[str, Any]
 Batch = dict[str, Tensor]
@@ -75,7 +79,7 @@ class Objective(ABC):
             f"Models that fit {self.name!r}: {', '.join(fitting_models(self.auto_class, self.direction))}"
         )
 
-    def check_tokenizer(self, tokenizer: Any) -> None:
+    def check_tokenizer(self, tokenizer: Any) -> None:  # noqa: B027 (most objectives need no special token)
         """Refuses a tokenizer without the special tokens this objective needs.
 
         Raises:
@@ -97,7 +101,7 @@ class Objective(ABC):
         Args:
             tokenizer: The run's tokenizer.
             seed: The run's seed (masks and noise).
-            bookkeeping: Adds `num_bytes` `[batch]` where the rows have it.
+            bookkeeping: Adds the columns `BOOKKEEPING`, each `[batch]`, as far as the rows have them.
         """
 
     def sums(self, logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,7 +109,7 @@ class Objective(ABC):
 
         Args:
             logits: `[batch, tokens, vocabulary]`.
-            batch: The collator's batch: `labels` or `shift_labels` `[batch, tokens]`, and `num_bytes` `[batch]` if known.
+            batch: The collator's batch: `labels` or `shift_labels` `[batch, tokens]`; `num_bytes` `[batch]` if known.
 
         Returns:
             float64 scalars `nll` (nats), `tokens`, `correct`, and `bytes` where known: add them over batches and
@@ -195,7 +199,6 @@ def require_labels(labels: np.ndarray, total: int, why: str) -> None:
 
 
 def bookkeeping_columns(rows: Sequence[Row], wanted: bool) -> Batch:
-    """`num_bytes` `[batch]`, if wanted and known for every row."""
-    if not wanted or not all("num_bytes" in row for row in rows):
-        return {}
-    return {"num_bytes": torch.tensor([int(row["num_bytes"]) for row in rows])}
+    """The columns `BOOKKEEPING`, each `[batch]`, if wanted and as far as every row has them."""
+    names = [name for name in BOOKKEEPING if wanted and all(name in row for row in rows)]
+    return {name: torch.tensor([row[name] for row in rows], dtype=BOOKKEEPING[name]) for name in names}

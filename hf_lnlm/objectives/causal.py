@@ -35,8 +35,8 @@ class CausalObjective(Objective):
     """Predicts each token from the tokens before it.
 
     Args:
-        boundaries: Keeps packed documents apart: rows get `position_ids` that restart at every document, for models that
-            reset their state (or mask their attention) there, and no document's first token is predicted.
+        boundaries: Keeps packed documents apart: rows get `position_ids` that restart at every document, for models
+            that reset their state (or mask their attention) there, and no document's first token is predicted.
     """
 
     name: ClassVar[str] = "causal"
@@ -66,7 +66,7 @@ class CausalCollator:
 
     Args:
         tokenizer: Gives the pad token.
-        bookkeeping: Adds `num_bytes` `[batch]`.
+        bookkeeping: Adds `num_bytes` and `reset` `[batch]`, as far as rows have them.
     """
 
     tokenizer: Any

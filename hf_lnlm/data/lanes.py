@@ -1,0 +1,113 @@
+"""Contiguous lanes, for models that carry their state from batch to batch (truncated back-propagation through time).
+
+The stream of all documents is cut into B lanes of W windows of T tokens. Item k of the dataset is window k // B of
+lane k % B, so that a sequential loader of batch size B gives batch after batch the next window of every lane, in the
+same row. Inputs are tokens t … t + T − 1; what they predict are tokens t + 1 … t + T: the last one comes as `next_id`,
+so no token is read twice, which a carried state would not forgive.
+
+With several processes make B the *global* number of rows a step (rows per process × processes). accelerate gives
+process r the batches r, r + processes, …, hence lanes r·rows … (r + 1)·rows − 1, always the same ones;
+`lanes.shard(rank, world_size)` does the same for a loader of one's own. With gradient accumulation the small batches are
+consecutive windows.
+
+Columns of a row: `input_ids` `[T]`, `next_id`, `num_bytes` (bytes of the T predicted tokens), `example_id` k, `epoch`,
+`reset` (window 0: forget the carried state before this row), and with `boundaries=True` `position_ids` `[T]`, 0 where a
+document starts (forget the state there) and counting on across windows otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .epochs import EpochDataset
+from .tokens import Encoder, TokenStream
+
+
+class Lanes(EpochDataset):
+    """Windows of contiguous lanes, in the order a sequential loader needs.
+
+    Args:
+        documents: `datasets.Dataset` with a `text` column.
+        tokenizer: Fast tokenizer.
+        length: T, tokens of a window.
+        num_lanes: B, rows of a step over all processes.
+        boundaries: Adds `position_ids` that restart at every document, whose first token is then not predicted.
+        frame: Puts the tokenizer's bos and eos around each document.
+
+    Raises:
+        ValueError: Too little text for one window in every lane (names the counts).
+    """
+
+    def __init__(
+        self,
+        documents: Any,
+        tokenizer: Any,
+        length: int,
+        num_lanes: int,
+        *,
+        boundaries: bool = False,
+        frame: bool = True,
+    ) -> None:
+        super().__init__()
+        if length < 1 or num_lanes < 1:
+            raise ValueError(f"length and num_lanes must be 1 or more, got {length} and {num_lanes}")
+        self.length, self.num_lanes, self.boundaries = length, num_lanes, boundaries
+        self.stream = TokenStream(documents, Encoder(tokenizer, frame=frame, close=boundaries))
+        self.num_windows = max(0, len(self.stream) - 1) // (length * num_lanes)
+        if self.num_windows == 0:
+            raise ValueError(
+                f"the text is too short: {len(documents)} documents with {len(self.stream)} tokens, but {num_lanes} lanes "
+                f"of one window of {length} tokens need {num_lanes * length + 1}: use more text, fewer rows or a smaller length"
+            )
+
+    def __len__(self) -> int:
+        return self.num_lanes * self.num_windows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item must lie in 0 … {len(self) - 1}, got {index}")
+        window, lane = divmod(index % len(self), self.num_lanes)
+        begin = lane * self.num_windows * self.length
+        start = begin + window * self.length
+        ids = self.stream.ids.slice(start, start + self.length + 1).astype(np.int64)
+        num_bytes = self.stream.num_bytes.slice(start + 1, start + self.length + 1).astype(np.int64)
+        row: dict[str, Any] = {"example_id": index % len(self), "input_ids": ids[:-1], "next_id": int(ids[-1])}
+        if self.boundaries:
+            since_begin = np.arange(start - begin, start - begin + self.length + 1)
+            positions = np.minimum(self.stream.positions(start, start + self.length + 1), since_begin)
+            row["position_ids"] = positions[:-1]
+            num_bytes[positions[1:] == 0] = 0
+            row["next_id"] = -100 if positions[-1] == 0 else row["next_id"]
+        return {**row, "num_bytes": int(num_bytes.sum()), "reset": window == 0, "epoch": self.epoch.get()}
+
+    def shard(self, rank: int, world_size: int) -> LaneShard:
+        """The lanes of one process, as a dataset of their own with `num_lanes / world_size` lanes.
+
+        Raises:
+            ValueError: The lanes can't be divided evenly, or the rank is out of range.
+        """
+        return LaneShard(self, rank, world_size)
+
+
+class LaneShard(EpochDataset):
+    """The lanes of one process; rows keep the `example_id` they have in all lanes."""
+
+    def __init__(self, lanes: Lanes, rank: int, world_size: int) -> None:
+        super().__init__()
+        if not 0 <= rank < world_size or lanes.num_lanes % world_size:
+            raise ValueError(
+                f"{lanes.num_lanes} lanes must be a multiple of world_size ({world_size}) and rank lie in "
+                f"0 … {world_size - 1}, got rank {rank}"
+            )
+        self.lanes, self.epoch = lanes, lanes.epoch
+        self.num_lanes = lanes.num_lanes // world_size
+        self.first_lane = rank * self.num_lanes
+
+    def __len__(self) -> int:
+        return self.num_lanes * self.lanes.num_windows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        window, lane = divmod(index % len(self), self.num_lanes)
+        return self.lanes[window * self.lanes.num_lanes + self.first_lane + lane]

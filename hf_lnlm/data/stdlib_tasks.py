@@ -1,0 +1,112 @@
+"""Labelled examples made of Python's own standard library, so that every fine-tuning recipe runs offline.
+
+* classification: twenty lines of code → the package they come from;
+* tagging: the words of a line of code → what Python's own `tokenize` says they are;
+* summary: the source of a function → the first line of its docstring.
+
+Rows carry the `path` of their file; splitting by it keeps a file's rows on one side.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import keyword
+import textwrap
+import tokenize
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from .sources import _stdlib_rows
+
+CLASSES = 8
+LINES = 20
+MIN_CHARACTERS = 200
+MAX_WORDS = 60
+_TAGS = {
+    tokenize.OP: "operator",
+    tokenize.NUMBER: "number",
+    tokenize.STRING: "string",
+    tokenize.COMMENT: "comment",
+}
+
+
+def classification_rows() -> Iterator[dict[str, Any]]:
+    """Rows `text`, `label`, `path`: passages of twenty lines from the eight packages with the most text."""
+    sources = [row for row in _stdlib_rows() if "/" in row["path"]]
+    sizes: Counter[str] = Counter()
+    for row in sources:
+        sizes[_package(row)] += len(row["text"])
+    chosen = {name for name, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:CLASSES]}
+    for row in sources:
+        if _package(row) in chosen:
+            lines = row["text"].splitlines()
+            for start in range(0, len(lines), LINES):
+                text = "\n".join(lines[start : start + LINES])
+                if len(text) >= MIN_CHARACTERS:
+                    yield {"text": text, "label": _package(row), "path": row["path"]}
+
+
+def _package(row: dict[str, str]) -> str:
+    return row["path"].partition("/")[0]
+
+
+def tagging_rows() -> Iterator[dict[str, Any]]:
+    """Rows `tokens`, `tags`, `path`: one logical line of code each, of 3 to 60 words, no string over several lines."""
+    for row in _stdlib_rows():
+        tokens: list[str] = []
+        tags: list[str] = []
+        for token in _python_tokens(row["text"]):
+            if token.type == tokenize.NEWLINE:
+                if 3 <= len(tokens) <= MAX_WORDS:
+                    yield {"tokens": tokens, "tags": tags, "path": row["path"]}
+                tokens, tags = [], []
+            elif token.string.strip() and "\n" not in token.string:
+                tokens.append(token.string)
+                tags.append(_tag(token))
+
+
+def _python_tokens(text: str) -> Iterator[tokenize.TokenInfo]:
+    try:
+        yield from tokenize.generate_tokens(io.StringIO(text).readline)
+    except (tokenize.TokenError, SyntaxError, IndentationError):
+        return
+
+
+def _tag(token: tokenize.TokenInfo) -> str:
+    if token.type == tokenize.NAME:
+        return "keyword" if keyword.iskeyword(token.string) else "name"
+    return _TAGS.get(token.type, "other")
+
+
+def summary_rows() -> Iterator[dict[str, Any]]:
+    """Rows `source`, `target`, `path`: a function without its docstring, and the docstring's first line."""
+    for row in _stdlib_rows():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(row["text"])
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            summary = (ast.get_docstring(node) or "").strip().partition("\n")[0].strip()
+            code = ast.get_source_segment(row["text"], node, padded=True)
+            if len(summary) >= 10 and len(node.body) > 1 and code:
+                yield {"source": _without_docstring(code, node), "target": summary, "path": row["path"]}
+
+
+def _without_docstring(code: str, node: ast.FunctionDef) -> str:
+    """A function's source, indented to the left margin, with the lines of its docstring left out."""
+    docstring = node.body[0]
+    lines = code.splitlines()
+    kept = lines[: docstring.lineno - node.lineno] + lines[(docstring.end_lineno or 0) - node.lineno + 1 :]
+    return textwrap.dedent("\n".join(kept))
+
+
+ROWS = {
+    "sequence_classification": classification_rows,
+    "token_classification": tagging_rows,
+    "text_to_text": summary_rows,
+}
+"""Name of a task → the function that makes its rows."""

@@ -1,0 +1,207 @@
+"""Masked language modelling: predict some tokens from all the others.
+
+[1] Devlin et al. 2019, "BERT: Pre-training of deep bidirectional transformers", §3.1 and appendix A.1.
+[2] Liu et al. 2019, "RoBERTa", §4.1 (dynamic masks), §4.2 (full sentences, no next-sentence prediction).
+[3] Whole-word masking: README of google-research/bert, 2019.
+
+A share `rate` of a row's tokens is chosen; of the chosen 80 % are replaced by the mask token, 10 % by a random word and
+10 % stay. Special tokens are neither chosen nor used as random words.
+
+Deviations: the number chosen in a row is `rate · tokens` rounded up or down at random so that its mean is exact (BERT
+rounds down, at most 20 of 128), and at least one. With whole words the 80/10/10 draw is made once a word, not once a
+piece, so that no piece of a word is left that tells its other pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from .base import (
+    IGNORED,
+    Batch,
+    Direction,
+    Objective,
+    Row,
+    bookkeeping_columns,
+    pad_id,
+    pad_rows,
+    present,
+    require_labels,
+)
+from .randomness import generator
+
+
+@dataclass(frozen=True)
+class MaskedObjective(Objective):
+    """Predicts masked tokens.
+
+    Args:
+        rate: Share of tokens chosen, between 0 and 1.
+        whole_word: Chooses words with all their pieces; rows need `word_ids`.
+        dynamic: New masks every epoch [2]; otherwise `copies` masks are made of each row and reused in turn [1].
+        copies: Number of static masks of a row (BERT's `dupe_factor`); used only with `dynamic=False`.
+        mask_share: Share of the chosen that the mask token replaces.
+        random_share: Share of the chosen that a random word replaces.
+    """
+
+    name: ClassVar[str] = "masked"
+    title: ClassVar[str] = "Masked language modelling"
+    paper: ClassVar[str] = "Devlin et al. 2019; Liu et al. 2019"
+    auto_class: ClassVar[str] = "AutoModelForMaskedLM"
+    direction: ClassVar[Direction] = "both"
+
+    rate: float = 0.15
+    whole_word: bool = False
+    dynamic: bool = True
+    copies: int = 10
+    mask_share: float = 0.8
+    random_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < 1:
+            raise ValueError(f"rate must lie between 0 and 1 (exclusive), got {self.rate}")
+        if self.copies < 1:
+            raise ValueError(f"copies must be 1 or more, got {self.copies}")
+        shares = (self.mask_share, self.random_share)
+        if min(shares) < 0 or sum(shares) > 1:
+            raise ValueError(f"mask_share and random_share must be 0 or more and sum to 1 at most, got {shares}")
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuses a tokenizer without a mask token."""
+        if tokenizer.mask_token_id is None:
+            raise ValueError("objective 'masked' needs a mask token and the tokenizer has none: set its mask_token")
+
+    def packing(self, tokenizer: Any, length: int) -> dict[str, Any]:
+        """Rows of `length` tokens, cls and sep included as far as the tokenizer has them; word numbers if needed."""
+        head, tail = tokenizer.cls_token_id, tokenizer.sep_token_id
+        frame = {"head": () if head is None else (head,), "tail": () if tail is None else (tail,)}
+        return {"length": length, "words": self.whole_word, **frame}
+
+    def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> MaskedCollator:
+        """Makes batches with masks keyed by (seed, epoch, example_id)."""
+        self.check_tokenizer(tokenizer)
+        return MaskedCollator(self, tokenizer, seed, bookkeeping)
+
+
+class MaskedCollator:
+    """Rows → `input_ids` with masks, `labels` `[batch, tokens]` (−100 where nothing is predicted).
+
+    Args:
+        objective: Rate and shares.
+        tokenizer: Gives mask, pad and special tokens, and the vocabulary that random words come from.
+        seed: The run's seed.
+        bookkeeping: Adds `num_bytes` and `reset` `[batch]`, as far as rows have them.
+    """
+
+    def __init__(self, objective: MaskedObjective, tokenizer: Any, seed: int = 0, bookkeeping: bool = False) -> None:
+        self.objective = objective
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.bookkeeping = bookkeeping
+        self.mask_id = tokenizer.mask_token_id
+        size = max(tokenizer.get_vocab().values()) + 1
+        self.special = np.zeros(size, bool)
+        self.special[special_ids(tokenizer)] = True
+        known = np.zeros(size, bool)
+        known[list(tokenizer.get_vocab().values())] = True
+        self.words = np.flatnonzero(known & ~self.special)
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        """Makes a batch.
+
+        Raises:
+            ValueError: No token can be predicted, a token id beyond the vocabulary, or whole words without `word_ids`.
+        """
+        mask = present(rows)
+        ids = pad_rows([row["input_ids"] for row in rows], pad_id(self.tokenizer, mask is not None))
+        self._check_ids(ids)
+        free = ~self.special[ids] if mask is None else ~self.special[ids] & mask
+        inputs, chosen = ids.copy(), np.zeros(ids.shape, bool)
+        for index, row in enumerate(rows):
+            own = slice(len(row["input_ids"]))
+            chosen[index, own], inputs[index, own] = self._mask_row(row, ids[index, own], free[index, own])
+        labels = np.where(chosen, ids, IGNORED)
+        require_labels(labels, ids.size, "every token is a special token or padding")
+        batch = {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
+        if mask is not None:
+            batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        return {**batch, **bookkeeping_columns(rows, self.bookkeeping)}
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        if ids.min() < 0 or ids.max() >= len(self.special):
+            worst = int(ids.min()) if ids.min() < 0 else int(ids.max())
+            raise ValueError(f"token ids must lie in 0 … {len(self.special) - 1} (the tokenizer's), got {worst}")
+
+    def _mask_row(self, row: Row, ids: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(chosen bool `[tokens]`, input ids `[tokens]`) of one row without its padding."""
+        options, epoch = self.objective, int(row.get("epoch", 0))
+        epoch = epoch if options.dynamic else epoch % options.copies
+        random = generator(self.seed, epoch, int(row["example_id"]), "masked")
+        rank, action, draws = random.random(len(ids)), random.random(len(ids)), random.random(2)
+        words = self.words[random.integers(len(self.words), size=len(ids))]
+        groups = self._groups(row, len(ids))
+        chosen = choose(groups, free, rank, options.rate, draws)
+        action = action[groups]
+        masked = chosen & (action < options.mask_share)
+        replaced = chosen & ~masked & (action < options.mask_share + options.random_share)
+        return chosen, np.where(masked, self.mask_id, np.where(replaced, words, ids))
+
+    def _groups(self, row: Row, length: int) -> np.ndarray:
+        """What is chosen together: for each token the first index of its word, or its own index, `[tokens]`."""
+        own = np.arange(length)
+        if not self.objective.whole_word:
+            return own
+        if "word_ids" not in row:
+            raise ValueError(f"whole_word=True needs rows with word_ids (words=True when packing), got {sorted(row)}")
+        return word_groups(np.asarray(row["word_ids"]))
+
+
+def special_ids(tokenizer: Any) -> list[int]:
+    """Ids of all special tokens, named ones and added ones (sentinels) alike."""
+    added = [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
+    return sorted({*tokenizer.all_special_ids, *added})
+
+
+def word_groups(word_ids: np.ndarray) -> np.ndarray:
+    """First index of each token's word `[tokens]`; a word is a run of one number, −1 stands for itself."""
+    own = np.arange(len(word_ids))
+    begins = np.ones(len(word_ids), bool)
+    begins[1:] = (word_ids[1:] != word_ids[:-1]) | (word_ids[1:] < 0)
+    return np.maximum.accumulate(np.where(begins, own, 0))
+
+
+def choose(groups: np.ndarray, free: np.ndarray, rank: np.ndarray, rate: float, draws: np.ndarray) -> np.ndarray:
+    """Chooses groups in random order until `rate` of the free tokens is reached.
+
+    The group that crosses the budget is taken with the probability that makes the expected number of chosen tokens
+    equal the budget. Where that leaves nothing, the smallest group is taken.
+
+    Args:
+        groups: First index of each token's group, `[tokens]`.
+        free: Tokens that may be chosen, bool `[tokens]`; a group with a token that may not be is left out.
+        rank: Random order, `[tokens]`; a group's rank is that of its first token.
+        rate: Share of the free tokens.
+        draws: Two uniform numbers: for rounding the budget and for the crossing group.
+
+    Returns:
+        Chosen tokens, bool `[tokens]`.
+    """
+    heads, sizes = np.unique(groups, return_counts=True)
+    usable = np.bincount(groups, weights=free, minlength=len(groups))[heads] == sizes
+    heads, sizes = heads[usable], sizes[usable]
+    if not len(heads):
+        return np.zeros(len(groups), bool)
+    order = np.argsort(rank[heads], kind="stable")
+    budget = np.floor(rate * free.sum() + draws[0])
+    ends = np.cumsum(sizes[order])
+    before = ends - sizes[order]
+    taken = (ends <= budget) | ((before < budget) & (draws[1] < (budget - before) / sizes[order]))
+    taken[np.argmin(sizes[order])] |= not taken.any()
+    flags = np.zeros(len(groups), bool)
+    flags[heads[order[taken]]] = True
+    return flags[groups]
