@@ -16,10 +16,9 @@ __version__ = "0.1.0"
 _FUNCTIONS = {
     "LNLMTrainer": "hf_lnlm.trainer.trainer",
     "LNLMTrainingArguments": "hf_lnlm.trainer.arguments",
-    "backends": "hf_lnlm.ops.backend",
+    "backends": "hf_lnlm.ops.report",
     "build_tokenizer": "hf_lnlm.data.tokenizers",
     "load_documents": "hf_lnlm.data.sources",
-    "lora_config": "hf_lnlm.adaptation",
     "objective": "hf_lnlm.objectives",
 }
 _PUBLIC = {**_FUNCTIONS, **dict(registry.public_names())}
