@@ -142,9 +142,11 @@ class HonoursItems(LossRule):
     passes_num_items = True
 
     def count(self, inputs: Inputs) -> torch.Tensor:
+        """Return the items that the model counts, `(1,)`."""
         return COUNTERS[self.counter](inputs).double().reshape(1)
 
     def sums(self, loss: torch.Tensor, outputs: Any, inputs: Inputs, total: torch.Tensor) -> torch.Tensor:
+        """Return the loss times the items of the step, `(1,)`."""
         return (loss * total.to(loss.device, loss.dtype)).reshape(1)
 
 
@@ -155,9 +157,11 @@ class MeanOfItems(LossRule):
     counter: str
 
     def count(self, inputs: Inputs) -> torch.Tensor:
+        """Return the items that the model averages over, `(1,)`."""
         return COUNTERS[self.counter](inputs).double().reshape(1)
 
     def sums(self, loss: torch.Tensor, outputs: Any, inputs: Inputs, total: torch.Tensor) -> torch.Tensor:
+        """Return the mean times its items, `(1,)`; a connected zero when there are none."""
         items = self.count(inputs).to(loss.device, loss.dtype)
         if not items.any():
             return _nothing(outputs).reshape(1)
@@ -171,9 +175,11 @@ class SumOfParts(LossRule):
     parts: tuple[Part, ...]
 
     def count(self, inputs: Inputs) -> torch.Tensor:
+        """Return the labels of each part, `(parts,)`."""
         return torch.stack([part.target(inputs).ne(IGNORED).sum().double() for part in self.parts])
 
     def sums(self, loss: torch.Tensor, outputs: Any, inputs: Inputs, total: torch.Tensor) -> torch.Tensor:
+        """Return the summed cross-entropy of each part, `(parts,)`."""
         return torch.stack([part.total(outputs, inputs) for part in self.parts])
 
 
@@ -184,9 +190,11 @@ class DeclaredParts(LossRule):
     model: nn.Module
 
     def count(self, inputs: Inputs) -> torch.Tensor:
+        """Return the items of each declared term, `(terms,)`."""
         return torch.stack([items.double().reshape(()) for items in self.model.loss_items(inputs).values()])  # type: ignore[operator]
 
     def sums(self, loss: torch.Tensor, outputs: Any, inputs: Inputs, total: torch.Tensor) -> torch.Tensor:
+        """Return the declared sums, `(terms,)`."""
         return torch.stack(list(self.model.loss_sums(outputs, inputs).values()))  # type: ignore[operator]
 
 

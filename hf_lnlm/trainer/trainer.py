@@ -1,41 +1,95 @@
 """The Trainer: transformers' own, with what it lacks for runs that must survive a kill and be repeatable.
 
-Added, each in its own module: checkpoints that are whole or absent (`checkpoints`), signals (`signals`).
+Added, each in a module of its own: checkpoints that are whole or absent (`checkpoints`), signals (`signals`), one loss for
+one global batch (`loss_scale`), epochs and random state that a resumed run repeats (`epochs`, `randomness`), state carried
+across batches (`recurrent_state`), a stop at the first non-finite value (`nonfinite`), figures from exact sums (`totals`)
+and the refusal of launches that would silently do something else (`launch`). Everything else is stock.
 """
 
 import os
+import re
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType, broadcast_object_list
+from torch.utils.data import IterableDataset
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
+from .arguments import LNLMTrainingArguments
+from .callbacks import Constraints, no_bars
 from .checkpoints import STAGING_NAME, find_fault, newest_complete, publish, rotate, seal, sweep, warn_of
-from .loss_scale import LossProbe, LossRule
+from .epochs import EndlessEpochs, set_epoch_everywhere
+from .launch import check_launch
+from .loss_scale import IGNORED, LossProbe, LossRule
+from .nonfinite import stop
 from .randomness import kept_random_state
+from .recurrent_state import CarriedState, lane_fault, state_file
 from .signals import StopRequested, StopSignal
+from .totals import EvaluationTotals, TrainingTotals, input_tokens
+
+_PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_ASIDE = ("num_bytes", "reset")
 
 
 class LNLMTrainer(Trainer):
-    """`transformers.Trainer` that survives a kill. Takes the same arguments and plain or LNLM `TrainingArguments`."""
+    """`transformers.Trainer` for runs that survive a kill, whatever they are cut into.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Build the stock Trainer with our signal handling in the place of its own."""
+    Args:
+        args: The stock positional arguments (model, training arguments …).
+        objective: What is learnt, for metrics: has `sums(logits, batch)` and `summary(sums)`; see `hf_lnlm.objectives`.
+        kwargs: The stock keyword arguments. Plain `TrainingArguments` work too, without the additions that need ours.
+
+    Raises:
+        ValueError: If the launch would silently do something else, or `carry_state` doesn't fit model or dataset.
+    """
+
+    def __init__(self, *args: Any, objective: Any = None, **kwargs: Any) -> None:
         arguments = kwargs.get("args", args[1] if len(args) > 1 else None)
-        listens = bool(arguments is not None and arguments.enable_jit_checkpoint)
-        if listens:
-            arguments.enable_jit_checkpoint = False
+        if arguments is None:
+            kwargs["args"] = arguments = LNLMTrainingArguments(output_dir="tmp_trainer")
+        check_launch(arguments)
+        listens, arguments.enable_jit_checkpoint = arguments.enable_jit_checkpoint, False
         super().__init__(*args, **kwargs)
         self.args.enable_jit_checkpoint = listens
+        self.objective = objective
         self._signals = StopSignal()
-        self._staged_push: str | None = None
         self._staging: str | None = None
+        self._held_push = False
         self._damaged: set[str] = set()
         self._loss_rule: LossRule | None = None
+        self._takes_loss_kwargs = self.model_accepts_loss_kwargs
+        self._aside: dict[str, Any] = {}
+        self._carried: CarriedState | None = None
+        self._training_totals = TrainingTotals()
+        self._evaluation_totals: EvaluationTotals | None = None
+        self.add_callback(Constraints())
         if listens:
             self.add_callback(self._signals)
+        self._check_carry_state()
+
+    def _check_carry_state(self) -> None:
+        self._carries = bool(getattr(self.args, "carry_state", False))
+        if not self._carries:
+            return
+        if not getattr(self.accelerator.unwrap_model(self.model), "_is_stateful", False):
+            raise ValueError(f"carry_state needs a stateful model, got {type(self.model).__name__}")
+        fault = lane_fault(self.train_dataset, self._train_batch_size, self.args.world_size)
+        if self.train_dataset is not None and fault is not None:
+            raise ValueError(fault)
+        if self.args.train_sampling_strategy != "sequential":
+            raise ValueError(
+                "carry_state needs train_sampling_strategy='sequential', so that windows follow each other, got "
+                f"{self.args.train_sampling_strategy!r}"
+            )
+        self._carried = CarriedState()
+
+    # ---- start, resume, stop ----------------------------------------------------------------------------------------
 
     def train(
         self,
@@ -48,16 +102,22 @@ class LNLMTrainer(Trainer):
         Raises:
             ValueError: If the named checkpoint is damaged, or if none in the output folder is complete.
             SystemExit: With 143 or 130, after a checkpoint, when SIGTERM or SIGINT arrived.
+            NonFiniteError: If the loss or the gradient norm isn't finite.
         """
         if self.args.should_save:
             sweep(self.args.output_dir)
         self.accelerator.wait_for_everyone()
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-        if not self.args.enable_jit_checkpoint:
+        with self._listening(trial):
             return super().train(checkpoint, trial, ignore_keys_for_eval)
-        self._signals.install()
+
+    @contextmanager
+    def _listening(self, trial: Any) -> Iterator[None]:
+        """Turn SIGTERM and SIGINT into a checkpoint and an exit status while training runs."""
+        if self.args.enable_jit_checkpoint:
+            self._signals.install()
         try:
-            return super().train(checkpoint, trial, ignore_keys_for_eval)
+            yield
         except StopRequested:
             if self.args.save_strategy != "no":
                 self._save_checkpoint(self.model, trial)
@@ -72,9 +132,9 @@ class LNLMTrainer(Trainer):
             if self.is_world_process_zero():
                 warn_of(faults, self.args.output_dir, found)
             if found is None:
-                raise ValueError(f"No complete checkpoint found in output_dir {self.args.output_dir}")
+                raise ValueError(f"no complete checkpoint found in output_dir {self.args.output_dir}")
             return found
-        if wanted in (None, False):
+        if not wanted:
             return None
         fault = find_fault(str(wanted))
         if fault is not None:
@@ -87,73 +147,121 @@ class LNLMTrainer(Trainer):
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         raise SystemExit(self._signals.exit_status)
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with kept_random_state():
-            return super()._evaluate(*args, **kwargs)
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Don't report tied weights as missing: they are saved once, under the name of what they are tied to."""
+        tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._staging or super()._get_output_dir(trial)
+    # ---- data and epochs --------------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        run = Path(super()._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        final = run / name
-        if self.args.should_save:
-            shutil.rmtree(run / STAGING_NAME, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._staging = str(run / STAGING_NAME)
-        failure: Exception | None = None
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Return the training loader; a stream without a length is repeated without an end."""
+        dataset = self.train_dataset
+        if not isinstance(dataset, IterableDataset) or has_length(dataset):
+            return super().get_train_dataloader()
+        self.train_dataset = EndlessEpochs(dataset)
         try:
-            super()._save_checkpoint(model, trial)
-            self._finish_staged(run / STAGING_NAME / name, final)
-        except Exception as error:
-            failure = error
+            return super().get_train_dataloader()
         finally:
-            self._staging = None
-        self._agree_on(failure, run / STAGING_NAME)
-        if self.args.should_save:
-            publish(run / STAGING_NAME / name, final)
-            shutil.rmtree(run / STAGING_NAME, ignore_errors=True)
-            self._damaged.discard(name)
-            best = self.state.best_model_checkpoint
-            rotate(run, self.args.save_total_limit, self.state.global_step, best, self._damaged)
-        self.accelerator.wait_for_everyone()
-        if self._staged_push is not None:
-            self._staged_push = None
-            super()._push_from_checkpoint(str(final))
+            self.train_dataset = dataset
 
-    def _finish_staged(self, staged: Path, final: Path) -> None:
-        """Correct the one path that the stock code derived from the staging folder, then seal the folder."""
-        self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
-            return
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(os.path.join(staged, "trainer_state.json"))
-        seal(staged)
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Set the epoch wherever it matters and, unless a checkpoint brought its own, begin with no carried state."""
+        epoch, loader = kwargs["epoch"], kwargs["train_dataloader"]
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        set_epoch_everywhere(loader, epoch, seed)
+        if self._carries:
+            self._carried = CarriedState()
+            resumed = kwargs["resume_from_checkpoint"] if epoch == kwargs["epochs_trained"] else None
+            if resumed is not None and kwargs["steps_trained_in_current_epoch"]:
+                path = state_file(resumed, self.args.process_index, self.args.world_size)
+                self._carried.load(path, self.accelerator.unwrap_model(self.model), self.args.device)
+        self._training_totals.clear()
+        super()._run_epoch(*args, **kwargs)
 
-    def _agree_on(self, failure: Exception | None, staging: Path) -> None:
-        """Stop every process if one of them couldn't write its part; the staged files are dropped."""
-        failed = torch.tensor(float(failure is not None), device=self.args.device)
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
-        if not failed:
-            return
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        step = self.state.global_step
-        raise OSError(
-            f"the checkpoint of step {step} couldn't be written; older ones are whole ({failure})"
-        ) from failure
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        """Leave an objective's collator all columns: it reads some that the model doesn't take, and removes them."""
+        if hasattr(data_collator, "bookkeeping"):
+            return data_collator
+        return super()._get_collator_with_removed_columns(data_collator, description)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Upload only what has been published: the stock code would upload from the staging folder."""
-        if self._staging is not None:
-            self._staged_push = checkpoint_folder
-        else:
-            super()._push_from_checkpoint(checkpoint_folder)
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        if hasattr(self.data_collator, "bookkeeping"):
+            return dataset
+        return super()._remove_unused_columns(dataset, description)
 
-    # ---- loss scale -------------------------------------------------------------------------------------------------
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Take out of a batch what is about the batch and not for the model."""
+        self._aside = {name: inputs[name] for name in _ASIDE if name in inputs}
+        return super()._prepare_inputs({name: value for name, value in inputs.items() if name not in _ASIDE})
+
+    # ---- optimizer --------------------------------------------------------------------------------------------------
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Return the names of parameters with weight decay: the stock ones less those that a model excludes.
+
+        A model excludes parameters by `_no_weight_decay`, regular expressions searched in their names.
+        """
+        excluded = set()
+        for prefix, module in model.named_modules():
+            patterns = [re.compile(pattern) for pattern in getattr(module, "_no_weight_decay", ())]
+            for name, _ in module.named_parameters() if patterns else ():
+                if any(pattern.search(name) for pattern in patterns):
+                    excluded.add(f"{prefix}.{name}" if prefix else name)
+        return [name for name in super().get_decay_parameter_names(model) if name not in excluded]
+
+    @property
+    def _checks_gradients(self) -> bool:
+        """Not with a loss scaler, which meets infinities on purpose, nor where an engine owns the gradients."""
+        plain = self.accelerator.distributed_type in _PLAIN and getattr(self.accelerator, "scaler", None) is None
+        return plain and getattr(self.args, "stop_on_nonfinite", True)
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor | float:
+        if not self._checks_gradients or self._has_mixed_mesh_grads(model):
+            return super()._clip_grad_norm(model)
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not bool(torch.isfinite(norm)):
+            inner = self.accelerator.unwrap_model(self.model)
+            stop("the gradient norm", float(norm), self.state.global_step + 1, inner)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
+        return norm
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self._checks_gradients and not self._has_mixed_mesh_grads(model):
+            limit, self.args.max_grad_norm = self.args.max_grad_norm, float("inf")
+            try:
+                return self._clip_grad_norm(model)
+            finally:
+                self.args.max_grad_norm = limit
+        return super()._get_grad_norm(model, grad_norm)
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Run forward and backward on a micro-batch.
+
+        Args:
+            model: The wrapped model.
+            inputs: The micro-batch.
+            num_items_in_batch: Items of the whole step for each term of the loss, `(terms,)`.
+
+        Returns:
+            The micro-batch's share of the loss, detached.
+
+        Raises:
+            NonFiniteError: If it isn't finite.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if getattr(self.args, "stop_on_nonfinite", True) and not bool(torch.isfinite(loss).all()):
+            stop("the loss", float(loss), self.state.global_step + 1, self.accelerator.unwrap_model(self.model))
+        return loss
+
+    # ---- loss -------------------------------------------------------------------------------------------------------
 
     @property
     def _scales_loss(self) -> bool:
@@ -161,13 +269,14 @@ class LNLMTrainer(Trainer):
         return self.label_smoother is None and self.compute_loss_func is None and not self.is_deepspeed_enabled
 
     def _find_loss_rule(self, inputs: dict[str, Any]) -> LossRule:
-        """Measure on the first batch how the model's loss is normalised; every process takes process 0's answer."""
-        probe = LossProbe(
-            self.model, self._prepare_inputs(inputs), self.model_accepts_loss_kwargs, self._loss_shifts_labels
-        )
+        """Measure on a first batch how the model's loss is normalised; every process takes process 0's answer."""
+        model = self.accelerator.unwrap_model(self.model)
+        probe = LossProbe(model, self._prepare_inputs(inputs), self._takes_loss_kwargs, self._loss_shifts_labels)
         with self.compute_loss_context_manager():
             rule = probe.rule()
-        self.model_accepts_loss_kwargs = rule.passes_num_items
+        if self.args.world_size > 1 and not hasattr(rule, "model"):
+            rule = broadcast_object_list([rule])[0]
+        self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
         return rule
 
@@ -177,10 +286,14 @@ class LNLMTrainer(Trainer):
             return super()._get_num_items_in_batch(batch_samples, device)
         if self._loss_rule is None:
             self._loss_rule = self._find_loss_rule(batch_samples[0])
-        total = sum(self._loss_rule.count(batch).to(device) for batch in batch_samples)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            total = self.accelerator.reduce(total, "sum") / self.get_tp_size()
+        total = torch.stack([self._loss_rule.count(batch).to(device) for batch in batch_samples]).sum(0)
+        if self.args.average_tokens_across_devices:
+            total = self._reduce(total) / self.get_tp_size()
         return total
+
+    def _reduce(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over the processes."""
+        return self.accelerator.reduce(values, "sum") if self.args.world_size > 1 else values
 
     def compute_loss(
         self,
@@ -197,14 +310,194 @@ class LNLMTrainer(Trainer):
             return_outputs: Return the model's outputs too.
             num_items_in_batch: Items of the step for each term of the loss, `(terms,)`.
         """
-        rule = self._loss_rule
-        if rule is None or not torch.is_tensor(num_items_in_batch) or not num_items_in_batch.dim():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        scalar = num_items_in_batch[0] if rule.passes_num_items else None
-        loss, outputs = super().compute_loss(model, inputs, True, scalar)
-        if not rule.passes_num_items:
-            sums = rule.sums(loss, outputs, inputs, num_items_in_batch)
-            loss = (sums / num_items_in_batch.to(sums.device).clamp(min=1)).sum().to(loss.dtype)
+        inputs = self._with_state(inputs)
+        rule, total = self._loss_rule, num_items_in_batch
+        if rule is None or not torch.is_tensor(total) or not total.dim():
+            loss, outputs = super().compute_loss(model, inputs, True, total)
+        else:
+            passed = {**inputs, "num_items_in_batch": total[0]} if rule.passes_num_items else inputs
+            loss, outputs = super().compute_loss(model, passed, True)
+            sums = rule.sums(loss, outputs, inputs, total)
+            self._add_to_totals(sums, rule.count(inputs), inputs, outputs)
+            if not rule.passes_num_items:
+                loss = (sums / total.to(sums.device, sums.dtype).clamp(min=1)).sum()
             if self.args.average_tokens_across_devices:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if self._carried is not None:
+            self._carried.keep(outputs["past_key_values"])
         return (loss, outputs) if return_outputs else loss
+
+    def _with_state(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Hand the state of the lanes to the model."""
+        if self._carried is None:
+            return inputs
+        inner, reset = self.accelerator.unwrap_model(self.model), self._aside.get("reset")
+        reset = None if reset is None else reset.to(self.args.device).bool().reshape(-1)
+        cache = self._carried.start(inner, inputs["input_ids"].shape[0], reset)
+        return {**inputs, "past_key_values": cache, "use_cache": True}
+
+    def _add_to_totals(self, sums: torch.Tensor, items: torch.Tensor, inputs: dict[str, Any], outputs: Any) -> None:
+        num_bytes = self._aside.get("num_bytes")
+        if self._evaluation_totals is None:
+            self._training_totals.add(sums, items, num_bytes, input_tokens(inputs))
+            return
+        measured: Mapping[str, torch.Tensor] = {}
+        if self.objective is not None and outputs.get("logits") is not None:
+            batch = inputs if num_bytes is None else {**inputs, "num_bytes": num_bytes}
+            measured = self.objective.sums(outputs["logits"], batch)
+        self._evaluation_totals.add(sums, items, measured)
+
+    # ---- evaluation and logs ----------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: torch.utils.data.DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate without a trace in the training run: random state and carried state are kept.
+
+        The loss is the mean over all items (the stock loop averages batch means), and the objective's metrics come from
+        sums added up batch by batch: logits of the whole set are never gathered for them.
+        """
+        held = self._carried, self._evaluation_totals
+        self._carried = self._state_for_evaluation(getattr(dataloader, "dataset", None))
+        self._evaluation_totals = totals = EvaluationTotals()
+        try:
+            with kept_random_state():
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+        finally:
+            self._carried, self._evaluation_totals = held
+        output.metrics.update({f"{metric_key_prefix}_{name}": v for name, v in self._exact_metrics(totals).items()})
+        return output
+
+    def _state_for_evaluation(self, dataset: Any) -> CarriedState | None:
+        if not self._carries or not hasattr(dataset, "num_lanes"):
+            return None
+        fault = lane_fault(dataset, self.args.eval_batch_size, self.args.world_size)
+        if fault is not None:
+            raise ValueError(f"evaluation: {fault}")
+        return CarriedState()
+
+    def _exact_metrics(self, totals: EvaluationTotals) -> dict[str, float]:
+        measured = totals.all_measured(self._reduce)
+        metrics = dict(self.objective.summary(measured)) if measured else {}
+        loss = totals.loss(self._reduce)
+        return metrics if loss is None else {**metrics, "loss": loss}
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Evaluate a batch; rows that only fill up the last batch of several processes don't count."""
+        keep = self._rows_that_count(inputs)
+        if keep is not None:
+            inputs = {name: _without_rows(name, value, keep) for name, value in inputs.items()}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _rows_that_count(self, inputs: dict[str, Any]) -> int | None:
+        """Return how many rows of this process's batch aren't repetitions, None if none is."""
+        gradient_state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not gradient_state.end_of_dataloader or gradient_state.remainder <= 0:
+            return None
+        rows = next(iter(inputs.values())).shape[0]
+        return min(max(gradient_state.remainder - self.args.process_index * rows, 0), rows)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with tokens per second and, for a language-modelling objective, perplexity and bits per byte."""
+        if "loss" in logs:
+            language = self.objective is not None
+            per_byte = language and getattr(self.objective, "direction", "") == "forward"
+            logs.update(self._training_totals.summary(self._reduce, language, per_byte))
+        super().log(logs, start_time)
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write a checkpoint into the staging folder, seal it, put it in its place, then delete surplus ones."""
+        run = Path(super()._get_output_dir(trial))
+        staging, name = run / STAGING_NAME, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        failure = self._write_staged(model, trial, staging, run / name)
+        self._agree_on(failure, staging)
+        if self.args.should_save:
+            publish(staging / name, run / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            self._damaged.discard(name)
+            best = self.state.best_model_checkpoint
+            rotate(run, self.args.save_total_limit, self.state.global_step, best, self._damaged)
+        self.accelerator.wait_for_everyone()
+        if self._held_push:
+            self._held_push = False
+            super()._push_from_checkpoint(str(run / name))
+
+    def _write_staged(self, model: torch.nn.Module, trial: Any, staging: Path, final: Path) -> Exception | None:
+        """Write this process's part; return what went wrong instead of raising it, so that no process waits for ever."""
+        self._staging = str(staging)
+        try:
+            with no_bars() if self.args.disable_tqdm else nullcontext():
+                super()._save_checkpoint(model, trial)
+            if self._carried is not None:
+                self._carried.save(state_file(staging / final.name, self.args.process_index, self.args.world_size))
+        except Exception as error:
+            return error
+        finally:
+            self._staging = None
+        return None
+
+    def _agree_on(self, failure: Exception | None, staging: Path) -> None:
+        """Seal the staged folder if every process could write its part, else drop it and stop all of them."""
+        failed = self._reduce(torch.tensor(float(failure is not None), device=self.args.device))
+        if not failed and self.args.should_save:
+            try:
+                self._seal(staging)
+            except OSError as error:
+                failure = error
+        failed = self._reduce(torch.tensor(float(failure is not None), device=self.args.device))
+        if not failed:
+            return
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        step = self.state.global_step
+        raise OSError(
+            f"the checkpoint of step {step} couldn't be written; older ones are whole ({failure})"
+        ) from failure
+
+    def _seal(self, staging: Path) -> None:
+        """Correct the one path that the stock code derived from the staging folder, then seal the checkpoint."""
+        staged = next(staging.iterdir())
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(staging.parent / staged.name)
+            self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
+        seal(staged)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload only what has been published: the stock code would upload from the staging folder."""
+        if self._staging is not None:
+            self._held_push = True
+        else:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _without_rows(name: str, value: Any, keep: int) -> Any:
+    """Make the rows from `keep` on count for nothing in a batch: no labels, no bytes, positions out of reach."""
+    labels = name in ("labels", "shift_labels") or name.endswith("_label")
+    if not torch.is_tensor(value) or not value.dim() or value.is_floating_point():
+        return value
+    if not (labels or name in ("num_bytes", "start_positions", "end_positions")):
+        return value
+    value = value.clone()
+    value[keep:] = IGNORED if labels else 0 if name == "num_bytes" else torch.iinfo(value.dtype).max
+    return value

@@ -113,7 +113,8 @@ HEADS: dict[str, Callable[[int, random.Random], Row]] = {
     **{f"{name}ForSequenceClassification": sequence for name in _CONFIGS},
     **{f"{name}ForTokenClassification": token for name in _CONFIGS},
     **{f"{name}ForQuestionAnswering": question for name in _CONFIGS},
-    "XLNetForQuestionAnswering": question_inside, "XLNetForQuestionAnsweringSimple": question, "BertForMultipleChoice": choice,
+    "XLNetForQuestionAnswering": question_inside, "XLNetForQuestionAnsweringSimple": question,
+    "BertForMultipleChoice": choice,
 }  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def build(head: str) -> tuple[torch.nn.Module, list[Row]]:
 
         def rows(row: int, generator: random.Random) -> Row:  # this head pools at </s>, one in every row
             made = sequence(row, generator)
-            return {**made, "input_ids": made["input_ids"][:-1] + [1]}
+            return {**made, "input_ids": [*made["input_ids"][:-1], 1]}
     else:
         rows = HEADS[head]
     torch.manual_seed(0)

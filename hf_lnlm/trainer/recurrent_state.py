@@ -1,0 +1,139 @@
+"""Recurrent state carried from batch to batch: truncated back-propagation through time.
+
+The dataset is contiguous lanes (hf_lnlm/data/lanes.py): row i of batch k + 1 continues row i of batch k. The state that a
+batch leaves in its `DynamicCache` is cut from its graph and handed to the next batch. It is dropped where lanes begin (the
+start of every epoch, and rows whose `reset` is set); document borders inside a window are the model's own business
+(`position_ids`). Evaluation has a state of its own. Each process saves the state of its own lanes with the checkpoint.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import DynamicCache
+
+from .randomness import kept_random_state
+
+
+def lane_fault(dataset: Any, rows: int, processes: int) -> str | None:
+    """Return why a dataset can't carry state with this batch, None if it can.
+
+    Args:
+        dataset: Should have `num_lanes`, as `hf_lnlm.data.lanes.Lanes` does.
+        rows: Rows of a batch on one process.
+        processes: Number of processes; each has its own lanes.
+    """
+    lanes = getattr(dataset, "num_lanes", None)
+    if lanes is None:
+        return f"carry_state needs a dataset of contiguous lanes (with num_lanes), got {type(dataset).__name__}"
+    if lanes != rows * processes:
+        return f"num_lanes must be batch size x processes = {rows} x {processes} = {rows * processes}, got {lanes}"
+    return None
+
+
+def state_file(folder: str | Path, process: int, processes: int) -> Path:
+    """Return the file of a checkpoint that holds the carried state of one process."""
+    return Path(folder) / (
+        "recurrent_state.safetensors" if processes == 1 else f"recurrent_state_{process}.safetensors"
+    )
+
+
+class CarriedState:
+    """What the lanes of one process remember between batches; empty at the start of the lanes."""
+
+    def __init__(self) -> None:
+        self.cache: DynamicCache | None = None
+
+    def start(self, model: nn.Module, rows: int, reset: torch.Tensor | None = None) -> DynamicCache:
+        """Return the cache for the next batch.
+
+        Args:
+            model: The unwrapped model.
+            rows: Rows of the batch.
+            reset: `(rows,)` true for rows that begin anew, or None.
+
+        Raises:
+            ValueError: If the state belongs to another number of rows.
+        """
+        if self.cache is None or (reset is not None and bool(reset.all())):
+            return DynamicCache(config=model.config)
+        held = next((layer.batch_size for layer in self.cache.layers if layer.batch_size is not None), rows)
+        if held != rows:
+            raise ValueError(f"the carried state has {held} rows and the batch {rows}: the batch size can't change")
+        if reset is not None and bool(reset.any()):
+            self._reset_rows(model, reset)
+        return self.cache
+
+    def _reset_rows(self, model: nn.Module, reset: torch.Tensor) -> None:
+        """Give the model's initial state, which needn't be zero, to some rows."""
+        initial = initial_state(model, reset.shape[0], reset.device)
+        for layer, fresh in zip(self.cache.layers, initial.layers, strict=True):  # type: ignore[union-attr]
+            for name, tensor in layer.states.items():
+                rows = reset.reshape(-1, *[1] * (tensor.dim() - 1))
+                layer.states[name] = torch.where(rows, fresh.states[name].to(tensor.dtype), tensor)
+
+    def keep(self, cache: Any) -> None:
+        """Take the state that a batch left and cut it from its graph.
+
+        Raises:
+            ValueError: If the model returned no state, or one that isn't recurrent.
+        """
+        layers = getattr(cache, "layers", [])
+        if not layers or not all(hasattr(layer, "detach_") for layer in layers):
+            raise ValueError("carry_state needs a model that returns recurrent states only as past_key_values")
+        for layer in layers:
+            layer.detach_()
+        self.cache = cache
+
+    def save(self, path: Path) -> None:
+        """Write the state, `layer.name` → tensor, with what wrote it and how far it is; nothing if it is empty."""
+        if self.cache is None:
+            return
+        layers = self.cache.layers
+        tensors = {f"{i}.{name}": t.contiguous() for i, layer in enumerate(layers) for name, t in layer.states.items()}
+        about = [{"kind": layer.kind, "seen_tokens": layer.seen_tokens} for layer in layers]
+        save_file(tensors, path, metadata={"layers": json.dumps(about)})
+
+    def load(self, path: Path, model: nn.Module, device: torch.device) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: If the file is missing or belongs to another model.
+        """
+        if not path.is_file():
+            raise ValueError(f"carry_state can't be resumed: {path} is missing")
+        self.cache = DynamicCache(config=model.config)
+        with safe_open(path, framework="pt", device=str(device)) as stream:
+            about = json.loads(stream.metadata()["layers"])
+            if len(about) != len(self.cache.layers):
+                raise ValueError(f"{path} has {len(about)} layers, the model {len(self.cache.layers)}")
+            states: list[dict[str, torch.Tensor]] = [{} for _ in about]
+            for name in stream.keys():  # noqa: SIM118 - the handle isn't a mapping
+                layer, _, state = name.partition(".")
+                states[int(layer)][state] = stream.get_tensor(name)
+        for layer, entry, tensors in zip(self.cache.layers, about, states, strict=True):
+            layer.write(entry["kind"], tensors, entry["seen_tokens"])
+
+
+def initial_state(model: nn.Module, rows: int, device: torch.device) -> DynamicCache:
+    """Return the state before the first token: that which a wholly masked token leaves.
+
+    Args:
+        model: The unwrapped model.
+        rows: Number of rows.
+        device: Where to compute it.
+    """
+    cache = DynamicCache(config=model.config)
+    token = torch.zeros(rows, 1, dtype=torch.long, device=device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), kept_random_state():
+            model(input_ids=token, attention_mask=torch.zeros_like(token), past_key_values=cache, use_cache=True)
+    finally:
+        model.train(training)
+    return cache

@@ -1,0 +1,98 @@
+"""Sums behind the figures that are logged: added over batches and processes, divided once.
+
+A mean of batch means isn't the mean over items when batches differ in length; perplexity and bits per byte would be off
+by as much. Units: nats, tokens, UTF-8 bytes, seconds.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+def input_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Return how many positions of a batch are attended, 0-dimensional."""
+    if inputs.get("attention_mask") is not None:
+        return inputs["attention_mask"].sum()
+    first = inputs.get("input_ids")
+    return torch.tensor(first.numel() if torch.is_tensor(first) else 0)
+
+
+class TrainingTotals:
+    """What was trained since the last log entry: nats, items, bytes, tokens and the time it took."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin again, now."""
+        self._sums: torch.Tensor | None = None
+        self._started = time.perf_counter()
+
+    def add(
+        self, sums: torch.Tensor, items: torch.Tensor, num_bytes: torch.Tensor | None, tokens: torch.Tensor
+    ) -> None:
+        """Add a micro-batch.
+
+        Args:
+            sums: Summed loss of each term, `(terms,)`, nats.
+            items: Items of each term, `(terms,)`.
+            num_bytes: Bytes of each row, `(rows,)`, or None.
+            tokens: Attended positions, 0-dimensional.
+        """
+        device = sums.device
+        counted = torch.zeros((), device=device) if num_bytes is None else num_bytes.sum()
+        row = [sums.detach()[0], items[0], counted, tokens]
+        found = torch.stack([value.to(device, torch.float64) for value in row])
+        self._sums = found if self._sums is None else self._sums + found
+
+    def summary(self, reduce: Reduce, language: bool, per_byte: bool) -> dict[str, float]:
+        """Return the figures since the last call and begin again.
+
+        Args:
+            reduce: Sums a tensor over the processes.
+            language: Whether the loss is a mean over tokens, so that its exponential is a perplexity.
+            per_byte: Whether every byte of the text was predicted, so that bits per byte mean something.
+        """
+        if self._sums is None:
+            return {}
+        nats, items, num_bytes, tokens = reduce(self._sums).tolist()
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        self.clear()
+        found = {"tokens_per_second": tokens / seconds}
+        if language and items:
+            found["perplexity"] = math.exp(min(nats / items, 700.0))
+        if language and per_byte and num_bytes:
+            found["bits_per_byte"] = nats / math.log(2) / num_bytes
+        return found
+
+
+class EvaluationTotals:
+    """Sums over an evaluation: of the loss by term, and of whatever the objective measures."""
+
+    def __init__(self) -> None:
+        self.sums: torch.Tensor | None = None
+        self.items: torch.Tensor | None = None
+        self.measured: dict[str, torch.Tensor] = {}
+
+    def add(self, sums: torch.Tensor, items: torch.Tensor, measured: Mapping[str, torch.Tensor]) -> None:
+        """Add a batch: `sums` and `items` `(terms,)`, `measured` scalars by name."""
+        sums, items = sums.detach().double(), items.to(sums.device).double()
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.items = items if self.items is None else self.items + items
+        for name, value in measured.items():
+            self.measured[name] = self.measured[name] + value if name in self.measured else value
+
+    def loss(self, reduce: Reduce) -> float | None:
+        """Return the mean over all items, summed over the terms of the loss; None if nothing was added."""
+        if self.sums is None or self.items is None:
+            return None
+        return float((reduce(self.sums) / reduce(self.items).clamp(min=1)).sum())
+
+    def all_measured(self, reduce: Reduce) -> dict[str, torch.Tensor]:
+        """Return what the objective measured, summed over the processes."""
+        return {name: reduce(value) for name, value in sorted(self.measured.items())}
