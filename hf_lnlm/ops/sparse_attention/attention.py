@@ -1,0 +1,159 @@
+"""`sparse_attention`: checks its arguments, brings every row to logical positions and picks a path.
+
+Padding may stand anywhere: rows are compacted (real tokens to the front, in order), attended, and scattered back, so
+a pattern never depends on where the padding is. Paths: plain fused attention where the pattern allows everything,
+`eager` (blocks or one dense mask, whichever is cheaper), `reference` (a dense mask; also what is traced by
+torch.compile and torch.export).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..backend import pick_backend
+from .dense import dense_is_cheaper, sparse_attention_dense
+from .eager import sparse_attention_eager
+from .pattern import SparsePattern, logical_positions
+from .reference import sparse_attention_reference
+
+BACKENDS = ("reference", "eager")
+"""What `backend` may be, beside "auto"."""
+
+
+def sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    patterns: SparsePattern | tuple[SparsePattern, ...],
+    *,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Exact softmax self-attention over the keys that a pattern lets each query see.
+
+    Args:
+        query: `(batch, heads, length, head_dim)`.
+        key: `(batch, key_heads, length, head_dim)`, `key_heads` a divisor of `heads` (grouped queries).
+        value: as `key`.
+        patterns: one index set for all heads, or one for each equal group of heads.
+        mask: bool `(batch, length)`, True at real tokens; None = all are real.
+        scale: factor of the scores; `1/√head_dim` by default.
+        dropout: probability of dropping an attention weight (0 outside training).
+        backend: "auto" or one of `BACKENDS`.
+
+    Returns:
+        `(batch, heads, length, head_dim)`, zero at padding and where a query sees no key.
+
+    Raises:
+        ValueError: for shapes, a mask, a dropout or a backend outside the above.
+    """
+    patterns = (patterns,) if isinstance(patterns, SparsePattern) else tuple(patterns)
+    _check(query, key, value, patterns, mask, dropout)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    traced = torch.compiler.is_compiling()
+    if not traced and mask is not None and bool(mask.all()):
+        mask = None
+    picked = pick_backend(backend, query.device, BACKENDS)
+    attend = _reference if traced or picked == "reference" else _compacted
+    if len(patterns) == 1:
+        return attend(query, key, value, patterns[0], mask, scale, dropout)
+    groups = zip(*(x.chunk(len(patterns), dim=1) for x in (query, key, value)), patterns, strict=True)
+    return torch.cat([attend(q, k, v, pattern, mask, scale, dropout) for q, k, v, pattern in groups], dim=1)
+
+
+def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Repeats grouped key or value heads `(batch, key_heads, length, head_dim)` to `heads`."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: SparsePattern,
+    mask: torch.Tensor | None,
+    scale: float,
+    dropout: float,
+) -> torch.Tensor:
+    positions = torch.arange(query.shape[2], device=query.device).unsqueeze(0)
+    if mask is not None:
+        positions = logical_positions(mask)
+    return sparse_attention_reference(query, key, value, pattern, positions, positions, scale, dropout)[0]
+
+
+def _compacted(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: SparsePattern,
+    mask: torch.Tensor | None,
+    scale: float,
+    dropout: float,
+) -> torch.Tensor:
+    """Moves padding to the end of every row, attends, and moves everything back."""
+    if mask is None:
+        return _attend(query, key, value, pattern, None, scale, dropout)
+    if bool((mask[:, :-1] >= mask[:, 1:]).all()):
+        out = _attend(query, key, value, pattern, mask.sum(-1), scale, dropout)
+    else:
+        order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
+        compact = (_take(x, order) for x in (query, key, value))
+        out = _take(_attend(*compact, pattern, mask.sum(-1), scale, dropout), order.argsort(dim=-1))
+    return out.masked_fill(~mask[:, None, :, None], 0.0)
+
+
+def _take(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return x.gather(2, order[:, None, :, None].expand_as(x))
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: SparsePattern,
+    lengths: torch.Tensor | None,
+    scale: float,
+    dropout: float,
+) -> torch.Tensor:
+    if not pattern.is_dense(query.shape[2]):
+        rows = query.shape[0] * query.shape[1]
+        if (pattern.causal or lengths is None) and dense_is_cheaper(pattern, query.shape[2], rows):
+            return sparse_attention_dense(query, key, value, pattern, scale, dropout)
+        return sparse_attention_eager(query, key, value, pattern, scale, dropout, lengths)
+    allowed = None
+    if lengths is not None and not pattern.causal:
+        ends = lengths.clamp(min=1)[:, None, None, None]
+        allowed = torch.arange(query.shape[2], device=query.device) < ends
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, is_causal=pattern.causal, dropout_p=dropout, scale=scale
+    )
+
+
+def _check(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    patterns: tuple[SparsePattern, ...],
+    mask: torch.Tensor | None,
+    dropout: float,
+) -> None:
+    if query.dim() != 4 or query.shape != key.shape or key.shape != value.shape:
+        _check_shapes(query, key, value)
+    if not patterns or query.shape[1] % len(patterns):
+        raise ValueError(f"heads must divide evenly over the patterns, got {query.shape[1]} and {len(patterns)}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (query.shape[0], query.shape[2])):
+        raise ValueError(f"mask must be bool (batch, length), got {mask.dtype} {tuple(mask.shape)}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+
+
+def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
+        raise ValueError(f"query, key and value must be (batch, heads, length, head_dim), key like value, got {shapes}")
+    if any(query.shape[i] != key.shape[i] for i in (0, 2, 3)) or query.shape[1] % key.shape[1]:
+        raise ValueError(f"key must match query up to grouped heads, got {shapes}")

@@ -1,0 +1,119 @@
+"""One softmax over disjoint parts: forward by log-sum-exp merging, exact backward.
+
+For parts `p` of a query's keys with outputs `o_p` and log-sum-exps `s_p`: `s = logaddexp_p s_p`, `o = Σ_p exp(s_p -
+s) o_p`. Given `o` and `s`, the softmax gradient of each part needs nothing of the others. No `n × n` tensor is ever
+built.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .parts import Part, parts_of
+from .pattern import SparsePattern
+from .tiles import tile_backward, tile_forward
+
+
+class MergedAttention(torch.autograd.Function):
+    """Sparse self-attention over tokens laid out as `(rows, blocks, l, head_dim)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pattern: SparsePattern,
+        scale: float,
+        dropout: float,
+        seed: int,
+    ) -> torch.Tensor:
+        """Returns the output, laid out as the query; a query that sees nothing gets zeros."""
+        out, lse = _forward(query, key, value, pattern, scale, dropout, seed)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.settings = (pattern, scale, dropout, seed)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of query, key and value."""
+        grads = _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
+        return *grads, None, None, None, None
+
+
+def _summary(x: torch.Tensor, pattern: SparsePattern) -> torch.Tensor | None:
+    """The last `c` tokens of every block, gathered: `(rows, blocks, c, head_dim)`."""
+    if pattern.kind not in ("summary", "fixed"):
+        return None
+    return x[:, :, pattern.stride - pattern.summary :].contiguous()
+
+
+def _source(part: Part, tokens: torch.Tensor, summary: torch.Tensor | None) -> torch.Tensor:
+    return part.keys(summary if part.from_summary and summary is not None else tokens)
+
+
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: SparsePattern,
+    scale: float,
+    dropout: float,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.zeros_like(query)
+    lse = query.new_full((*query.shape[:3], 1), float("-inf"), dtype=torch.promote_types(query.dtype, torch.float32))
+    key_summary, value_summary = _summary(key, pattern), _summary(value, pattern)
+    for index, part in enumerate(parts_of(pattern, query.shape[1], query)):
+        keys, values = _source(part, key, key_summary), _source(part, value, value_summary)
+        piece, piece_lse = tile_forward(
+            part.queries(query), keys, values, scale, part.causal, part.bias, dropout, seed + index
+        )
+        _merge(part.queries(out), part.queries(lse), piece, piece_lse.unsqueeze(-1), overwrite=part.first)
+    return out, lse
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor, piece: torch.Tensor, piece_lse: torch.Tensor, overwrite: bool) -> None:
+    """Folds one part into `out` and `lse` in place."""
+    if overwrite:
+        out.copy_(piece)
+        lse.copy_(piece_lse)
+        return
+    total = torch.logaddexp(lse, piece_lse)
+    out.mul_((lse - total).exp_().to(out.dtype)).addcmul_(piece, (piece_lse - total).exp_().to(out.dtype))
+    lse.copy_(total)
+
+
+def _backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    pattern: SparsePattern,
+    scale: float,
+    dropout: float,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grads = [torch.zeros_like(x) for x in (query, key, value)]
+    summaries = [_summary(x, pattern) for x in (key, value)]
+    summary_grads = [None if x is None else torch.zeros_like(x) for x in summaries]
+    for index, part in enumerate(parts_of(pattern, query.shape[1], query)):
+        keys, values = _source(part, key, summaries[0]), _source(part, value, summaries[1])
+        at = part.queries
+        pieces = tile_backward(
+            at(grad), at(query), keys, values, at(out), at(lse).squeeze(-1), scale, part.causal, part.bias,
+            dropout, seed + index,
+        )  # fmt: skip
+        at(grads[0]).add_(pieces[0])
+        for tokens, gathered, piece in zip(grads[1:], summary_grads, pieces[1:], strict=True):
+            part.add_key_gradient(gathered if part.from_summary and gathered is not None else tokens, piece)
+    for tokens, gathered in zip(grads[1:], summary_grads, strict=True):
+        if gathered is not None:
+            tokens[:, :, pattern.stride - pattern.summary :].add_(gathered)
+    return grads[0], grads[1], grads[2]

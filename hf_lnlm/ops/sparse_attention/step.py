@@ -1,0 +1,88 @@
+"""Attention of a few new queries over cached keys: only the keys that a pattern lets them see are read.
+
+Complexity: `O(keys)` comparisons and `O(visible keys · head_dim)` arithmetic for one query; several queries share
+one masked softmax.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .pattern import SparsePattern
+
+
+def attend_cached(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: SparsePattern,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    scale: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention over a cache under one index set.
+
+    Args:
+        query: `(batch, heads, queries, head_dim)`.
+        key: cached and new keys `(batch, heads, keys, head_dim)`, in any order.
+        value: as `key`.
+        pattern: the index set.
+        query_positions: logical positions `(batch, queries)`; -1 = padding.
+        key_positions: logical positions `(batch, keys)`; -1 = not a token.
+        scale: factor of the scores.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        `(batch, heads, queries, head_dim)`, zero where a query is padding or sees nothing.
+    """
+    visible = pattern.visible(query_positions, key_positions) & (query_positions >= 0).unsqueeze(-1)
+    if query.shape[2] == 1 and pattern.kind != "full":
+        key, value, visible = gather_visible(key, value, visible)
+    some = visible.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=(visible | ~some).unsqueeze(1), dropout_p=dropout, scale=scale
+    )
+    return out.masked_fill(~some.unsqueeze(1), 0.0)
+
+
+def gather_visible(
+    key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keeps the keys that one query of each row sees.
+
+    Args:
+        key: `(batch, heads, keys, head_dim)`.
+        value: as `key`.
+        visible: bool `(batch, 1, keys)`.
+
+    Returns:
+        key, value and visible, cut to the most keys that any row sees (at least one).
+    """
+    seen = visible[:, 0]
+    slots = compact_slots(seen)
+    return take_slots(key, slots), take_slots(value, slots), seen.gather(1, slots).unsqueeze(1)
+
+
+def compact_slots(kept: torch.Tensor) -> torch.Tensor:
+    """Indices of the kept slots of each row, in order; rows that keep fewer are filled with slots that are not kept.
+
+    Args:
+        kept: bool `(batch, slots)`.
+
+    Returns:
+        int64 `(batch, most)`, `most` ≥ 1 the largest number that any row keeps.
+    """
+    most = max(1, int(kept.sum(-1).max()))
+    if kept.shape[0] == 1 and bool(kept.any()):
+        return kept[0].nonzero().view(1, -1)
+    return (~kept).to(torch.uint8).argsort(dim=-1, stable=True)[:, :most]
+
+
+def take_slots(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """`(batch, heads, slots, width)` at the given slots `(batch, most)` of each row."""
+    if slots.shape[0] == 1:
+        return x.index_select(2, slots[0])
+    index = slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.gather(2, index)
