@@ -5,7 +5,7 @@ documents, tokenizer and length; `epoch` (see data/epochs.py); `num_bytes`, the 
 this block is first to hold, for bits per byte; with `boundaries=True` `position_ids` `[length]`, which restart at 0
 where a document starts; with `words=True` `word_ids` `[length]`, −1 outside every word.
 
-An objective knows the options it needs: `PackedBlocks(documents, tokenizer, **objective.packing(tokenizer, length))`.
+An objective knows the options it needs: `pack(documents, tokenizer, **objective.packing(tokenizer, length))`.
 With `overlap=1` (causal) every token but the stream's first is predicted exactly once: a block's first token is the
 last of the block before it and serves as context only.
 """
@@ -205,6 +205,21 @@ class PackedStream(EpochStream):
             if self.encoder.words:
                 extra["word_ids"] = words
             yield self.layout.row(ids, num_bytes, extra)
+
+
+def pack(documents: Any, tokenizer: Any, length: int, *, drop_last: bool = True, **options: Any) -> Any:
+    """Packs documents: `PackedBlocks` of a `datasets.Dataset`, `PackedStream` of anything without a length.
+
+    Args:
+        documents: Rows with a `text`.
+        tokenizer: Fast tokenizer.
+        length: Tokens of a row.
+        drop_last: Leaves out a shorter last row; a stream always does.
+        options: See `PackedBlocks`; `objective.packing(tokenizer, length)` gives `length` and these.
+    """
+    if hasattr(documents, "__len__"):
+        return PackedBlocks(documents, tokenizer, length, drop_last=drop_last, **options)
+    return PackedStream(documents, tokenizer, length, **options)
 
 
 class _Buffer:

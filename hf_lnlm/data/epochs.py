@@ -5,6 +5,8 @@ package; the epoch is set by `dataset.set_epoch(epoch)` in the main process *bef
 lives in shared memory, so that worker processes see it whether they are forked, spawned, fresh or persistent. Collators
 find it in the rows (`row["epoch"]`) and stay stateless.
 
+Rows must reach the collator whole: under transformers' Trainer set `remove_unused_columns=False`.
+
 Who calls `set_epoch`: `accelerate`'s loaders do when they have a `dataset` with that method, **except** for sharded
 batch samplers over a seedable sampler (two processes, map-style), where accelerate 1.15 calls the sampler's method
 instead. So a training loop calls `train_dataset.set_epoch(epoch)` itself at the start of every epoch; calling twice is

@@ -108,9 +108,9 @@ def _read(source: Any, task: str, options: FileOptions) -> tuple[list[Row], list
         files = list(itertools.chain.from_iterable(expand(item) for item in sources))
         if files:
             return list(read_files([str(file) for file in files], options)), None
-    from .sources import open_source
+    from .sources import _open
 
-    train, held = open_source(str(sources[0]))
+    train, held = _open(str(sources[0]), options, False)
     return list(train), None if held is None else list(held)
 
 
@@ -130,11 +130,11 @@ def label_names(values: Iterable[Any]) -> list[str]:
     Raises:
         ValueError: a value that is no class: null, a fraction, a list.
     """
-    found: set[Any] = set()
+    found: set[str] = set()
     for value in values:
-        if value is None or isinstance(value, (float, list, dict)):
+        if value is None or value == "" or isinstance(value, (float, list, dict)):
             raise ValueError(f"a label must be a name or a whole number, got {value!r}")
-        found.add(value)
-    if all(isinstance(value, int) or str(value).lstrip("-").isdigit() for value in found):
-        return [str(value) for value in sorted(found, key=int)]
-    return sorted(map(str, found), key=lambda name: (name != "O", name))
+        found.add(str(value))
+    if all(name.lstrip("-").isdigit() for name in found):
+        return sorted(found, key=int)
+    return sorted(found, key=lambda name: (name != "O", name))

@@ -7,8 +7,8 @@ so no token is read twice, which a carried state would not forgive.
 
 With several processes make B the *global* number of rows a step (rows per process × processes). accelerate gives
 process r the batches r, r + processes, …, hence lanes r·rows … (r + 1)·rows − 1, always the same ones;
-`lanes.shard(rank, world_size)` does the same for a loader of one's own. With gradient accumulation the small batches are
-consecutive windows.
+`lanes.shard(rank, world_size)` does the same for a loader of one's own. With gradient accumulation the small batches
+are consecutive windows.
 
 Columns of a row: `input_ids` `[T]`, `next_id`, `num_bytes` (bytes of the T predicted tokens), `example_id` k, `epoch`,
 `reset` (window 0: forget the carried state before this row), and with `boundaries=True` `position_ids` `[T]`, 0 where a
@@ -57,9 +57,10 @@ class Lanes(EpochDataset):
         self.stream = TokenStream(documents, Encoder(tokenizer, frame=frame, close=boundaries))
         self.num_windows = max(0, len(self.stream) - 1) // (length * num_lanes)
         if self.num_windows == 0:
+            need = f"{num_lanes} lanes of one window of {length} tokens need {num_lanes * length + 1}"
             raise ValueError(
-                f"the text is too short: {len(documents)} documents with {len(self.stream)} tokens, but {num_lanes} lanes "
-                f"of one window of {length} tokens need {num_lanes * length + 1}: use more text, fewer rows or a smaller length"
+                f"the text is too short: {len(documents)} documents with {len(self.stream)} tokens, but {need}: "
+                "use more text, fewer rows or a smaller length"
             )
 
     def __len__(self) -> int:

@@ -1,14 +1,17 @@
 """Where text comes from: files, folders, globs, `datasets` names and saved datasets, and Python's own sources.
 
 `load_documents` gives one row a document, a document being a whole file for text and one record otherwise; `load_rows`
-gives all columns. Rows come as a `datasets.Dataset`, cached where `datasets` caches, or as an `IterableDataset` with
-`streaming=True`. A document goes to the validation side if the hash of its text (its path, for the standard library)
-falls below the wanted share: the same document always lands on the same side, duplicates included, in any order.
+gives records with all their columns. Rows come as a `datasets.Dataset`, cached where `datasets` caches, or as an
+`IterableDataset` with `streaming=True`. A document goes to the validation side if the hash of its text (its path, for
+the standard library) falls below the wanted share: the same document always lands on the same side, duplicates
+included, in any order.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import sysconfig
 import tokenize
 from collections.abc import Iterator
@@ -16,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .readers import READER_VERSION, FileOptions, expand, read_files
+from .progress import progress_on_terminals
+from .readers import FORMATS, READER_VERSION, FileOptions, expand, read_files
 
 STDLIB_SKIPPED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "test")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 Source = str | Path | Any
 
 
@@ -43,16 +48,16 @@ def load_documents(
     limit: int | None = None,
     seed: int = 0,
 ) -> Documents:
-    """Loads documents: rows with a column `text`.
+    """Loads documents: rows with the one column `text`.
 
     Args:
         source: `stdlib` (the `.py` files of Python's standard library, one document each, tests left out); a file,
-            folder or glob of text, `.jsonl .ndjson .json .csv .tsv .parquet .fasta .fa .faa` (any other ending is read as
+            folder or glob of text, `.jsonl .ndjson .json .csv .tsv .parquet .fasta .fa .faa` (any other ending is
             text; each may end in `.gz`); a folder written by `Dataset.save_to_disk`; a name on the Hub, `name` or
             `name:configuration`; or a `datasets` object.
         text_column: Column of a record that holds the text; for FASTA `text` is the sequence.
         validation: Share of the documents to set aside (0 … 1, exclusive), another source, or None: then the source's
-            own validation split, if it has one.
+            own validation split, if it has one. A single document is cut in two instead.
         encoding: Encoding of text files.
         errors: What to do with bytes that aren't valid: `strict` stops, `replace` and `ignore` go on.
         unit: `file` or `line`: what one document of a text file is. Empty lines are no documents.
@@ -67,15 +72,40 @@ def load_documents(
         FileNotFoundError: Nothing has that name.
         ValueError: Bad input; the message names the file, the place and the option to use.
     """
-    options = FileOptions(encoding=encoding, errors=errors, unit=unit)
+    options = FileOptions(encoding, errors, unit, text_column)
+    return _load(source, options, validation, streaming, limit, seed)
+
+
+def load_rows(
+    source: Source,
+    *,
+    validation: float | Source | None = None,
+    encoding: str = "utf-8",
+    errors: str = "strict",
+    streaming: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Documents:
+    """Loads records with all their columns, for fine-tuning; arguments and errors as in `load_documents`."""
+    return _load(source, FileOptions(encoding, errors, "line"), validation, streaming, limit, seed)
+
+
+def _load(
+    source: Source, options: FileOptions, validation: Any, streaming: bool, limit: int | None, seed: int
+) -> Documents:
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be 1 or more, got {limit}")
     share = _share(validation)
     train, held = _open(source, options, streaming)
-    train = _text_only(train, text_column, source)
     if share is not None:
-        return _finish(*_split(train, share, seed, streaming, source), limit, source)
-    if validation is not None:
-        held = _open(validation, options, streaming)[0]
-    return _finish(train, None if held is None else _text_only(held, text_column, source), limit, source)
+        train, held = _split(train, share, seed, source)
+    elif validation is not None:
+        held, _ = _open(validation, options, streaming)
+        _refuse_empty(held, validation)
+    _refuse_empty(train, source)
+    if limit is not None:
+        train = train.select(range(min(limit, len(train)))) if hasattr(train, "__len__") else train.take(limit)
+    return Documents(*(_without_path(side) for side in (train, held)))
 
 
 def _share(validation: Any) -> float | None:
@@ -87,34 +117,63 @@ def _share(validation: Any) -> float | None:
     return float(validation)
 
 
+def _refuse_empty(rows: Any, source: Source) -> None:
+    if hasattr(rows, "__len__") and len(rows) == 0:
+        raise ValueError(f"no text in {source}: it has no record")
+
+
+def _without_path(rows: Any) -> Any:
+    """The standard library's paths serve for splitting only."""
+    return rows.remove_columns(PATH) if rows is not None and PATH in (rows.column_names or []) else rows
+
+
 def _open(source: Source, options: FileOptions, streaming: bool) -> tuple[Any, Any | None]:
-    """(training rows, validation rows or None) of a source, with all columns."""
+    """(training rows, validation rows or None) of a source."""
     import datasets
 
-    if isinstance(source, (datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict)):
-        return _sides(source)
+    if isinstance(source, (datasets.Dataset, datasets.IterableDataset, dict)):
+        return _sides(source, options, "the dataset")
     if str(source) == "stdlib":
-        rows = _stdlib_rows()
-        table = datasets.Dataset.from_list(rows)
+        table = datasets.Dataset.from_list(_stdlib_rows())
         return (table.to_iterable_dataset() if streaming else table), None
     path = Path(source).expanduser()
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        return _sides(datasets.load_from_disk(str(path)))
-    files = expand(source)
-    if files:
+    if ((path / "state.json").exists() and (path / "dataset_info.json").exists()) or (
+        path / "dataset_dict.json"
+    ).exists():
+        return _sides(_saved(path), options, source, streaming)
+    if files := expand(source):
         return _file_rows(files, options, streaming), None
-    return _hub_rows(str(source), streaming)
+    return _sides(_hub_rows(str(source), streaming), options, source)
 
 
-def _sides(found: Any) -> tuple[Any, Any | None]:
-    """(training, validation) of a `datasets` object."""
-    if not hasattr(found, "keys"):
-        return found, None
-    if not found:
-        raise ValueError("the saved dataset has no split")
-    train = "train" if "train" in found else next(iter(found))
-    held = next((name for name in VALIDATION_SPLITS if name in found and name != train), None)
-    return found[train], None if held is None else found[held]
+def _sides(found: Any, options: FileOptions, source: Source, streaming: bool = False) -> tuple[Any, Any | None]:
+    """(training, validation) rows of a `datasets` object."""
+    if isinstance(found, dict):
+        if not found:
+            raise ValueError(f"no text in {source}: the dataset has no split")
+        train = "train" if "train" in found else next(iter(found))
+        held = next((name for name in VALIDATION_SPLITS if name in found and name != train), None)
+        sides = [found[train], None if held is None else found[held]]
+    else:
+        sides = [found, None]
+    if streaming:
+        sides = [side.to_iterable_dataset() if hasattr(side, "to_iterable_dataset") else side for side in sides]
+    first, second = (None if side is None else _text_only(side, options.column, source) for side in sides)
+    return first, second
+
+
+def _saved(path: Path) -> Any:
+    """A dataset written by `save_to_disk`."""
+    import datasets
+    import pyarrow as pa
+
+    try:
+        return datasets.load_from_disk(str(path))
+    except (pa.ArrowInvalid, json.JSONDecodeError, KeyError, OSError) as error:
+        raise ValueError(f"{path} isn't a whole saved dataset: {type(error).__name__}: {error}") from None
+
+
+PATH = "path in the library"
 
 
 def _stdlib_rows() -> list[dict[str, str]]:
@@ -123,109 +182,115 @@ def _stdlib_rows() -> list[dict[str, str]]:
     rows = []
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
         relative = path.relative_to(root)
-        if STDLIB_SKIPPED.isdisjoint(relative.parts[:-1]):
-            try:
-                with tokenize.open(path) as file:
-                    text = file.read()
-            except (OSError, SyntaxError, UnicodeDecodeError):
-                continue
-            if text.strip():
-                rows.append({"text": text, "path": relative.as_posix()})
+        if STDLIB_SKIPPED.isdisjoint(relative.parts[:-1]) and (text := _source_text(path)).strip():
+            rows.append({"text": text, PATH: relative.as_posix()})
     if not rows:
         raise FileNotFoundError(f"this Python has no library sources in {root}: give text files instead of stdlib")
     return rows
+
+
+def _source_text(path: Path) -> str:
+    """A Python file's text, read in the encoding it declares; empty if it has no valid one."""
+    try:
+        with tokenize.open(path) as file:
+            return file.read()
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return ""
+
+
+def stdlib_texts() -> Iterator[str]:
+    """The texts of Python's standard library, file by file, for building a tokenizer."""
+    return (row["text"] for row in _stdlib_rows())
 
 
 def _file_rows(files: list[Path], options: FileOptions, streaming: bool) -> Any:
     """Rows of files; the cache is keyed by the files' names, sizes and times, so a changed file is read again."""
     import datasets
 
-    stamps = [f"{path}|{path.stat().st_size}|{path.stat().st_mtime_ns}" for path in files]
+    stamps = [f"{path.resolve()}|{path.stat().st_size}|{path.stat().st_mtime_ns}" for path in files]
     arguments = {"paths": [str(path) for path in files], "options": options}
     if streaming:
         return datasets.IterableDataset.from_generator(read_files, gen_kwargs=arguments)
     key = hashlib.sha256("\n".join([str(READER_VERSION), repr(options), *stamps]).encode()).hexdigest()[:32]
     try:
-        return datasets.Dataset.from_generator(read_files, gen_kwargs=arguments, fingerprint=key, writer_batch_size=64)
+        with progress_on_terminals():
+            return datasets.Dataset.from_generator(
+                read_files, gen_kwargs=arguments, fingerprint=key, writer_batch_size=64
+            )
     except datasets.exceptions.DatasetGenerationError as error:
-        raise (error.__cause__ or error) from None
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise ValueError(f"the records of {files[0]} … don't fit together: {error.__cause__ or error}") from None
 
 
-def _hub_rows(name: str, streaming: bool) -> tuple[Any, Any | None]:
-    """Rows of a dataset on the Hub, or in the cache of an earlier run."""
+def _hub_rows(name: str, streaming: bool) -> Any:
+    """A dataset of the Hub, or of the cache of an earlier run."""
     import datasets
 
     path, _, configuration = name.partition(":")
+    if not HUB_NAME.fullmatch(path) or Path(path).suffix.lower() in (*FORMATS, ".gz"):
+        raise FileNotFoundError(f"no such file, folder or glob: {name!r} (looked in {Path.cwd()})")
     try:
-        return _sides(datasets.load_dataset(path, configuration or None, streaming=streaming))
+        with progress_on_terminals():
+            return datasets.load_dataset(path, configuration or None, streaming=streaming)
     except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        reason = (str(error).splitlines() or [""])[0]
         raise FileNotFoundError(
-            f"no file, folder, glob or dataset called {name!r} ({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"no file, folder, glob or dataset called {name!r} ({type(error).__name__}: {reason})"
         ) from None
 
 
-def _text_only(rows: Any, column: str, source: Source) -> Any:
-    """Rows with the one column `text`."""
-    names = rows.column_names
-    if names is None:
-        names = list(next(iter(rows), {}))
+def _text_only(rows: Any, column: str | None, source: Source) -> Any:
+    """Rows with the one column `text`; all columns if none is named."""
+    if column is None:
+        return rows
+    names = list(rows.column_names or next(iter(rows), {}))
     if column not in names:
-        raise ValueError(
-            f"{source} has no column {column!r}; its columns are {', '.join(names)}: choose with text_column"
-        )
-    rows = rows.remove_columns([name for name in names if name not in (column, "path")])
+        listed = ", ".join(map(repr, names))
+        raise ValueError(f"{source}: no column {column!r}; its columns are {listed}: choose one with text_column")
+    rows = rows.remove_columns([name for name in names if name != column])
     return rows if column == "text" else rows.rename_column(column, "text")
 
 
-def _held_back(row: dict[str, Any], share: float, seed: int) -> bool:
-    """Whether a row belongs to the validation side."""
-    key = row.get("path") or row["text"]
-    digest = hashlib.blake2b(f"{seed}|{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest) < share * 2**64
+def _position(row: dict[str, Any], seed: int) -> float:
+    """A number in [0, 1) that depends on the row's content and the seed only."""
+    key = row.get(PATH) or row.get("text") or json.dumps(row, sort_keys=True, default=str)
+    digest = hashlib.blake2b(f"{seed}|{key}".encode("utf-8", "surrogatepass"), digest_size=6).digest()
+    return int.from_bytes(digest) / 2**48
 
 
-def _split(rows: Any, share: float, seed: int, streaming: bool, source: Source) -> tuple[Any, Any]:
-    """(training, validation) rows by hash; a single document is cut in two at a line."""
-    if streaming:
-        return rows.filter(lambda row: not _held_back(row, share, seed)), rows.filter(
-            lambda row: _held_back(row, share, seed)
-        )
+def _is_aside(row: dict[str, Any], share: float, seed: int, wanted: bool) -> bool:
+    """Whether a row is set aside, or is not if that is what is wanted."""
+    return (_position(row, seed) < share) == wanted
+
+
+def _split(rows: Any, share: float, seed: int, source: Source) -> tuple[Any, Any]:
+    """(training, validation) rows by hash, one of each at least; a single document is cut in two."""
+    if not hasattr(rows, "__len__"):
+        sides = (rows.filter(_is_aside, fn_kwargs={"share": share, "seed": seed, "wanted": w}) for w in (False, True))
+        train, held = sides
+        return train, held
+    if len(rows) == 1 and rows.column_names == ["text"]:
+        return _cut(rows, share, source)
     if len(rows) == 1:
-        return _cut(rows, share)
-    held = [_held_back(row, share, seed) for row in rows]
-    if len(rows) and (not any(held) or all(held)):
-        raise ValueError(
-            f"{source} has too few documents ({len(rows)}) to set aside {share:.3g} of them for validation"
-        )
-    return (rows.select([i for i, h in enumerate(held) if not h]), rows.select([i for i, h in enumerate(held) if h]))
+        raise ValueError(f"{source} has one record: there is nothing to set aside for validation")
+    positions = [_position(row, seed) for row in rows]
+    share = max(share, min(positions, default=0.0) + 2**-48)
+    aside = [position < share for position in positions]
+    if len(rows) and all(aside):
+        aside[max(range(len(rows)), key=positions.__getitem__)] = False
+    train, held = (rows.select([i for i, flag in enumerate(aside) if flag == side]) for side in (False, True))
+    return train, held
 
 
-def _cut(rows: Any, share: float) -> tuple[Any, Any]:
+def _cut(rows: Any, share: float, source: Source) -> tuple[Any, Any]:
     """Sets aside the end of a single document, from the start of a line if it has more than one."""
     import datasets
 
     text = rows[0]["text"]
-    at = int(len(text) * (1 - share))
-    line = text.rfind("\n", 0, at) + 1
-    at = line if line else at
-    return datasets.Dataset.from_list([{"text": text[:at]}]), datasets.Dataset.from_list([{"text": text[at:]}])
-
-
-def _finish(train: Any, validation: Any | None, limit: int | None, source: Source) -> Documents:
-    """Applies the limit and refuses a source without documents."""
-    if limit is not None:
-        if limit < 1:
-            raise ValueError(f"limit must be 1 or more, got {limit}")
-        train = train.take(limit) if not hasattr(train, "__len__") else train.select(range(min(limit, len(train))))
-    if hasattr(train, "__len__") and len(train) == 0:
-        raise ValueError(f"no text in {source}")
-    drop = [
-        side.remove_columns("path") if side is not None and "path" in (side.column_names or []) else side
-        for side in (train, validation)
-    ]
-    return Documents(*drop)
-
-
-def stdlib_texts() -> Iterator[str]:
-    """The texts of Python's standard library, file by file, for building a tokenizer."""
-    return (row["text"] for row in _stdlib_rows())
+    cut = int(len(text) * (1 - share))
+    cut = text.rfind("\n", 0, cut) + 1 or cut
+    if not text[:cut].strip() or not text[cut:].strip():
+        raise ValueError(f"{source} has too little text ({len(text)} characters) to set {share:.3g} of it aside")
+    train, held = (datasets.Dataset.from_list([{"text": part}]) for part in (text[:cut], text[cut:]))
+    return train, held

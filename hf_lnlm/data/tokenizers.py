@@ -64,7 +64,8 @@ def build_tokenizer(
         template: `bert`, `roberta`, `t5` or `causal`: which special tokens a call adds around its text. None adds
             none, which is what packing and preference training want. With `bert` or `roberta`, special tokens written
             in a text (`"a <mask> b"`) are read as such, since the fill-mask pipeline needs it; a `byte` tokenizer
-            without them takes every text literally.
+            without them takes every text literally (set its `split_special_tokens = False` where a library writes
+            the end token as text, as TRL does).
 
     Returns:
         A `PreTrainedTokenizerFast` with ids as in `SPECIAL_TOKENS`.

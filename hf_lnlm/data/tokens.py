@@ -19,14 +19,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .progress import progress_on_terminals
 from .tokenizers import byte_symbols
 
 PIECE = 1 << 16
 """Characters of a document tokenised at a time: bounds the memory of one very long line."""
 
 
+SPACE_BYTES = np.frombuffer(b" \t\n\v\f\r", np.uint8)
+
+
 class Tokens(NamedTuple):
-    """Tokens of one document: `ids` int32 `[tokens]`, `num_bytes` uint16 `[tokens]`, `words` int32 `[tokens]`.
+    """Tokens of one document: `ids` int32 `[tokens]`, `num_bytes` uint32 `[tokens]`, `words` int32 `[tokens]`.
 
     `words` numbers the document's words from 0; −1 is a token outside every word (bos, eos).
     """
@@ -42,8 +46,9 @@ class Encoder:
 
     Args:
         tokenizer: A fast tokenizer (one with a `tokenizers` backend).
-        frame: Whether bos and eos of the tokenizer are put around each document. Where both are one token (GPT-2's
-            `<|endoftext|>`) it goes before the document only, unless `close` is set.
+        frame: Whether bos and eos of the tokenizer are put around each document; BERT's tokenizer, which has neither,
+            puts sep behind it. Where both are one token (GPT-2's `<|endoftext|>`) it goes before the document only,
+            unless `close` is set.
         close: Puts eos behind the document even when it equals bos.
         words: Whether word numbers are computed; otherwise `words` is all −1.
     """
@@ -65,6 +70,8 @@ class Encoder:
         if not self.frame:
             return [], []
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is None and eos is None:
+            eos = self.tokenizer.sep_token_id
         before = [] if bos is None else [bos]
         behind = [] if eos is None or (eos == bos and not self.close) else [eos]
         return before, behind
@@ -83,22 +90,26 @@ class Encoder:
         """Tokenises one document.
 
         Raises:
-            ValueError: The text holds a lone surrogate, which has no UTF-8 form.
+            ValueError: The text is no string, or holds a lone surrogate, which has no UTF-8 form.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"a document must be a string, got {type(text).__name__}")
         offset = self._byte_offset
         pieces = list(self._pieces(text)) if offset is None else [self._bytes(text, offset)]
         before, behind = self.borders
         ids = np.concatenate([np.array(before, np.int32), *(piece.ids for piece in pieces), np.array(behind, np.int32)])
         width = (len(before), len(behind))
-        num_bytes = np.pad(_join([piece.num_bytes for piece in pieces], np.uint16), width)
+        num_bytes = np.pad(_join([piece.num_bytes for piece in pieces], np.uint32), width)
+        if len(num_bytes):
+            num_bytes[-1] += len(_utf8(text)) - int(num_bytes.sum())
         words = np.pad(_join([piece.words for piece in pieces], np.int32), width, constant_values=-1)
         return Tokens(ids, num_bytes, words)
 
     def _bytes(self, text: str, offset: int) -> Tokens:
         """The fast path of a byte tokenizer: id = offset + byte."""
         raw = np.frombuffer(_utf8(text), np.uint8)
-        words = _space_words(raw) if self.words else np.full(len(raw), -1, np.int32)
-        return Tokens(raw.astype(np.int32) + offset, np.ones(len(raw), np.uint16), words)
+        words = _words_from_space(np.isin(raw, SPACE_BYTES)) if self.words else np.full(len(raw), -1, np.int32)
+        return Tokens(raw.astype(np.int32) + offset, np.ones(len(raw), np.uint32), words)
 
     def _pieces(self, text: str) -> Iterator[Tokens]:
         """Tokens of each piece of a long text; word numbers go on from piece to piece."""
@@ -170,11 +181,11 @@ def _char_widths(text: str) -> np.ndarray:
 def _covered_bytes(spans: np.ndarray, widths: np.ndarray) -> np.ndarray:
     """Bytes of each token `[tokens]` from its character spans `[tokens, 2]`; the last one also gets what follows it."""
     if not len(spans):
-        return np.zeros(0, np.uint16)
+        return np.zeros(0, np.uint32)
     total = np.concatenate([[0], np.cumsum(widths)])
     ends = np.maximum.accumulate(total[spans[:, 1]])
     ends[-1] = total[-1]
-    return np.diff(ends, prepend=0).clip(0, np.iinfo(np.uint16).max).astype(np.uint16)
+    return np.diff(ends, prepend=0).clip(0, np.iinfo(np.uint32).max).astype(np.uint32)
 
 
 def _word_numbers(word_ids: Sequence[int | None], spans: np.ndarray, text: str) -> np.ndarray:
@@ -182,17 +193,14 @@ def _word_numbers(word_ids: Sequence[int | None], spans: np.ndarray, text: str) 
     numbers = np.array([-1 if word is None else word for word in word_ids], np.int32)
     if not len(numbers) or numbers.max() > 0 or len(text.split()) < 2:
         return numbers
-    space = np.array([character.isspace() for character in text] + [True])
-    begins = space[spans[:, 0]] | space[np.maximum(spans[:, 0] - 1, 0)] | (spans[:, 0] == 0)
-    begins &= ~space[np.maximum(spans[:, 0] - 1, 0)] | (spans[:, 0] == 0) | ~space[spans[:, 0]]
-    return (np.cumsum(begins) - 1).clip(0).astype(np.int32)
+    space = np.array([character.isspace() for character in text])
+    return _words_from_space(space)[spans[:, 0].clip(max=len(text) - 1)]
 
 
-def _space_words(raw: np.ndarray) -> np.ndarray:
-    """Word of each byte, `[bytes]`: a word is a run of white space and the run of other bytes behind it."""
-    if not len(raw):
+def _words_from_space(space: np.ndarray) -> np.ndarray:
+    """Word of each character `[characters]`: a word is a run of white space and the run of others behind it."""
+    if not len(space):
         return np.zeros(0, np.int32)
-    space = (raw == 32) | ((raw >= 9) & (raw <= 13))
     begins = space & ~np.concatenate([[False], space[:-1]])
     return (np.cumsum(begins) - int(begins[0])).astype(np.int32)
 
@@ -216,20 +224,24 @@ class TokenStream:
     """
 
     def __init__(self, documents: Any, encoder: Encoder) -> None:
+        if not hasattr(documents, "__len__"):
+            raise ValueError(f"these rows need a datasets.Dataset, got {type(documents).__name__}: stream or load it")
         if len(documents) == 0:
             raise ValueError("no text to train on: the source has no document")
-        fingerprint = hashlib.sha256(f"{documents._fingerprint}|{encoder.fingerprint}".encode()).hexdigest()[:16]
-        self._table = documents.map(
-            _encode_batch,
-            batched=True,
-            batch_size=16,
-            writer_batch_size=64,
-            remove_columns=documents.column_names,
-            features=_features(encoder.words),
-            fn_kwargs={"encoder": encoder},
-            new_fingerprint=fingerprint,
-            desc="Tokenising",
-        )
+        state = f"{documents._fingerprint}|{encoder.fingerprint}"
+        with progress_on_terminals():
+            self._table = documents.map(
+                _encode_batch,
+                batched=True,
+                with_indices=True,
+                batch_size=16,
+                writer_batch_size=64,
+                remove_columns=documents.column_names,
+                features=_features(encoder.words),
+                fn_kwargs={"encoder": encoder},
+                new_fingerprint=hashlib.sha256(state.encode()).hexdigest()[:16],
+                desc="Tokenising",
+            )
         self._open()
 
     def _open(self) -> None:
@@ -257,12 +269,17 @@ class TokenStream:
 def _features(words: bool) -> Any:
     from datasets import Features, List, Value
 
-    columns = {"input_ids": List(Value("int32")), "num_bytes": List(Value("uint16"))}
+    columns = {"input_ids": List(Value("int32")), "num_bytes": List(Value("uint32"))}
     return Features({**columns, "words": List(Value("int32"))} if words else columns)
 
 
-def _encode_batch(batch: dict[str, list[str]], encoder: Encoder) -> dict[str, list[np.ndarray]]:
-    tokens = [encoder.encode(text) for text in batch["text"]]
+def _encode_batch(batch: dict[str, list[str]], indices: list[int], encoder: Encoder) -> dict[str, list[np.ndarray]]:
+    tokens = []
+    for index, text in zip(indices, batch["text"], strict=True):
+        try:
+            tokens.append(encoder.encode(text))
+        except ValueError as error:
+            raise ValueError(f"document {index}: {error}") from None
     columns = {"input_ids": [t.ids for t in tokens], "num_bytes": [t.num_bytes for t in tokens]}
     return {**columns, "words": [t.words for t in tokens]} if encoder.words else columns
 

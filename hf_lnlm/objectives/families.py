@@ -31,8 +31,8 @@ def direction_of(config: Any) -> Direction:
         return "both" if own else "forward"
     if isinstance(own := getattr(config, "is_causal", None), bool):
         return "forward" if own else "both"
-    if hasattr(config, "attn_type"):
-        return "both" if config.attn_type == "bi" else "forward"
+    if (attention := getattr(config, "attn_type", None)) in ("bi", "uni"):
+        return "both" if attention == "bi" else "forward"
     masked = has_head(config, "AutoModelForMaskedLM")
     return "both" if masked and not getattr(config, "is_decoder", False) else "forward"
 
