@@ -72,7 +72,7 @@ def parse_yaml(text: str, name: str) -> Any:
         UsageProblem: not YAML, or a key given twice.
     """
     try:
-        return yaml.load(text, Loader=RecipeLoader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=RecipeLoader)  # a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""

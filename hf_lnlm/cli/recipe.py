@@ -40,6 +40,7 @@ class TokenizerSection:
 
     kind: str | None = None
     vocab_size: int | None = None
+    template: str | None = None
     path: str | None = None
 
 
@@ -50,14 +51,13 @@ class DataSection:
     source: str | list[str] | None = None
     text_column: str = "text"
     validation: float | str | None = None
-    config_name: str | None = None
-    split: str | None = None
+    unit: Literal["file", "line"] = "file"
     streaming: bool = False
     encoding: str = "utf-8"
     errors: Literal["strict", "replace", "ignore"] = "strict"
     mode: Literal["auto", "blocks", "lanes"] = "auto"
     block_size: int | None = None
-    max_documents: int | None = None
+    limit: int | None = None
     label_column: str = "label"
     pair_column: str | None = None
     tokens_column: str = "tokens"
@@ -231,10 +231,19 @@ def load_recipe(path: str | Path | None, flags: Mapping[str, Any], settings: lis
     return recipe
 
 
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe in the file at `path`, as it stands.
+
+    Raises:
+        UsageProblem: what is wrong, naming file, key and value.
+    """
+    return typed_recipe(read_yaml(path))
+
+
 def _check_ranges(recipe: Recipe) -> None:
     positive = {
         "tokenizer.vocab_size": recipe.tokenizer.vocab_size,
-        "data.max_documents": recipe.data.max_documents,
+        "data.limit": recipe.data.limit,
         "lora.r": recipe.lora.r,
     }
     for key, value in positive.items():

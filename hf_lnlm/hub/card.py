@@ -140,9 +140,9 @@ def _opening(model_type: str, architecture: str) -> str:
         return f"A {model_type or 'language'} model ({architecture}) trained with hf_lnlm."
     row = family(model_type)
     return (
-        f"{row.title} ({architecture}), a family that [hf_lnlm] adds to transformers, after {row.paper}.\n"
-        "The checkpoint carries its code: `trust_remote_code=True` runs it where hf_lnlm is not installed; where it is, "
-        "the installed class is used and nothing carried runs."
+        f"{row.title} ({architecture}), a family that hf_lnlm adds to transformers, after {row.paper}.\n"
+        "The checkpoint carries its code: `trust_remote_code=True` runs it where hf_lnlm is not installed; where it "
+        "is, the installed class is used and nothing carried runs."
     )
 
 
@@ -178,6 +178,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
     source = _shown_source(recipe)
     trained = f"Trained on {source} by the recipe below." if source else "How it was trained was not recorded."
     recorded = f"\n\n```yaml\n{yaml.safe_dump(_public(recipe), sort_keys=False).strip()}\n```" if recipe else ""
+    made = ", ".join(f"{package} {version(package)}" for package in ("hf_lnlm", "transformers", "torch"))
     return "\n".join(
         [
             f"---\n{header}---\n{MARK}\n",
@@ -185,9 +186,8 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
             f"## Use\n\n```python\n{_usage(repo_id or name, architecture, model_type, adapter)}\n```\n",
             f"## Training\n\n{trained}{recorded}\n",
             f"## Evaluation\n\n{_evaluation_table(_optional_json(folder / EVALUATION_FILE))}\n",
-            "## Limits\n\nIt knows what its training text holds and repeats its errors and biases; check what it writes.\n",
-            f"Made with hf_lnlm {version('hf_lnlm')}, transformers {version('transformers')}, torch {version('torch')}.\n",
-            "[hf_lnlm]: https://pypi.org/project/hf_lnlm\n" if is_ours(model_type) else "",
+            "## Limits\n\nIt repeats the errors and biases of its training text; check what it writes.\n",
+            f"Made with {made}.\n",
         ]
     )
 

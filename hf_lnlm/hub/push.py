@@ -134,8 +134,8 @@ def _short(error: Exception | None) -> str:
 def _sentence(status: int | None, what: str, error: Exception | None = None) -> str:
     known = {
         401: f"not logged in, or the token is wrong (401) for {what}: run `hf auth login`, or set HF_TOKEN",
-        403: f"this token may not write to {what} (403): use a token with the write role and a namespace you belong to",
-        404: f"{what} does not exist, or this token can't see it (404): check the name; a private one needs its own token",
+        403: f"this token may not write to {what} (403): it needs the write role and membership",
+        404: f"{what} does not exist, or this token can't see it (404): check name and token",
     }
     if status in known:
         return known[status]

@@ -1,0 +1,222 @@
+"""`hf-lnlm finetune`: any checkpoint, ours or stock, on labelled rows or on more text; fully or by LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..data.labelled import LabelledRows, Rows, load_rows
+from ..data.readers import FileOptions
+from ..data.tokenizers import check_vocabulary
+from ..objectives import OBJECTIVES, objective
+from .adapters import add_adapter
+from .documents import load_text, packed, source_name
+from .errors import UsageProblem, unknown_name
+from .models import adapter_settings, load_config, load_model, load_tokenizer
+from .output import check_unchanged, plain_when_piped, prepare_output, warn
+from .pretrain import check_options, check_positions, default_block
+from .recipe import RECIPE_FILE, Recipe, load_recipe
+from .run import Parts, output_folder, publish, seed_everything, train
+from .tasks import TASKS, Task
+
+DEFAULT_SHARE = 0.1
+"""Share of labelled rows set aside where the recipe says nothing."""
+
+LONGEST_ROW = 256
+"""Tokens of a labelled row, unless data.block_size says otherwise or the model holds fewer."""
+
+TRAINING = {
+    "num_train_epochs": 3.0,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "logging_steps": 0.05,
+    "eval_strategy": "steps",
+    "eval_steps": 0.25,
+    "save_steps": 0.25,
+    "save_total_limit": 2,
+    "seed": 0,
+}
+"""TrainingArguments of fine-tuning; adapters learn at ten times the rate."""
+
+LORA_TYPES = {
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
+}
+"""Auto class → peft's name for what it does, for objectives; a task brings its own."""
+
+
+def finetune(
+    recipe: str | None,
+    checkpoint: str | None,
+    task: str | None,
+    data: str | None,
+    text_column: str | None,
+    label_column: str | None,
+    validation: str | None,
+    lora: bool | None,
+    merge: bool | None,
+    output: str | None,
+    resume: bool,
+    overwrite: bool,
+    trust_remote_code: bool,
+    set: list[str] | None,
+) -> int:
+    """Run the command; the arguments are its options. Returns the exit status."""
+    plain_when_piped()
+    flags = {
+        "model.checkpoint": checkpoint,
+        "model.trust_remote_code": trust_remote_code or None,
+        "objective.name": task,
+        "data.source": data,
+        "data.text_column": text_column,
+        "data.label_column": label_column,
+        "data.validation": validation,
+        "lora.enabled": lora,
+        "lora.merge": merge,
+        "training.output_dir": output,
+    }
+    if resume and recipe is None and output is not None:
+        recipe = str(Path(output) / RECIPE_FILE)
+    resolved = load_recipe(recipe, flags, list(set or []))
+    resolve_task(resolved)
+    name = Path(str(resolved.model.checkpoint)).name
+    folder = output_folder(resolved, f"runs/{name}_{resolved.objective.name}")
+    prepare_output(folder, resume, overwrite)
+    parts = finetuning_parts(resolved)
+    if resume:
+        check_unchanged(folder, resolved)
+    train(parts, resolved, "finetune", resume, overwrite=False)
+    return publish(resolved)
+
+
+def resolve_task(recipe: Recipe) -> None:
+    """Fill in the task and check its name and options; reads no data.
+
+    Raises:
+        UsageProblem: something is missing or unknown.
+    """
+    if recipe.model.checkpoint is None:
+        raise UsageProblem("no model: give --checkpoint FOLDER (or a Hub name), or a recipe with model.checkpoint")
+    if recipe.data.source is None:
+        raise UsageProblem("no data: give --data FILE, a dataset's name, or `stdlib`")
+    if recipe.lora.merge and not recipe.lora.enabled:
+        raise UsageProblem("--merge merges an adapter: give --lora too")
+    if recipe.objective.name is None:
+        raise UsageProblem(f"no task: give --task, one of {', '.join([*TASKS, *OBJECTIVES])}")
+    kind = goal_class(recipe.objective.name)
+    check_options(recipe, kind)
+
+
+def goal_class(name: str) -> type:
+    """The class of a task or objective.
+
+    Raises:
+        UsageProblem: there is none of that name.
+    """
+    known: dict[str, type] = {**TASKS, **OBJECTIVES}
+    if name not in known:
+        raise unknown_name("task", name, known)
+    return known[name]
+
+
+def finetuning_parts(recipe: Recipe) -> Parts:
+    """Model, tokenizer and datasets of a recipe whose task is resolved; completes the recipe on the way.
+
+    Raises:
+        ValueError: the parts don't fit each other; names both.
+    """
+    defaults = TRAINING | ({"learning_rate": 10 * TRAINING["learning_rate"]} if recipe.lora.enabled else {})  # type: ignore[operator]
+    if "max_steps" in recipe.training:
+        defaults = {key: value for key, value in defaults.items() if key != "num_train_epochs"}
+    recipe.training = defaults | recipe.training
+    if adapter_settings(str(recipe.model.checkpoint)):
+        raise UsageProblem(f"{recipe.model.checkpoint} is an adapter: merge it first (finetune … --lora --merge)")
+    tokenizer = load_tokenizer(recipe.tokenizer.path or str(recipe.model.checkpoint), recipe.model)
+    config = load_config(recipe.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    goal = goal_class(str(recipe.objective.name))(**recipe.objective.options)
+    make = labelled_parts if isinstance(goal, Task) else text_parts
+    parts = make(recipe, goal, tokenizer, config)
+    check_vocabulary(tokenizer, parts.model.config)
+    if recipe.lora.enabled:
+        kind = goal.lora_type if isinstance(goal, Task) else LORA_TYPES.get(goal.auto_class, "FEATURE_EXTRACTION")
+        parts.model = add_adapter(parts.model, recipe.lora, kind)
+    return parts
+
+
+def text_parts(recipe: Recipe, goal: Any, tokenizer: Any, config: Any) -> Parts:
+    """Parts for an objective: more text, cut as in pre-training."""
+    goal = objective(goal.name, **recipe.objective.options)
+    goal.check(config, tokenizer)
+    recipe.data.block_size = recipe.data.block_size or default_block(config, 128)
+    check_positions(config, recipe.data.block_size)
+    text = load_text(recipe, int(recipe.training["seed"]))
+    seed_everything(recipe)
+    model = load_model(recipe.model, goal.auto_class)
+    datasets = packed(recipe, goal, text, tokenizer, model)
+    return Parts(model, tokenizer, goal, *datasets, measured_on=text.name)
+
+
+def labelled_parts(recipe: Recipe, goal: Task, tokenizer: Any, config: Any) -> Parts:
+    """Parts for a task: rows with labels, and a model whose head has the labels' names."""
+    data = recipe.data
+    rows = read_rows(recipe, goal)
+    options: dict[str, Any] = {}
+    names = goal.labels(rows.train, data)
+    if names:
+        if len(names) < 2:
+            raise UsageProblem(f"the training rows have one label only: {names[0]!r}")
+        ids = dict(enumerate(names))
+        options = {"num_labels": len(names), "id2label": ids, "label2id": {name: i for i, name in ids.items()}}
+    data.block_size = data.block_size or default_block(config, LONGEST_ROW)
+    check_positions(config, data.block_size)
+    seed_everything(recipe)
+    model = load_model(recipe.model, goal.auto_class, **head_options(config, tokenizer, options))
+    datasets = [encoded(goal, part, recipe, tokenizer, model.config) for part in (rows.train, rows.validation)]
+    named = data.validation if isinstance(data.validation, str) else data.source
+    return Parts(model, tokenizer, goal, datasets[0], datasets[1], measured_on=source_name(named))
+
+
+def head_options(config: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Config fields that a new head needs: its labels, a pad token, and room for a head of another size.
+
+    Args:
+        config: the checkpoint's.
+        tokenizer: its tokenizer, with a pad token.
+        options: the labels' fields.
+    """
+    if getattr(config, "pad_token_id", None) is None and tokenizer.pad_token_id is not None:
+        options = {**options, "pad_token_id": tokenizer.pad_token_id}
+    return {**options, "ignore_mismatched_sizes": True} if "num_labels" in options else options
+
+
+def read_rows(recipe: Recipe, goal: Task) -> LabelledRows:
+    """The recipe's labelled rows; where nothing says what validates, a tenth is set aside."""
+    data = recipe.data
+    columns = goal.columns(data)
+    options = FileOptions(encoding=data.encoding, errors=data.errors)
+    common: dict[str, Any] = {"task": goal.name, "options": options, "limit": data.limit}
+    common["seed"] = int(recipe.training.get("seed", 0))
+    if data.validation == 0:
+        return LabelledRows(load_rows(data.source, columns, **common).train, None)
+    rows = load_rows(data.source, columns, validation=data.validation, **common)
+    if rows.validation is None:
+        data.validation = DEFAULT_SHARE
+        rows = load_rows(data.source, columns, validation=data.validation, **common)
+    return rows
+
+
+def encoded(goal: Task, rows: list[dict[str, Any]] | None, recipe: Recipe, tokenizer: Any, config: Any) -> Any:
+    """`rows` as a dataset of token ids, or None for None; says how many were cut."""
+    if rows is None:
+        return None
+    length = int(recipe.data.block_size or LONGEST_ROW)
+    found, cut = goal.encode(rows, recipe.data, tokenizer, config, length)
+    if cut:
+        warn(f"{cut} of {len(rows)} rows are longer than data.block_size={length} tokens and were cut")
+    return Rows(found)
