@@ -29,7 +29,7 @@ def next_token_labels(labels: torch.Tensor, shift_labels: torch.Tensor | None = 
         shift_labels: `(batch, length)`, already shifted; taken as it is when given.
     """
     if shift_labels is not None:
-        return shift_labels
+        return shift_labels.contiguous()
     return pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
 
 
