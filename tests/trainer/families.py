@@ -75,23 +75,23 @@ def span(row: int, generator: random.Random) -> Row:
     }
 
 
-_BERT = dict(
+_BERT: dict[str, Any] = dict(  # noqa: C408
     vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
     max_position_embeddings=32, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
-_GPT2 = dict(
+_GPT2: dict[str, Any] = dict(  # noqa: C408
     vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=3, resid_pdrop=0.0, embd_pdrop=0.0,
     attn_pdrop=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
-_XLNET = dict(
+_XLNET: dict[str, Any] = dict(  # noqa: C408
     vocab_size=VOCAB, d_model=16, n_layer=1, n_head=2, d_inner=32, num_labels=3, dropout=0.0, summary_last_dropout=0.0
 )
-_T5 = dict(
+_T5: dict[str, Any] = dict(  # noqa: C408
     vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, num_labels=3, dropout_rate=0.0,
     decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, classifier_dropout=0.0,
 )  # fmt: skip
-_LLAMA = dict(
+_LLAMA: dict[str, Any] = dict(  # noqa: C408
     vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
     intermediate_size=32, max_position_embeddings=32, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip

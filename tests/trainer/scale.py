@@ -1,0 +1,48 @@
+"""One step of a tiny model on one global batch of eight rows, cut in different ways."""
+
+from typing import Any
+
+import transformers as T
+from torch.utils.data import IterableDataset
+
+from hf_lnlm.trainer.arguments import LNLMTrainingArguments
+from hf_lnlm.trainer.trainer import LNLMTrainer
+from tests.trainer import families
+
+
+def step(model: Any, rows: Any, folder: str, batch: int, accumulation: int, **changed: Any) -> LNLMTrainer:
+    """Train one step and return the trainer; its first log entry holds loss and gradient norm."""
+    arguments = LNLMTrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="sequential",
+        max_grad_norm=1e9,
+        logging_steps=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **{"max_steps": 1, "save_strategy": "no", **changed},
+    )
+    trainer = LNLMTrainer(model=model, args=arguments, train_dataset=rows, eval_dataset=None)
+    trainer.remove_callback(T.PrinterCallback)
+    trainer.train()
+    return trainer
+
+
+def loss_and_norm(head: str, folder: str, batch: int, accumulation: int) -> tuple[float, float]:
+    """Return the loss and the gradient norm of the first step of a stock head."""
+    model, rows = families.build(head)
+    entry = step(model, rows, folder, batch, accumulation).state.log_history[0]
+    return entry["loss"], entry["grad_norm"]
+
+
+class Endless(IterableDataset):
+    """Rows without a length."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
