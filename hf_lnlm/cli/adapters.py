@@ -6,6 +6,7 @@ from typing import Any
 
 from ..registry import family, is_ours
 from .errors import UsageProblem
+from .output import quiet_libraries
 from .recipe import LoraSection
 
 
@@ -55,7 +56,8 @@ def add_adapter(model: Any, section: LoraSection, task_type: str) -> Any:
         modules_to_save=section.modules_to_save,
     )
     try:
-        return get_peft_model(model, settings)
+        with quiet_libraries():
+            return get_peft_model(model, settings)
     except (ValueError, TypeError, NotImplementedError) as error:
         line = " ".join(str(error).split())[:300]
         raise UsageProblem(f"lora: {line} (lora.targets is {section.targets})") from None

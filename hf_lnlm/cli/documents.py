@@ -118,7 +118,7 @@ def packed(recipe: Recipe, goal: Any, text: Text, tokenizer: Any, model: Any) ->
 
 
 def _is_purely_recurrent(model: Any) -> bool:
-    """Whether all that the model remembers is recurrent state; attention layers remember tokens, which are not carried."""
+    """Whether all that the model remembers is recurrent state (the tokens that attention remembers aren't carried)."""
     from ..nn.state import RECURRENT_LAYER_TYPE
 
     kinds = getattr(model.config, "layer_types", None) or []

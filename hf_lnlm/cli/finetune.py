@@ -12,7 +12,7 @@ from ..objectives import OBJECTIVES, objective
 from .adapters import add_adapter
 from .documents import load_text, packed, source_name
 from .errors import UsageProblem, unknown_name
-from .models import adapter_settings, load_config, load_model, load_tokenizer
+from .models import adapter_settings, check_fields, load_config, load_model, load_tokenizer
 from .output import check_unchanged, plain_when_piped, prepare_output, warn
 from .pretrain import check_options, check_positions, default_block
 from .recipe import RECIPE_FILE, Recipe, load_recipe
@@ -166,33 +166,36 @@ def labelled_parts(recipe: Recipe, goal: Task, tokenizer: Any, config: Any) -> P
     """Parts for a task: rows with labels, and a model whose head has the labels' names."""
     data = recipe.data
     rows = read_rows(recipe, goal)
-    options: dict[str, Any] = {}
-    names = goal.labels(rows.train, data)
-    if names:
-        if len(names) < 2:
-            raise UsageProblem(f"the training rows have one label only: {names[0]!r}")
-        ids = dict(enumerate(names))
-        options = {"num_labels": len(names), "id2label": ids, "label2id": {name: i for i, name in ids.items()}}
+    names = recipe.model.labels or goal.labels(rows.train, data)
+    if len(names) == 1:
+        raise UsageProblem(f"the training rows have one label only: {names[0]!r}")
+    recipe.model.labels = names or None
     data.block_size = data.block_size or default_block(config, LONGEST_ROW)
     check_positions(config, data.block_size)
     seed_everything(recipe)
-    model = load_model(recipe.model, goal.auto_class, **head_options(config, tokenizer, options))
+    check_fields(type(config), recipe.model.config)
+    model = load_model(recipe.model, goal.auto_class, **recipe.model.config, **head_options(config, tokenizer, names))
     datasets = [encoded(goal, part, recipe, tokenizer, model.config) for part in (rows.train, rows.validation)]
     named = data.validation if isinstance(data.validation, str) else data.source
     return Parts(model, tokenizer, goal, datasets[0], datasets[1], measured_on=source_name(named))
 
 
-def head_options(config: Any, tokenizer: Any, options: dict[str, Any]) -> dict[str, Any]:
+def head_options(config: Any, tokenizer: Any, names: list[str] | None) -> dict[str, Any]:
     """Config fields that a new head needs: its labels, a pad token, and room for a head of another size.
 
     Args:
         config: the checkpoint's.
         tokenizer: its tokenizer, with a pad token.
-        options: the labels' fields.
+        names: the classes in the order of their ids; empty for a head without classes.
     """
+    options: dict[str, Any] = {}
+    if names:
+        ids = dict(enumerate(names))
+        options = {"num_labels": len(names), "id2label": ids, "label2id": {name: i for i, name in ids.items()}}
+        options["ignore_mismatched_sizes"] = True
     if getattr(config, "pad_token_id", None) is None and tokenizer.pad_token_id is not None:
-        options = {**options, "pad_token_id": tokenizer.pad_token_id}
-    return {**options, "ignore_mismatched_sizes": True} if "num_labels" in options else options
+        options["pad_token_id"] = tokenizer.pad_token_id
+    return options
 
 
 def read_rows(recipe: Recipe, goal: Task) -> LabelledRows:

@@ -10,6 +10,7 @@ from typing import Any
 from ..registry import family as family_row
 from ..registry import is_ours
 from .errors import UsageProblem, did_you_mean
+from .output import quiet_libraries, say
 from .recipe import ModelSection
 from .sizes import stock_config_class, stock_fields
 
@@ -105,9 +106,7 @@ def load_config(section: ModelSection) -> Any:
     name = str(settings["base_model_name_or_path"]) if settings else name
     _check_place(name)
     try:
-        return AutoConfig.from_pretrained(
-            name, revision=section.revision, trust_remote_code=section.trust_remote_code
-        )
+        return AutoConfig.from_pretrained(name, revision=section.revision, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UsageProblem(_load_problem(name, error)) from None
 
@@ -119,13 +118,12 @@ def _check_place(name: str) -> None:
             raise UsageProblem(f"{name} holds no checkpoint (no config.json)")
     elif path.exists():
         raise UsageProblem(f"{name} is a file; a checkpoint is a folder")
-    elif name.count("/") > 1 or name.startswith((".", "/", "~")) or name.startswith("runs/"):
+    elif name.count("/") > 1 or name.startswith((".", "/", "~", "runs/")):
         raise UsageProblem(f"no such checkpoint folder: {name}")
 
 
 def _load_problem(name: str, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in str(error):
         return f"{name} carries Python code of its own: read it, then allow it with --trust-remote-code"
     if not Path(name).exists() and isinstance(error, OSError):
@@ -152,11 +150,16 @@ def load_model(section: ModelSection, auto_class: str, **options: Any) -> Any:
     _check_place(base)
     common = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     try:
-        model = getattr(transformers, auto_class).from_pretrained(base, **common, **options)
-        if settings:
-            from peft import PeftModel
+        auto = getattr(transformers, auto_class)
+        with quiet_libraries():
+            model, report = auto.from_pretrained(base, output_loading_info=True, **common, **options)
+            if settings:
+                from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, name)
+                return PeftModel.from_pretrained(model, name)
+        fresh = sorted({*report["missing_keys"], *(row[0] for row in report["mismatched_keys"])})
+        if fresh:
+            say(f"new        {', '.join(fresh[:4])}{' …' if len(fresh) > 4 else ''} (not in {name})")
         return model
     except (OSError, ValueError, RuntimeError) as error:
         raise UsageProblem(_load_problem(name, error)) from None

@@ -6,6 +6,9 @@ import os
 import platform
 import shutil
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,6 +35,21 @@ def plain_when_piped() -> None:
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     disable_progress_bars()
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep transformers' and peft's own reports off the terminal; what matters of them is said in our own lines."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def say(text: str = "") -> None:
@@ -68,10 +86,14 @@ def prepare_output(folder: Path, resume: bool, overwrite: bool) -> None:
     if resume and not is_run:
         raise UsageProblem(f"nothing to resume in {folder} (no {RECIPE_FILE})")
     if filled and not resume and not overwrite:
-        raise UsageProblem(f"{folder} holds files already: --resume goes on, --overwrite starts anew, --output elsewhere")
+        raise UsageProblem(
+            f"{folder} holds files already: --resume goes on, --overwrite starts anew, --output elsewhere"
+        )
     if filled and overwrite:
         if not is_run:
-            raise UsageProblem(f"{folder} was not written by hf-lnlm (no {RECIPE_FILE}); delete it yourself if you mean it")
+            raise UsageProblem(
+                f"{folder} was not written by hf-lnlm (no {RECIPE_FILE}); delete it yourself if you mean it"
+            )
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -24,7 +24,7 @@ _MINIMUM_BLOCK = 8
 
 @dataclass
 class ModelSection:
-    """Which model: a family from scratch, or a checkpoint to go on from."""
+    """Which model: a family from scratch, or a checkpoint to go on from; `labels` are a new head's classes in order."""
 
     family: str | None = None
     size: Literal["tiny", "small", "base"] | None = None
@@ -32,6 +32,7 @@ class ModelSection:
     checkpoint: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    labels: list[str] | None = None
 
 
 @dataclass
@@ -80,7 +81,7 @@ class LoraSection:
 
     enabled: bool = False
     r: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     dropout: float = 0.0
     targets: str | list[str] | None = None
     target_parameters: list[str] | None = None
@@ -266,7 +267,7 @@ def plain(recipe: Recipe) -> dict[str, Any]:
         if isinstance(section, ObjectiveSection):
             values = {"name": section.name, **section.options}
         elif dataclasses.is_dataclass(section):
-            empty = type(section)()
+            empty: Any = getattr(Recipe(), item.name)
             values = {key: value for key, value in vars(section).items() if value != getattr(empty, key)}
         else:
             values = dict(section)

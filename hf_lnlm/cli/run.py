@@ -81,7 +81,8 @@ def describe(parts: Parts) -> None:
     say(f"model      {parts.model.config.model_type}, {total:,} parameters{share}")
     say(f"tokenizer  {len(parts.tokenizer):,} tokens")
     rows = f"{len(parts.train):,} rows" if hasattr(parts.train, "__len__") else "a stream"
-    held = f", {len(parts.validation):,} for validation" if hasattr(parts.validation, "__len__") else ""
+    validation: Any = parts.validation
+    held = f", {len(validation):,} for validation" if hasattr(validation, "__len__") else ""
     say(f"data       {rows}{held}")
     say(f"objective  {parts.goal.name}")
 

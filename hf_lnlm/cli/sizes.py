@@ -44,7 +44,9 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(128, 2, 4, 512, 2048, 128, {"max_steps": 300, "learning_rate": 2e-3, "per_device_train_batch_size": 16}),
+    "tiny": Size(
+        128, 2, 4, 512, 2048, 128, {"max_steps": 300, "learning_rate": 2e-3, "per_device_train_batch_size": 16}
+    ),
     "small": Size(
         384, 6, 6, 1536, 8192, 256, {"max_steps": 5000, "learning_rate": 1e-3, "per_device_train_batch_size": 32}
     ),
@@ -53,7 +55,7 @@ SIZES = {
     ),
 }
 
-SHARED_TRAINING = {
+SHARED_TRAINING: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "weight_decay": 0.01,
@@ -70,7 +72,8 @@ SHARED_TRAINING = {
 _FIELDS = {
     "width": ("hidden_size", "d_model", "n_embd", "dim"),
     "layers": (
-        "num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers",
+        "num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers", "encoder_layers",
+        "decoder_layers",
     ),
     "heads": (
         "num_attention_heads", "num_heads", "n_head", "n_heads", "num_key_value_heads", "encoder_attention_heads",
@@ -119,7 +122,7 @@ def stock_fields(config_class: type, size: str, block_size: int) -> dict[str, An
         name: value
         for notion, value in wanted.items()
         for name in _FIELDS[notion]
-        if isinstance(defaults.get(name), int) or name == "num_decoder_layers" and name in defaults
+        if isinstance(defaults.get(name), int) or (name == "num_decoder_layers" and name in defaults)
     }
     for name in _POSITIONS:
         held = defaults.get(name)

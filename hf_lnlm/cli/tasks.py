@@ -26,14 +26,14 @@ class Task(ABC):
     """Base of the tasks.
 
     Class attributes: `name`, `title`; `auto_class`, the Auto class that learns it; `lora_type`, peft's name for it;
-    `best_metric`, what says which model is better, and `better`, whether more or less of it.
+    `language`, whether the exponential of its loss is a perplexity.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     auto_class: ClassVar[str]
     lora_type: ClassVar[str]
-    best_metric: ClassVar[str]
+    language: ClassVar[bool] = False
 
     @abstractmethod
     def columns(self, data: DataSection) -> list[str]:
@@ -65,7 +65,7 @@ class Task(ABC):
 
     def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> Callable[[Sequence[Row]], Batch]:
         """A function from encoded rows to a batch padded on the right; nothing in it is random."""
-        return LabelledCollator(tokenizer)
+        return LabelledCollator(tokenizer, bookkeeping)
 
     @abstractmethod
     def sums(self, logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -87,9 +87,11 @@ class LabelledCollator:
 
     Args:
         tokenizer: gives the pad token's id.
+        bookkeeping: unused; an objective's collator has it.
     """
 
     tokenizer: Any
+    bookkeeping: bool = False
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """A batch: integers `[batch, tokens]`, class labels `[batch]`."""
@@ -116,7 +118,7 @@ def _confusion(predicted: Tensor, wanted: Tensor, classes: int) -> Tensor:
 
 
 def _class_metrics(confusion: Tensor) -> dict[str, float]:
-    """Accuracy and macro-averaged F1 of a confusion matrix `[classes, classes]`; classes that don't occur are left out."""
+    """Accuracy and macro F1 of a confusion matrix `[classes, classes]`; classes that don't occur are left out."""
     right = confusion.diagonal()
     total = confusion.sum(0) + confusion.sum(1)
     occurring = total > 0
@@ -136,7 +138,6 @@ class SequenceClassification(Task):
     title: ClassVar[str] = "Class of a text"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     lora_type: ClassVar[str] = "SEQ_CLS"
-    best_metric: ClassVar[str] = "accuracy"
 
     def columns(self, data: DataSection) -> list[str]:
         """Text, perhaps the pair's second text, and label."""
@@ -186,7 +187,7 @@ def _label_id(value: Any, config: Any, number: int) -> int:
 class TokenClassification(Task):
     """One tag for each word of a text.
 
-    Words are joined by spaces and tokenised as running text, as in pre-training; a word is predicted at its first token.
+    Words are joined by spaces and tokenised as running text, as in pre-training; a word's first token predicts its tag.
 
     Args:
         label_all_pieces: train on every token of a word instead of the first only.
@@ -196,7 +197,6 @@ class TokenClassification(Task):
     title: ClassVar[str] = "Tag of each word"
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     lora_type: ClassVar[str] = "TOKEN_CLS"
-    best_metric: ClassVar[str] = "accuracy"
 
     label_all_pieces: bool = False
 
@@ -260,12 +260,14 @@ def token_words(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> lis
     Returns:
         For each token the number of its word, −1 if it is in none; a token over several words belongs to the first.
     """
-    starts, ends, at = [], [], 0
-    for word in words:
+    starts: list[int] = []
+    ends: list[int] = []
+    at = 0
+    for text in words:
         starts.append(at)
-        ends.append(at + len(word))
-        at += len(word) + 1
-    owners = []
+        ends.append(at + len(text))
+        at += len(text) + 1
+    owners: list[int] = []
     for start, end in offsets:
         word = bisect.bisect_right(ends, start)
         owners.append(word if end > start and word < len(words) and starts[word] < end else -1)
@@ -280,7 +282,7 @@ class TextToText(Task):
     title: ClassVar[str] = "Target text of a source text"
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     lora_type: ClassVar[str] = "SEQ_2_SEQ_LM"
-    best_metric: ClassVar[str] = "accuracy"
+    language: ClassVar[bool] = True
 
     prefix: str = ""
 

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from .sources import _stdlib_rows
+from .sources import PATH, _stdlib_rows
 
 CLASSES = 8
 LINES = 20
@@ -35,7 +35,7 @@ _TAGS = {
 
 def classification_rows() -> Iterator[dict[str, Any]]:
     """Rows `text`, `label`, `path`: passages of twenty lines from the eight packages with the most text."""
-    sources = [row for row in _stdlib_rows() if "/" in row["path"]]
+    sources = [row for row in _stdlib_rows() if "/" in row[PATH]]
     sizes: Counter[str] = Counter()
     for row in sources:
         sizes[_package(row)] += len(row["text"])
@@ -46,11 +46,11 @@ def classification_rows() -> Iterator[dict[str, Any]]:
             for start in range(0, len(lines), LINES):
                 text = "\n".join(lines[start : start + LINES])
                 if len(text) >= MIN_CHARACTERS:
-                    yield {"text": text, "label": _package(row), "path": row["path"]}
+                    yield {"text": text, "label": _package(row), "path": row[PATH]}
 
 
 def _package(row: dict[str, str]) -> str:
-    return row["path"].partition("/")[0]
+    return row[PATH].partition("/")[0]
 
 
 def tagging_rows() -> Iterator[dict[str, Any]]:
@@ -61,7 +61,7 @@ def tagging_rows() -> Iterator[dict[str, Any]]:
         for token in _python_tokens(row["text"]):
             if token.type == tokenize.NEWLINE:
                 if 3 <= len(tokens) <= MAX_WORDS:
-                    yield {"tokens": tokens, "tags": tags, "path": row["path"]}
+                    yield {"tokens": tokens, "tags": tags, "path": row[PATH]}
                 tokens, tags = [], []
             elif token.string.strip() and "\n" not in token.string:
                 tokens.append(token.string)
@@ -93,7 +93,7 @@ def summary_rows() -> Iterator[dict[str, Any]]:
             summary = (ast.get_docstring(node) or "").strip().partition("\n")[0].strip()
             code = ast.get_source_segment(row["text"], node, padded=True)
             if len(summary) >= 10 and len(node.body) > 1 and code:
-                yield {"source": _without_docstring(code, node), "target": summary, "path": row["path"]}
+                yield {"source": _without_docstring(code, node), "target": summary, "path": row[PATH]}
 
 
 def _without_docstring(code: str, node: ast.FunctionDef) -> str:

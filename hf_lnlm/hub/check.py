@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
@@ -344,6 +344,7 @@ def _load_findings(folder: Folder, name: str) -> Iterator[Finding]:
             "fail", "keys", f"config.json names {shown(name)}, which family {config.model_type} does not have"
         )
         return
+    cls = cast(Any, cls)
     with torch.device("meta"):
         skeleton = cls(config)
     # A config much larger than its files would make the loader allocate what it has to invent.
@@ -442,7 +443,8 @@ def _examine_generation(folder: Folder) -> Iterator[Finding]:
     settings = read_json(folder.path / "generation_config.json")
     size = (folder.config or {}).get("vocab_size")
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
-        for number in settings.get(name) if isinstance(settings.get(name), list) else [settings.get(name)]:
+        value = settings.get(name)
+        for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and isinstance(size, int) and not 0 <= number < size:
                 yield Finding("fail", "generation", f"{name} {number} is outside vocab_size {size}")
                 return

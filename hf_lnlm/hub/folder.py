@@ -16,7 +16,7 @@ from typing import Any
 MAX_FILES = 10_000
 MAX_TEXT_BYTES = 64 << 20
 MAX_HEADER_BYTES = 100 << 20
-TRAINING_STATE_FOLDERS = ("checkpoint-", "runs", "logs", ".git", ".cache", "__pycache__")
+TRAINING_STATE_FOLDERS = ("checkpoint-", "merged", "runs", "logs", ".git", ".cache", "__pycache__")
 _DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
@@ -57,7 +57,7 @@ def shown(name: object) -> str:
 
 
 def is_training_state(relative: str) -> bool:
-    """Whether the top folder of `relative` holds the state of a run (`checkpoint-7/…`), which is never published."""
+    """Whether `relative` lies in a folder that isn't published: a run's state or another checkpoint (`merged/…`)."""
     top, slash, _ = relative.partition("/")
     return bool(slash) and (top in TRAINING_STATE_FOLDERS or top.startswith(TRAINING_STATE_FOLDERS[0]))
 

@@ -1,0 +1,57 @@
+"""`hf-lnlm list`: what there is, from the tables of families, objectives and tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..registry import FAMILIES, Family
+from .console import print_json, table
+from .sizes import SIZES, STOCK_FAMILIES
+
+
+def list_families(json: bool) -> int:
+    """Print families, objectives and tasks. Returns the exit status."""
+    found: dict[str, Any] = {"families": [_family(row) for row in FAMILIES], "stock": STOCK_FAMILIES}
+    found |= {"objectives": _objectives(), "tasks": _tasks()}
+    if json:
+        print_json(found)
+        return 0
+    rows = [[row["model_type"], row["title"], ", ".join(row["heads"]), row["paper"]] for row in found["families"]]
+    table("Families of hf_lnlm", ["family", "what it is", "heads", "paper"], rows)
+    stock = [[model_type, title] for model_type, title in STOCK_FAMILIES.items()]
+    table("Families of transformers (any other model type works too)", ["family", "what it is"], stock)
+    table("Objectives", ["name", "what is learnt", "for", "paper"], [list(row.values()) for row in _objectives()])
+    table("Tasks with labels", ["name", "what is learnt", "for"], [list(row.values()) for row in _tasks()])
+    print(f"\nSizes: {', '.join(SIZES)}. Start: hf-lnlm pretrain --family {FAMILIES[0].model_type} --data stdlib")
+    return 0
+
+
+def _heads(family: Family) -> list[str]:
+    return [auto.removeprefix("AutoModelFor").replace("AutoModel", "Model") for auto in family.models]
+
+
+def _family(row: Family) -> dict[str, Any]:
+    return {
+        "model_type": row.model_type,
+        "title": row.title,
+        "room": row.room,
+        "heads": _heads(row),
+        "paper": row.paper,
+        "sizes": row.sizes,
+        "lora_targets": [*row.lora_targets, *row.lora_parameters],
+    }
+
+
+def _objectives() -> list[dict[str, str]]:
+    from ..objectives import OBJECTIVES
+
+    return [
+        {"name": name, "title": kind.title, "auto_class": kind.auto_class, "paper": kind.paper}
+        for name, kind in OBJECTIVES.items()
+    ]
+
+
+def _tasks() -> list[dict[str, str]]:
+    from .tasks import TASKS
+
+    return [{"name": name, "title": kind.title, "auto_class": kind.auto_class} for name, kind in TASKS.items()]
