@@ -189,8 +189,12 @@ class CausalConvolution(TimeConvolution):
         """Frames of the past that one output needs, k - 1."""
         return self.kernel_size - 1
 
-    def with_window(
-        self, features: torch.Tensor, window: torch.Tensor, lengths: torch.Tensor | None = None
+    def forward(  # type: ignore[override]
+        self,
+        features: torch.Tensor,
+        window: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Convolve a piece, given the frames before it.
 
@@ -198,40 +202,30 @@ class CausalConvolution(TimeConvolution):
             features: `(batch, C, T)`, rows left-justified.
             window: `(batch, C, k - 1)` the last real frames before the piece; zeros at the beginning.
             lengths: `(batch,)` real frames in each row; None if all T are real.
+            documents: `(batch, T)` ascending numbers of the documents that a row holds, 0 being that of `window`; no
+                frame then sees another document. The sum is taken tap by tap, which a tracer can follow. Needs `lengths`.
 
         Returns:
             output `(batch, F, T)` and the next window `(batch, C, k - 1)`, unchanged for a row without a real frame.
         """
         joined = torch.cat([window.to(features.dtype), features], dim=2)
-        return self._convolve(joined), self._next_window(joined, lengths)
-
-    def with_documents(
-        self, features: torch.Tensor, window: torch.Tensor, lengths: torch.Tensor, documents: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do the same for rows that hold several documents, tap by tap: the definition, and what a tracer can follow.
-
-        Args:
-            features: `(batch, C, T)`, rows left-justified.
-            window: `(batch, C, k - 1)` frames before the piece; they belong to document 0.
-            lengths: `(batch,)` real frames in each row.
-            documents: `(batch, T)` ascending numbers of the documents; a tap never reaches into another one.
-
-        Returns:
-            output `(batch, F, T)` and the next window, without frames of documents that have ended.
-        """
-        weight, bias = self.kernel(features)
-        taps = weight.view(self.out_features, self.in_features, self.kernel_size)
-        joined = torch.cat([window.to(features.dtype), features], dim=2)
+        if documents is None or lengths is None:
+            return self._convolve(joined), self._next_window(joined, lengths)
         numbers = F.pad(documents, (self.window_size, 0))
-        output = features.new_zeros(features.shape[0], features.shape[2], self.out_features)
+        last = numbers.gather(1, (lengths + self.window_size - 1).clamp(min=0)[:, None])
+        kept = joined * (numbers == last)[:, None, :]
+        return self._sum_taps(joined, numbers, documents), self._next_window(kept, lengths)
+
+    def _sum_taps(self, joined: torch.Tensor, numbers: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+        """The definition: an output frame is the sum over the taps that stay within its document."""
+        weight, bias = self.kernel(joined)
+        taps, length = weight.view(self.out_features, self.in_features, self.kernel_size), documents.shape[1]
+        output = joined.new_zeros(joined.shape[0], length, self.out_features)
         for tap in range(self.kernel_size):
-            reached = slice(tap, tap + features.shape[2])
+            reached = slice(tap, tap + length)
             same = (numbers[:, reached] == documents)[:, None, :]
             output = output + F.linear((joined[:, :, reached] * same).mT, taps[:, :, tap])
-        last = numbers.gather(1, (lengths + self.window_size - 1).clamp(min=0)[:, None])
-        return (output if bias is None else output + bias).mT, self._next_window(
-            joined * (numbers == last)[:, None, :], lengths
-        )
+        return (output if bias is None else output + bias).mT
 
     def _convolve(self, joined: torch.Tensor) -> torch.Tensor:
         weight, bias = self.kernel(joined)
@@ -241,6 +235,6 @@ class CausalConvolution(TimeConvolution):
 
     def _next_window(self, joined: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         if lengths is None:
-            return joined[:, :, joined.shape[2] - self.window_size :]
+            return joined[:, :, joined.shape[2] - self.window_size :].contiguous()
         places = lengths[:, None] + torch.arange(self.window_size, device=joined.device)
         return joined.gather(2, places[:, None, :].expand(-1, joined.shape[1], -1))

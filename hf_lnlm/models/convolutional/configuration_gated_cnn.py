@@ -33,11 +33,11 @@ class GatedCNNConfig(LNLMConfig):
     """Configuration of `GatedCNNModel` and its heads (Dauphin et al. 2017).
 
     Args:
-        embedding_size: width of the token embeddings; `hidden_size` if None.
+        embedding_size: width of the token embeddings, carried to `hidden_size` by a linear map; `hidden_size` if None.
         hidden_size: channels of every layer, unless `layer_channels` says otherwise.
-        kernel_size: frames that an output sees, itself included, unless `layer_kernels` says otherwise.
+        kernel_width: frames that an output sees, itself included, unless `layer_kernels` says otherwise.
         layer_channels: channels of each layer.
-        layer_kernels: kernel size of each layer.
+        layer_kernels: kernel width of each layer.
         bottleneck_size: channels of the wide convolution in a bottleneck block (1, k, 1); None for plain blocks.
         weight_norm: learn the length and the direction of each filter apart (Salimans & Kingma 2016).
         dropout: dropout of every layer's input.
@@ -56,7 +56,7 @@ class GatedCNNConfig(LNLMConfig):
     model_type = "lnlm_gated_cnn"
     base_model_fsdp_plan = {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight"}
     _bounds: ClassVar[dict[str, tuple[float, float]]] = {
-        "kernel_size": (1, 4096),
+        "kernel_width": (1, 4096),
         "layer_kernels": (1, 4096),
         "layer_channels": (1, 2**24),
         "adaptive_div_value": (1.0, 1e6),
@@ -64,7 +64,7 @@ class GatedCNNConfig(LNLMConfig):
 
     num_hidden_layers: int = 8
     embedding_size: int | None = None
-    kernel_size: int = 4
+    kernel_width: int = 5
     layer_channels: Sizes | None = None
     layer_kernels: Sizes | None = None
     bottleneck_size: int | None = None
@@ -111,9 +111,8 @@ class GatedCNNConfig(LNLMConfig):
     def layer_shape(self, layer: int) -> LayerShape:
         """Return the shape of a layer, counted from 0."""
         channels = list(self.layer_channels or [self.hidden_size] * self.num_hidden_layers)
-        kernels = list(self.layer_kernels or [self.kernel_size] * self.num_hidden_layers)
-        before = int(self.embedding_size or self.hidden_size) if layer == 0 else channels[layer - 1]
-        return LayerShape(before, channels[layer], kernels[layer], self.bottleneck_size)
+        kernels = list(self.layer_kernels or [self.kernel_width] * self.num_hidden_layers)
+        return LayerShape(channels[layer - 1] if layer else self.hidden_size, channels[layer], kernels[layer], self.bottleneck_size)
 
     @property
     def output_size(self) -> int:

@@ -117,11 +117,11 @@ class GatedCNNLayer(GradientCheckpointingLayer):
 
     def _run(self, features: torch.Tensor, window: torch.Tensor, lengths: torch.Tensor | None) -> Piece:
         if not self.tap_by_tap:
-            return self.convolution.with_window(features, window, lengths)
+            return self.convolution(features, window, lengths)
         batch, _, length = features.shape
         lengths = torch.full((batch,), length, device=features.device) if lengths is None else lengths
         documents = torch.zeros(batch, length, dtype=torch.long, device=features.device)
-        return self.convolution.with_documents(features, window, lengths, documents)
+        return self.convolution(features, window, lengths, documents)
 
     def _convolve_rows(self, features: torch.Tensor, window: torch.Tensor, layout: RowLayout) -> Piece:
         if layout.lengths.numel() == 0:
@@ -136,11 +136,11 @@ class GatedCNNLayer(GradientCheckpointingLayer):
         plan = left_justify(mask)
         rows = justify(features.mT, plan).mT
         if starts is None:
-            output, window = self.convolution.with_window(rows, window, plan.lengths)
+            output, window = self.convolution(rows, window, plan.lengths)
         else:
             documents = starts.cumsum(1)
             documents = documents if plan.order is None else documents.gather(1, plan.order)
-            output, window = self.convolution.with_documents(rows, window, plan.lengths, documents)
+            output, window = self.convolution(rows, window, plan.lengths, documents)
         return restore(output.mT, plan).mT, window
 
 
@@ -156,7 +156,11 @@ class GatedCNNPreTrainedModel(LNLMPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, TimeConvolution):  # He et al. 2015, as in the paper, section 4.3
+        if isinstance(module, nn.Embedding):  # tied logits then have the scale of the inputs
+            init.normal_(module.weight, std=module.embedding_dim**-0.5)
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, TimeConvolution):  # He et al. 2015, as in the paper, section 4.3
             weight = module.projection.weight
             init.normal_(weight, std=(2.0 / weight.shape[1]) ** 0.5)
             if module.gain is not None:
@@ -174,6 +178,8 @@ class GatedCNNModel(GatedCNNPreTrainedModel):
         super().__init__(config)
         width = int(config.embedding_size or config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, width, config.pad_token_id)
+        same = width == config.hidden_size
+        self.embedding_projection = None if same else nn.Linear(width, config.hidden_size, bias=False)
         self.layers = nn.ModuleList([GatedCNNLayer(config, i) for i in range(config.num_hidden_layers)])
         self.gradient_checkpointing = False
         self.post_init()
@@ -208,6 +214,7 @@ class GatedCNNModel(GatedCNNPreTrainedModel):
             ValueError: inputs, mask or state do not fit each other or the config.
         """
         hidden = embed_inputs(self.embed_tokens, input_ids, inputs_embeds)
+        hidden = hidden if self.embedding_projection is None else self.embedding_projection(hidden)
         cache = self._cache(past_key_values, use_cache)
         marks = sequence_marks(hidden, attention_mask, position_ids, seq_idx, cache)
         for index, layer in enumerate(self.layers):
@@ -286,7 +293,6 @@ class GatedCNNForCausalLM(GatedCNNPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        shift_labels: torch.LongTensor | None = None,
         seq_idx: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
@@ -295,12 +301,13 @@ class GatedCNNForCausalLM(GatedCNNPreTrainedModel, GenerationMixin):
         Args:
             labels: `(batch, length)`, the input ids; shifted inside. -100 is ignored.
             logits_to_keep: how many last positions (or which) get logits; 0 for all.
-            shift_labels: `(batch, length)` labels already shifted, used in place of `labels`.
+            kwargs: `num_items_in_batch`; `shift_labels` `(batch, length)`, already shifted, in place of `labels`.
 
         Returns:
             loss in nats a token, logits `(batch, kept, vocab_size)` and the windows. While training with a chunked or
             adaptive head the logits are None: they are never computed.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # no named argument: Trainer would wait for it as for labels
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,0 +1,181 @@
+"""What the learning proofs of the text classifiers share: reading a corpus, a training loop, and the report."""
+
+import argparse
+import gzip
+import json
+import platform
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+PAD, UNKNOWN = 0, 1
+Example = tuple[list[int], int]
+
+
+@dataclass
+class Recipe:
+    """How a classifier is trained.
+
+    `decay` maps the share of steps done to a factor of the learning rate; `unknown_rate` is the share of once-seen words
+    that training reads as unknown, so that the unknown word's vector is learnt.
+    """
+
+    epochs: int
+    batch_size: int = 50
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    unknown_rate: float = 0.0
+    clip: float = 0.0
+    decay: Callable[[float], float] = field(default=lambda share: 1.0)
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a `.jsonl` or `.jsonl.gz` file."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def build_vocabulary(texts: list[str], min_count: int = 1) -> tuple[dict[str, int], set[int]]:
+    """Ids of the words, frequent ones first, and the ids of words seen once."""
+    counts = Counter(word for text in texts for word in text.split())
+    words = [word for word, count in counts.most_common() if count >= min_count]
+    ids = {word: index + 2 for index, word in enumerate(words)}
+    return ids, {ids[word] for word in words if counts[word] == 1}
+
+
+def encode(rows: list[dict], ids: dict[str, int], text: Callable[[dict], str]) -> list[Example]:
+    """Word ids and label of each row; an empty text becomes one unknown word."""
+    return [([ids.get(word, UNKNOWN) for word in text(row).split()] or [UNKNOWN], row["label"]) for row in rows]
+
+
+def batches(examples: list[Example], size: int, rng: random.Random | None) -> Iterator[dict[str, torch.Tensor]]:
+    """Right-padded batches of texts of similar length; in random order if there is a generator."""
+    order = list(range(len(examples)))
+    if rng:
+        rng.shuffle(order)
+    chunk = size * 20
+    groups = []
+    for start in range(0, len(order), chunk):
+        part = sorted(order[start : start + chunk], key=lambda index: len(examples[index][0]))
+        groups += [part[i : i + size] for i in range(0, len(part), size)]
+    if rng:
+        rng.shuffle(groups)
+    for group in groups:
+        yield collate([examples[index] for index in group])
+
+
+def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
+    """Pad on the right."""
+    longest = max(len(words) for words, _ in examples)
+    ids = torch.tensor([words + [PAD] * (longest - len(words)) for words, _ in examples])
+    mask = torch.tensor([[1] * len(words) + [0] * (longest - len(words)) for words, _ in examples])
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([label for _, label in examples])}
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, examples: list[Example], size: int = 200) -> float:
+    """Percentage of right labels."""
+    model.eval()
+    right = sum(
+        int((model(**batch).logits.argmax(1) == batch["labels"]).sum()) for batch in batches(examples, size, None)
+    )
+    return 100.0 * right / len(examples)
+
+
+def train(
+    model: nn.Module, recipe: Recipe, examples: dict[str, list[Example]], seed: int, rare: set[int] = frozenset()
+) -> dict[str, float]:
+    """Train, keep the epoch that is best on `dev`, and report accuracies and CPU seconds.
+
+    `examples` holds `train`, `dev` and `test`; the weights of the best epoch are in the model afterwards.
+    """
+    began, rng = time.process_time(), random.Random(seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = recipe.optimizer(parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    steps = recipe.epochs * -(-len(examples["train"]) // recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.decay(step / steps))
+    best, kept = -1.0, {}
+    for epoch in range(recipe.epochs):
+        model.train()
+        seen = _with_unknown(examples["train"], rare, recipe.unknown_rate, rng)
+        for batch in batches(seen, recipe.batch_size, rng):
+            _step(model, batch, optimizer, parameters, recipe.clip)
+            schedule.step()
+        found = accuracy(model, examples["dev"])
+        print(f"  epoch {epoch + 1}: dev {found:.2f} ({time.process_time() - began:.0f} s)", file=sys.stderr, flush=True)
+        if found > best:
+            best, kept = found, {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(kept)
+    seconds = time.process_time() - began
+    return {"dev": best, "test": accuracy(model, examples["test"]), "cpu_seconds": round(seconds, 1)}
+
+
+def _step(model: nn.Module, batch: dict, optimizer: torch.optim.Optimizer, parameters: list, clip: float) -> None:
+    model(**batch).loss.backward()
+    if clip:
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    if hasattr(model, "apply_constraints"):
+        model.apply_constraints()
+
+
+def _with_unknown(examples: list[Example], rare: set[int], rate: float, rng: random.Random) -> list[Example]:
+    if not rate:
+        return examples
+    return [
+        ([UNKNOWN if word in rare and rng.random() < rate else word for word in words], label)
+        for words, label in examples
+    ]
+
+
+def split_dev(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Training and development part, drawn at random."""
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    cut = round(len(order) * share)
+    return [examples[i] for i in order[cut:]], [examples[i] for i in order[:cut]]
+
+
+def summary(name: str, runs: list[dict], bar: float, paper: float, **extra: object) -> dict:
+    """One row of a report: the mean test accuracy of several runs beside its bar and the paper's figure."""
+    mean = statistics.mean(run["test"] for run in runs)
+    return {
+        "name": name,
+        "accuracy": round(mean, 2),
+        "bar": bar,
+        "paper": paper,
+        "passed": mean >= bar,
+        "runs": runs,
+        "most_cpu_seconds": max(run["cpu_seconds"] for run in runs),
+        **extra,
+    }
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """Command line of a proof."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the corpora")
+    parser.add_argument("--only", default="", help="run the tasks whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser.parse_args()
+
+
+def report(rows: list[dict], as_json: bool) -> None:
+    """Print the rows, with date and versions, as JSON or as a table."""
+    if as_json:
+        stamp = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "python": platform.python_version()}
+        print(json.dumps({**stamp, "rows": rows}, indent=1))
+        return
+    for row in rows:
+        print(f"{row['name']:<40} {row['accuracy']:6.2f} (bar {row['bar']}, paper {row['paper']})")
