@@ -101,8 +101,8 @@ def _compacted(
         out = _attend(query, key, value, pattern, mask.sum(-1), scale, dropout)
     else:
         order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
-        compact = (_take(x, order) for x in (query, key, value))
-        out = _take(_attend(*compact, pattern, mask.sum(-1), scale, dropout), order.argsort(dim=-1))
+        query, key, value = (_take(x, order) for x in (query, key, value))
+        out = _take(_attend(query, key, value, pattern, mask.sum(-1), scale, dropout), order.argsort(dim=-1))
     return out.masked_fill(~mask[:, None, :, None], 0.0)
 
 

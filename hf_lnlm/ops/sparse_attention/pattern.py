@@ -80,6 +80,27 @@ class SparsePattern:
         summary = (key % stride >= stride - self.summary) & (query >= 0)
         return {"block": block, "summary": summary, "fixed": block | summary}[self.kind]
 
+    def needed_from(self, position: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+        """Which keys a causal query at `position` or any later one sees.
+
+        Args:
+            position: int64, broadcastable to `key_positions`.
+            key_positions: logical positions `(…, keys)`, all before `position`.
+
+        Returns:
+            bool, shaped as `key_positions`.
+        """
+        if self.kind in ("full", "column", "strided"):
+            return torch.ones_like(key_positions, dtype=torch.bool)
+        needed = torch.zeros_like(key_positions, dtype=torch.bool)
+        if self.kind == "local":
+            needed = position - key_positions < self.stride
+        if self.kind in ("block", "fixed"):
+            needed = key_positions >= position - position % self.stride
+        if self.kind in ("summary", "fixed"):
+            needed = needed | (key_positions % self.stride >= self.stride - self.summary)
+        return needed
+
     def is_dense(self, length: int) -> bool:
         """True where the set of every query among `length` tokens is all that `causal` allows."""
         return self.kind == "full" or (self.kind in ("local", "strided", "block", "fixed") and length <= self.stride)

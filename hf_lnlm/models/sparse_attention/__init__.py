@@ -1,0 +1,1 @@
+"""Linformer, Sparse Transformer and GPT-3's alternating dense and banded layers."""

@@ -1,0 +1,289 @@
+"""Causal sparse self-attention inside a decoder: padding, packed documents, caches and tracing.
+
+A forward pass works out once where the real tokens are (`AttentionPlan`), and every layer attends by the same plan:
+
+* no cached past: each document's real tokens become a left-aligned row, so that right padding is all that is left,
+  which a causal pattern never sees;
+* cached past: queries and keys carry logical positions and meet under a small mask;
+* traced (torch.compile, torch.export) or with attention weights asked for: one dense mask.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import dropout as drop
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils.import_utils import is_torchdynamo_compiling
+
+from ...nn.masks import SequenceMarks, sequence_marks
+from ...nn.ragged import gather_rows, scatter_rows
+from ...ops.sparse_attention.attention import repeat_heads, sparse_attention
+from ...ops.sparse_attention.pattern import SparsePattern, logical_positions
+from ...ops.sparse_attention.reference import masked_attention_weights
+from ...ops.sparse_attention.step import attend_cached
+from .cache import Extended, SparseAttentionCacheLayer
+
+
+class AttentionPlan(NamedTuple):
+    """What every layer of one forward pass needs to know about the batch.
+
+    Attributes:
+        marks: rows of real tokens.
+        real: `(batch, length)` true at real tokens of the present step; None if all are.
+        documents: `(batch, length)` number of each token's document in its row; None if each row is one.
+        positions: `(batch, length)` position of each token in its document, for position embeddings; 0 at padding.
+        dense: compute under a dense mask (traced, eager implementation, or attention weights wanted).
+        weights: attention weights are wanted.
+    """
+
+    marks: SequenceMarks
+    real: torch.Tensor | None
+    documents: torch.Tensor | None
+    positions: torch.Tensor
+    dense: bool
+    weights: bool
+
+
+def plan_attention(
+    hidden: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    seq_idx: torch.Tensor | None,
+    cache: Cache | None,
+    dense: bool,
+    weights: bool,
+) -> AttentionPlan:
+    """Work out the plan of one forward pass.
+
+    Args:
+        hidden: `(batch, length, width)`.
+        attention_mask: `(batch, past + length)`, zero at padding; None for no padding.
+        position_ids: `(batch, length)`; a real token at position 0 begins a document.
+        seq_idx: `(batch, length)` document numbers of packed rows.
+        cache: the past, or None.
+        dense: whether to compute under a dense mask.
+        weights: whether attention weights are wanted.
+
+    Raises:
+        ValueError: the mask is no 2-D mask of zeros and ones that fits the input, or a document begins inside a cached
+            sequence.
+    """
+    check_mask_values(attention_mask)
+    marks = sequence_marks(hidden, attention_mask, position_ids, seq_idx, cache)
+    real = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :].bool()
+    documents = _documents(marks, hidden)
+    if documents is not None and cache is not None and cache.get_seq_length():
+        raise ValueError("a document cannot begin inside a cached sequence: start it with empty past_key_values")
+    positions = _positions(hidden, real, documents, position_ids, cache)
+    return AttentionPlan(marks, real, documents, positions, dense or marks.traced, weights)
+
+
+def check_mask_values(attention_mask: torch.Tensor | None) -> None:
+    """Raise unless a mask is None or 2-D and holds only zeros and ones.
+
+    Raises:
+        ValueError: for any other mask; a 4-D mask cannot say which pattern it means.
+    """
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        shape = tuple(getattr(attention_mask, "shape", ()))
+        raise ValueError(f"attention_mask must have shape (batch, length) and hold 0 and 1, got shape {shape}")
+    if attention_mask.dtype == torch.bool or is_torchdynamo_compiling():
+        return
+    if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise ValueError(f"attention_mask must hold only 0 and 1, got values up to {attention_mask.abs().max().item()}")
+
+
+def _documents(marks: SequenceMarks, hidden: torch.Tensor) -> torch.Tensor | None:
+    if marks.traced:
+        return None if marks.starts is None else marks.starts.long().cumsum(1)
+    layout = marks.layout
+    if layout is None or layout.lengths.numel() <= int(layout.mask.any(1).sum()):
+        return None
+    row = layout.place // layout.index.shape[1]
+    return row.masked_fill(~layout.mask, 0).cummax(1).values
+
+
+def _positions(
+    hidden: torch.Tensor,
+    real: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+) -> torch.Tensor:
+    """Position of each token in its document: as given, else counted over real tokens, cached ones included."""
+    if position_ids is not None:
+        return position_ids.expand(hidden.shape[:2])
+    batch, length = hidden.shape[:2]
+    counts = cached_counts(cache)
+    counted = hidden.new_ones(batch, length, dtype=torch.long) if real is None else real.long()
+    positions = counted.cumsum(1) - 1
+    if counts is not None:
+        positions = positions + counts.unsqueeze(1)
+    if documents is not None:
+        first = torch.zeros_like(documents, dtype=torch.bool)
+        first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        positions = positions - torch.where(first, positions, 0).cummax(1).values
+    return positions.clamp(min=0)
+
+
+def cached_counts(cache: Cache | None) -> torch.Tensor | None:
+    """Return the real tokens of each row that the cache has seen, `(batch,)`, or None if it is empty."""
+    if cache is None or not cache.layers:
+        return None
+    first: Any = cache.layers[0]
+    return first.counts
+
+
+def own_cache(past_key_values: Cache | None, use_cache: bool | None, config: Any) -> Cache | None:
+    """Return the cache to use, made if wanted.
+
+    Raises:
+        ValueError: `past_key_values` is not of this family and depth.
+    """
+    if past_key_values is None:
+        return DynamicCache(config=config) if use_cache else None
+    layers = getattr(past_key_values, "layers", [])
+    if len(layers) != config.num_hidden_layers or not all(hasattr(layer, "prune") for layer in layers):
+        raise ValueError(
+            f"past_key_values must hold {config.num_hidden_layers} sparse-attention layers, as "
+            f"DynamicCache(config=model.config) makes them, got {past_key_values!r}"
+        )
+    return past_key_values
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    patterns: tuple[SparsePattern, ...],
+    plan: AttentionPlan,
+    layer: SparseAttentionCacheLayer | None,
+    scale: float,
+    dropout: float,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend under one pattern for all heads, or one for each equal group of heads.
+
+    Args:
+        query: `(batch, heads, length, head_dim)`.
+        key: `(batch, key_heads, length, head_dim)`.
+        value: as `key`.
+        patterns: causal patterns.
+        plan: of this forward pass.
+        layer: this layer's cache; extended and pruned. None for none.
+        scale: factor of the scores.
+        dropout: probability of dropping an attention weight (0 outside training).
+        backend: of `sparse_attention`.
+
+    Returns:
+        `(batch, length, heads * head_dim)`, zero at padding, and the weights `(batch, heads, length, keys)` if wanted.
+    """
+    past = layer is not None and layer.seen_tokens > 0
+    kept = _last_document(plan) if layer is not None else None
+    extended = None if layer is None else layer.extend(key, value, kept)
+    weights = None
+    if plan.dense:
+        out, weights = _dense(query, key, value, patterns, plan, extended if past else None, scale, dropout)
+    elif past and extended is not None:
+        out = _cached(query, extended, patterns, scale, dropout)
+    else:
+        out = _rows(query, key, value, patterns, plan, scale, dropout, backend)
+    if layer is not None and not plan.marks.traced:
+        layer.prune(patterns)
+    return out.transpose(1, 2).flatten(2), weights if plan.weights else None
+
+
+def _last_document(plan: AttentionPlan) -> torch.Tensor | None:
+    """Real tokens whose document can still go on: those of each row's last one."""
+    if plan.documents is None:
+        return plan.real
+    real = torch.ones_like(plan.documents, dtype=torch.bool) if plan.real is None else plan.real
+    last = plan.documents.masked_fill(~real, -1).amax(1, keepdim=True)
+    return real & (plan.documents == last)
+
+
+def _rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    patterns: tuple[SparsePattern, ...],
+    plan: AttentionPlan,
+    scale: float,
+    dropout: float,
+    backend: str,
+) -> torch.Tensor:
+    layout = plan.marks.layout
+    if layout is None:
+        return sparse_attention(query, key, value, patterns, scale=scale, dropout=dropout, backend=backend)
+    if layout.lengths.numel() == 0:
+        return torch.zeros_like(query)
+    query_rows, key_rows, value_rows = (_gather_heads(x, layout.index) for x in (query, key, value))
+    out = sparse_attention(
+        query_rows, key_rows, value_rows, patterns, scale=scale, dropout=dropout, backend=backend
+    )  # fmt: skip
+    out = scatter_rows(out.transpose(1, 2).flatten(2), layout.place, layout.mask)
+    return out.unflatten(2, query.shape[1::2]).transpose(1, 2)
+
+
+def _gather_heads(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Collect `(batch, heads, length, head_dim)` into rows `(rows, heads, row length, head_dim)`."""
+    flat = gather_rows(states.transpose(1, 2).flatten(2), index)
+    return flat.unflatten(2, states.shape[1::2]).transpose(1, 2)
+
+
+def _cached(
+    query: torch.Tensor, extended: Extended, patterns: tuple[SparsePattern, ...], scale: float, dropout: float
+) -> torch.Tensor:
+    key, value = (repeat_heads(x, query.shape[1]) for x in (extended.key, extended.value))
+    groups = zip(*(x.chunk(len(patterns), dim=1) for x in (query, key, value)), patterns, strict=True)
+    at = (extended.query_positions, extended.key_positions)
+    return torch.cat([attend_cached(q, k, v, p, *at, scale, dropout) for q, k, v, p in groups], dim=1)
+
+
+def _dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    patterns: tuple[SparsePattern, ...],
+    plan: AttentionPlan,
+    extended: Extended | None,
+    scale: float,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and its weights `(batch, heads, queries, keys)` under the patterns' dense masks."""
+    if extended is not None:
+        key, value = extended.key, extended.value
+    visible = _dense_visible(patterns, plan, extended, query)
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    weights = masked_attention_weights(query, key, visible, scale)
+    return drop(weights, dropout, training=dropout > 0.0) @ value, weights
+
+
+def _dense_visible(
+    patterns: tuple[SparsePattern, ...], plan: AttentionPlan, extended: Extended | None, query: torch.Tensor
+) -> torch.Tensor:
+    """Which keys each query of each head sees: `(batch, heads, queries, keys)`, or 1 head where all are alike."""
+    if extended is not None:
+        query_positions, key_positions = extended.query_positions, extended.key_positions
+        same = torch.ones((), dtype=torch.bool, device=query.device)
+    else:
+        length = query.shape[2]
+        real = plan.real if plan.real is not None else query.new_ones(query.shape[0], length, dtype=torch.bool)
+        documents = torch.zeros_like(real, dtype=torch.long) if plan.documents is None else plan.documents
+        same = documents.unsqueeze(2) == documents.unsqueeze(1)
+        query_positions = key_positions = _within_documents(real, documents)
+    seen = [p.visible(query_positions, key_positions) & same & (query_positions >= 0).unsqueeze(-1) for p in patterns]
+    if len(seen) == 1:
+        return seen[0].unsqueeze(1)
+    return torch.stack(seen, dim=1).repeat_interleave(query.shape[1] // len(seen), dim=1)
+
+
+def _within_documents(real: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+    """Logical position of each token in its document; -1 at padding."""
+    counted = logical_positions(real)
+    begins = torch.zeros_like(real)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    offset = torch.where(begins & real, counted, 0).cummax(1).values
+    return torch.where(real, counted - offset, -1)
