@@ -38,6 +38,8 @@ _NOT_OURS = (
     # torch and its exporter, about their own internals
     "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning",
     "ignore:.*torch.jit.*is deprecated:DeprecationWarning",
+    # peft asks models under transformers' old names
+    "ignore:`(is_)?gradient_checkpointing.*` is deprecated and will be removed in v6:FutureWarning",
     # DataLoader asks for pinned memory by default and then remarks that there is no accelerator
     "ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning",
     # multiprocessing forks DataLoader workers while the interpreter has threads (Python 3.12 and later)

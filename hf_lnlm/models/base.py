@@ -202,8 +202,10 @@ class LNLMConfig(PreTrainedConfig):
             kwargs: as in transformers' `PreTrainedConfig.save_pretrained`.
 
         Raises:
-            ValueError: the code of the family cannot be flattened into one folder (see hub/bundle.py).
+            ValueError: a field that was set since is out of range, or the code of the family cannot be flattened into
+                one folder (see hub/bundle.py).
         """
+        self.check_bounds()
         if not type(self).__module__.startswith(_PACKAGE + "."):  # carried code: transformers copies it as it is
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
             return

@@ -51,7 +51,15 @@ _TINY: dict[str, Any] = {
     "filter_sizes": [2, 3],
     "num_labels": 3,
 }
-_CORE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "pad_token_id", "bos_token_id", "eos_token_id")
+_CORE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,4 +118,6 @@ def test_output_depends_on_the_past_only(case: Case):
     assert not torch.allclose(one[:, 6:], two[:, 6:])
     first = ids.clone()
     first[:, 0] = (first[:, 0] + 3) % 50 + 5
-    assert (first_output(model, input_ids=first) - one)[:, -1].abs().max() > 1e-6, "the last logits ignore the first token"
+    assert (first_output(model, input_ids=first) - one)[:, -1].abs().max() > 1e-6, (
+        "the last logits ignore the first token"
+    )

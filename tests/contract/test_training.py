@@ -26,7 +26,10 @@ def train(model: Any, rows: list[dict], folder: Any, resume: str | None = None, 
         "seed": 1,
     }
     trainer = Trainer(
-        model=model, args=TrainingArguments(**(common | arguments)), train_dataset=rows, data_collator=default_data_collator
+        model=model,
+        args=TrainingArguments(**(common | arguments)),
+        train_dataset=rows,
+        data_collator=default_data_collator,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -37,7 +40,13 @@ def test_accumulated_batches_equal_one_big_batch(case: Case, tmp_path):
     rows, trained = rows_of(case), []
     for accumulation in (1, 4):
         model = build(case, use_cache=False)
-        sgd = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_steps": 1}
+        sgd = {
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "max_steps": 1,
+        }
         batch = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
         trainer = train(model, rows, tmp_path, **sgd, **batch)
         trained.append(model.state_dict() | {"loss": torch.tensor(trainer.state.log_history[0]["loss"])})
@@ -58,7 +67,10 @@ def test_num_items_divides_the_loss(case: Case):
 
 def resume_cases() -> list:
     chosen = one_case_a_family()
-    return [pytest.param(c, id=str(c), marks=[] if c in chosen else [pytest.mark.slow]) for c in cases(loss=True, both_ways=False)]
+    return [
+        pytest.param(c, id=str(c), marks=[] if c in chosen else [pytest.mark.slow])
+        for c in cases(loss=True, both_ways=False)
+    ]
 
 
 @pytest.mark.parametrize("case", resume_cases())
@@ -110,7 +122,9 @@ def test_gradient_checkpointing_changes_no_gradient(case: Case, reentrant: bool)
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradients[1][name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @every_case

@@ -1,0 +1,146 @@
+"""A checkpoint loads where hf_lnlm is missing: one subprocess a family goes through everything that was saved here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import set_seed
+
+from hf_lnlm.hub.bundle import carried_files
+from hf_lnlm.registry import FAMILIES, Family
+
+from .cases import Case, build, cases, first_output, inputs_of, labels_of, rows_of
+from .test_lora import TASKS, adapted, all_linear
+from .test_training import train
+
+SCRIPT = Path(__file__).with_name("elsewhere.py")
+PEFT_CLASSES = {"CAUSAL_LM": "AutoPeftModelForCausalLM", "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+                "TOKEN_CLS": "AutoPeftModelForTokenClassification", "QUESTION_ANS": "AutoPeftModelForQuestionAnswering"}  # fmt: skip
+
+
+class Plan:
+    """Checkpoints saved here, and what to check about them elsewhere."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.jobs: list[dict[str, Any]] = []
+
+    def add(self, kind: str, name: str, case: Case, model: Any, folder: Path, **more: Any) -> None:
+        """Note a saved model's inputs and output, and a job of some kind about it."""
+        inputs = inputs_of(case, batch=3)
+        inputs["attention_mask"][1, ..., :2] = 0
+        tensors = self.root / f"{name}.pt"
+        saved = {"inputs": inputs, "output": first_output(model.eval(), **inputs)} | more.pop("also", {})
+        torch.save(saved, tensors)
+        job = {"kind": kind, "name": name, "auto": case.auto, "folder": str(folder), "tensors": str(tensors)}
+        self.jobs.append(job | more)
+
+    def run(self) -> dict[str, str]:
+        """Run the jobs in a process without the package; return what went wrong by job name."""
+        path = self.root / "plan.json"
+        path.write_text(json.dumps(self.jobs))
+        hub = {"HF_HOME": str(self.root / "hf"), "HF_MODULES_CACHE": str(self.root / "modules"), "HF_HUB_OFFLINE": "1"}
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | hub
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), str(path)], capture_output=True, text=True, env=environment, cwd=self.root
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results = json.loads(done.stdout.splitlines()[-1])
+        assert len(results) == len(self.jobs)
+        return {self.jobs[int(n)]["name"]: result for n, result in results.items() if result != "ok"}
+
+
+def plan_heads(plan: Plan, family: Family) -> None:
+    """Every head saved, loaded through its own Auto class, every other one, and from its config."""
+    for case in cases():
+        if case.family is not family:
+            continue
+        model, folder = build(case), plan.root / str(case)
+        model.save_pretrained(folder)
+        plan.add("same_head", f"{case}", case, model, folder)
+        plan.add("from_config", f"{case}-config", case, model, folder)
+        if case.causal:
+            ids = inputs_of(case, batch=3)["input_ids"]
+            options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2, "eos_token_id": None, "pad_token_id": 0}
+            plan.add(
+                "generates", f"{case}-generates", case, model, folder, also={"tokens": model.generate(ids, **options)}
+            )
+        for other in family.models:
+            if other != case.auto and not (case.both_ways and other == "AutoModelForCausalLM"):
+                target = Case(family, other, case.both_ways)
+                name = f"{case}-as-{other}"
+                plan.add("other_head", name, target, build(target), folder, **{"class": target.cls.__name__})
+
+
+def plan_trained(plan: Plan, case: Case) -> None:
+    """A stock Trainer's checkpoint, a merged LoRA model, and an adapter on a base that carries its code."""
+    arguments = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
+    model = build(case)
+    train(model, rows_of(case), plan.root / "run", **arguments)
+    plan.add("same_head", f"{case}-trainer", case, model, plan.root / "run" / "checkpoint-1")
+
+    base = plan.root / f"{case}-base"
+    build(case).save_pretrained(base)
+    tuned = adapted(case, all_linear(case))
+    tuned.peft_config["default"].base_model_name_or_path = str(base)
+    tuned.save_pretrained(plan.root / "adapter")
+    assert not list((plan.root / "adapter").glob("*.py"))
+    task = TASKS.get(case.auto)
+    if task in PEFT_CLASSES:
+        plan.add("adapter", f"{case}-adapter", case, tuned, plan.root / "adapter", peft=PEFT_CLASSES[task])
+    merged = tuned.merge_and_unload()
+    merged.save_pretrained(plan.root / "merged")
+    plan.add("same_head", f"{case}-merged", case, merged, plan.root / "merged")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda row: row.name)
+def test_loads_where_the_package_is_missing(family: Family, tmp_path):
+    set_seed(0)
+    plan = Plan(tmp_path)
+    plan_heads(plan, family)
+    trained = [case for case in cases(loss=True, both_ways=False) if case.family is family]
+    plan_trained(plan, max(trained, key=lambda case: (case.causal, case.auto in TASKS)))
+    failures = plan.run()
+    assert not failures, "\n".join(f"{name}: {why}" for name, why in failures.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases(loss=True, both_ways=False), ids=str)
+def test_trained_checkpoints_of_every_head_load_elsewhere(case: Case, tmp_path):
+    plan = Plan(tmp_path)
+    plan_trained(plan, case)
+    failures = plan.run()
+    assert not failures, "\n".join(f"{name}: {why}" for name, why in failures.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda row: row.name)
+def test_carried_files_are_flat_and_few(family: Family):
+    files = carried_files(family.model_type)
+    assert f"modeling_{family.name}.py" in files
+    assert f"configuration_{family.name}.py" in files
+    for name, content in files.items():
+        assert "/" not in name
+        text = content.decode()
+        assert "from ..." not in text
+        assert "from hf_lnlm" not in text
+        assert "import hf_lnlm" not in text
+    others = {f"modeling_{row.name}.py" for row in FAMILIES if row is not family}
+    if family.room != "hybrid":
+        assert not others & set(files)
+
+
+@pytest.mark.parametrize("case", cases(loss=True, both_ways=False)[:1], ids=str)
+def test_adapter_folder_of_peft_has_no_code(case: Case, tmp_path):
+    model = peft.get_peft_model(build(case), peft.LoraConfig(target_modules=list(case.family.lora_targets)))
+    inputs = inputs_of(case)
+    model(**inputs, **labels_of(case, inputs)).loss.backward()
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
