@@ -19,12 +19,12 @@ os.environ["HF_HOME"] = _HOME = tempfile.mkdtemp(prefix="lnlm-hf-")  # before an
 os.environ.pop("HF_TOKEN", None)
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 
-import numpy
-import pytest
-import torch
-from hypothesis import HealthCheck, settings
-from huggingface_hub import constants
-from transformers.utils import logging
+import numpy  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()

@@ -1,10 +1,10 @@
 """What the contract tests run on: every head of every family, tiny, with weights that are not blind.
 
-All of it is derived from the registry, the configs' fields and the signatures of `forward`: a new row gets every test that
-applies to it.
+All of it is derived from the registry, the configs' fields and the signatures of `forward`: a new row gets every test
+that applies to it.
 
-A fresh initialisation is nearly linear and nearly deaf to its input, which hides errors in masks and beam order. So every
-weight gets N(0, 0.15) noise. Padding is an ordinary token: the mask alone must hide it.
+A fresh initialisation is nearly linear and nearly deaf to its input, which hides errors in masks and beam order. So
+every weight gets N(0, 0.15) noise. Padding is an ordinary token: the mask alone must hide it.
 """
 
 from __future__ import annotations
@@ -51,6 +51,13 @@ _TINY: dict[str, Any] = {
     "filter_sizes": [2, 3],
     "num_labels": 3,
 }
+_PER_TOKEN = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForPreTraining",
+    "AutoModelForTokenClassification",
+)
 _CORE = (
     "vocab_size",
     "hidden_size",
@@ -93,7 +100,7 @@ class Case:
     @property
     def per_token(self) -> bool:
         """Whether its first output has one vector a token."""
-        return self.auto in ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForTokenClassification", "AutoModelForPreTraining")  # fmt: skip
+        return self.auto in _PER_TOKEN
 
     @property
     def has_loss(self) -> bool:

@@ -1,7 +1,7 @@
 """Run in a process where hf_lnlm cannot be imported: load what a plan names and check it. Usage: elsewhere.py PLAN.
 
-The plan is a JSON list of jobs `{"kind", "auto", "folder", "tensors", ...}`; `tensors` holds the inputs and the output that
-the model gave at home. Prints one line of JSON: job number → "ok" or what went wrong.
+The plan is a JSON list of jobs `{"kind", "auto", "folder", "tensors", ...}`; `tensors` holds the inputs and the output
+that the model gave at home. Prints one line of JSON: job number → "ok" or what went wrong.
 """
 
 import importlib.abc
@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 import traceback
+from pathlib import Path
 
 
 class _NotHere(importlib.abc.MetaPathFinder):
@@ -19,8 +20,8 @@ class _NotHere(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, _NotHere())
 
-import torch
-import transformers
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -86,7 +87,7 @@ def generates(job, saved):
 def main():
     """Run the plan."""
     results = {}
-    for number, job in enumerate(json.loads(open(sys.argv[1]).read())):
+    for number, job in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         saved = torch.load(job["tensors"])
         try:
             globals()[job["kind"]](job, saved)

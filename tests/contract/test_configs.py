@@ -1,4 +1,4 @@
-"""Configs, fuzzed: plausible ones build, run, save and reload; impossible ones are refused before anything is allocated."""
+"""Configs, fuzzed: plausible ones build, run, save, reload; impossible ones are refused before any allocation."""
 
 from __future__ import annotations
 
