@@ -17,9 +17,14 @@ READER_VERSION = 1
 """Part of the cache key: raise it when the rows of a file change."""
 
 FORMATS = {
-    ".txt": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
-    ".fasta": "fasta", ".fa": "fasta", ".faa": "fasta",
-}  # fmt: skip
+    **dict.fromkeys((".txt", ".text", ".md", ".py"), "text"),
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    **dict.fromkeys((".fasta", ".fa", ".faa"), "fasta"),
+    ".parquet": "parquet",
+}
+"""Ending of a file → reader; any other ending is text."""
+
 LARGEST_FILE = 2**30
 """Bytes of the largest file that is read as a whole (everything but Parquet)."""
 LARGEST_FIELD = 2**31 - 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sysconfig
 import tokenize
@@ -97,6 +98,7 @@ def _load(
         raise ValueError(f"limit must be 1 or more, got {limit}")
     share = _share(validation)
     train, held = _open(source, options, streaming)
+    source = source if isinstance(source, (str, Path)) else "the dataset"
     if share is not None:
         train, held = _split(train, share, seed, source)
     elif validation is not None:
@@ -180,13 +182,14 @@ def _stdlib_rows() -> list[dict[str, str]]:
     """The standard library's `.py` files, in the order of their relative paths."""
     root = Path(sysconfig.get_paths()["stdlib"])
     rows = []
-    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        relative = path.relative_to(root)
-        if STDLIB_SKIPPED.isdisjoint(relative.parts[:-1]) and (text := _source_text(path)).strip():
-            rows.append({"text": text, PATH: relative.as_posix()})
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in STDLIB_SKIPPED]
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            if (text := _source_text(path)).strip():
+                rows.append({"text": text, PATH: path.relative_to(root).as_posix()})
     if not rows:
         raise FileNotFoundError(f"this Python has no library sources in {root}: give text files instead of stdlib")
-    return rows
+    return sorted(rows, key=lambda row: row[PATH])
 
 
 def _source_text(path: Path) -> str:

@@ -174,6 +174,8 @@ def _wrap(backend: Tokenizer, sentinels: int, template: str | None, literal: boo
         ids = [(token, index) for index, token in enumerate(SPECIAL_TOKENS.values())]
         backend.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=ids)
     extra: dict[str, Any] = {"extra_special_tokens": names} if names else {}
+    if template == "bert":
+        extra["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         split_special_tokens=literal,

@@ -32,7 +32,8 @@ SPACE_BYTES = np.frombuffer(b" \t\n\v\f\r", np.uint8)
 class Tokens(NamedTuple):
     """Tokens of one document: `ids` int32 `[tokens]`, `num_bytes` uint32 `[tokens]`, `words` int32 `[tokens]`.
 
-    `words` numbers the document's words from 0; −1 is a token outside every word (bos, eos).
+    `words` numbers the document's words from 0; −1 is a token outside every word (bos, eos). It is empty
+    if not asked for.
     """
 
     ids: np.ndarray
@@ -50,7 +51,7 @@ class Encoder:
             puts sep behind it. Where both are one token (GPT-2's `<|endoftext|>`) it goes before the document only,
             unless `close` is set.
         close: Puts eos behind the document even when it equals bos.
-        words: Whether word numbers are computed; otherwise `words` is all −1.
+        words: Whether word numbers are computed; otherwise `words` is empty.
     """
 
     tokenizer: Any
@@ -102,13 +103,14 @@ class Encoder:
         num_bytes = np.pad(_join([piece.num_bytes for piece in pieces], np.uint32), width)
         if len(num_bytes):
             num_bytes[-1] += len(_utf8(text)) - int(num_bytes.sum())
-        words = np.pad(_join([piece.words for piece in pieces], np.int32), width, constant_values=-1)
+        words = _join([piece.words for piece in pieces], np.int32)
+        words = np.pad(words, width, constant_values=-1) if self.words else words
         return Tokens(ids, num_bytes, words)
 
     def _bytes(self, text: str, offset: int) -> Tokens:
         """The fast path of a byte tokenizer: id = offset + byte."""
         raw = np.frombuffer(_utf8(text), np.uint8)
-        words = _words_from_space(np.isin(raw, SPACE_BYTES)) if self.words else np.full(len(raw), -1, np.int32)
+        words = _words_from_space(np.isin(raw, SPACE_BYTES)) if self.words else np.zeros(0, np.int32)
         return Tokens(raw.astype(np.int32) + offset, np.ones(len(raw), np.uint32), words)
 
     def _pieces(self, text: str) -> Iterator[Tokens]:
@@ -116,7 +118,7 @@ class Encoder:
         first_word = 0
         for piece in split_text(text, PIECE):
             tokens = self._encode_piece(piece)
-            if self.words and len(tokens.words):
+            if len(tokens.words):
                 tokens = tokens._replace(words=np.where(tokens.words < 0, -1, tokens.words + first_word))
                 first_word = max(first_word, int(tokens.words.max()) + 1)
             yield tokens
@@ -128,7 +130,7 @@ class Encoder:
         ids = np.array(encoding.ids, np.int32)
         spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         num_bytes = _covered_bytes(spans, widths)
-        words = _word_numbers(encoding.word_ids, spans, text) if self.words else np.full(len(ids), -1, np.int32)
+        words = _word_numbers(encoding.word_ids, spans, text) if self.words else np.zeros(0, np.int32)
         return Tokens(ids, num_bytes, words)
 
 
