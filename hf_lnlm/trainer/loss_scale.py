@@ -237,12 +237,14 @@ def _row(inputs: Inputs, index: int, size: int) -> dict[str, Any]:
 
 def _only_first_labels(row: dict[str, Any], number: int) -> dict[str, Any]:
     """Ignore all token labels of a row but its first `number`, so that candidate counts differ from row to row."""
-    labels = row.get("labels")
-    if labels is None or labels.dim() < 2 or labels.is_floating_point():
-        return row
-    given = labels.ne(IGNORED)
-    keep = given & (given.reshape(1, -1).cumsum(-1).reshape(labels.shape) <= number)
-    return {**row, "labels": labels.masked_fill(~keep, IGNORED)}
+    changed = dict(row)
+    for name in ("labels", "shift_labels"):
+        labels = row.get(name)
+        if torch.is_tensor(labels) and labels.dim() > 1 and not labels.is_floating_point():
+            given = labels.ne(IGNORED)
+            keep = given & (given.reshape(1, -1).cumsum(-1).reshape(labels.shape) <= number)
+            changed[name] = labels.masked_fill(~keep, IGNORED)
+    return changed
 
 
 class LossProbe:
@@ -277,8 +279,13 @@ class LossProbe:
             return MeanOfItems(self._items_of_mean(rows))
 
     def _two_rows(self) -> list[dict[str, Any]]:
+        """Return the two rows with most labels (one row twice if there is no other), with 2 and 3 labels left."""
         size = find_batch_size(dict(self.inputs)) or 1
-        first, second = _row(self.inputs, 0, size), _row(self.inputs, min(1, size - 1), size)
+        order = list(range(size))
+        labels = self.inputs.get("labels")
+        if torch.is_tensor(labels) and labels.dim() and labels.shape[0] == size:
+            order = labels.reshape(size, -1).ne(IGNORED).sum(-1).sort(descending=True, stable=True).indices.tolist()
+        first, second = _row(self.inputs, order[0], size), _row(self.inputs, order[min(1, size - 1)], size)
         return [_only_first_labels(first, 2), _only_first_labels(second, 3)]
 
     def _loss(self, rows: list[dict[str, Any]], training: bool, **extra: Any) -> tuple[float, Any]:

@@ -268,8 +268,9 @@ class LNLMTrainer(Trainer):
         """Whether losses are ours to scale: not with a loss function, smoothing or engine that does it itself."""
         return self.label_smoother is None and self.compute_loss_func is None and not self.is_deepspeed_enabled
 
-    def _find_loss_rule(self, inputs: dict[str, Any]) -> LossRule:
-        """Measure on a first batch how the model's loss is normalised; every process takes process 0's answer."""
+    def _find_loss_rule(self, batches: list[dict[str, Any]]) -> LossRule:
+        """Measure on a first step how the model's loss is normalised; every process takes process 0's answer."""
+        inputs = max(batches, key=lambda batch: int(batch["labels"].ne(IGNORED).sum()) if "labels" in batch else 0)
         model = self.accelerator.unwrap_model(self.model)
         probe = LossProbe(model, self._prepare_inputs(inputs), self._takes_loss_kwargs, self._loss_shifts_labels)
         with self.compute_loss_context_manager():
@@ -285,7 +286,7 @@ class LNLMTrainer(Trainer):
         if not self._scales_loss or not batch_samples:
             return super()._get_num_items_in_batch(batch_samples, device)
         if self._loss_rule is None:
-            self._loss_rule = self._find_loss_rule(batch_samples[0])
+            self._loss_rule = self._find_loss_rule(batch_samples)
         total = torch.stack([self._loss_rule.count(batch).to(device) for batch in batch_samples]).sum(0)
         if self.args.average_tokens_across_devices:
             total = self._reduce(total) / self.get_tp_size()

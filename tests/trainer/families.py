@@ -82,7 +82,7 @@ _BERT: dict[str, Any] = dict(  # noqa: C408
 )  # fmt: skip
 _GPT2: dict[str, Any] = dict(  # noqa: C408
     vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=32, num_labels=3, resid_pdrop=0.0, embd_pdrop=0.0,
-    attn_pdrop=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    attn_pdrop=0.0, classifier_dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 _XLNET: dict[str, Any] = dict(  # noqa: C408
     vocab_size=VOCAB, d_model=16, n_layer=1, n_head=2, d_inner=32, num_labels=3, dropout=0.0, summary_last_dropout=0.0

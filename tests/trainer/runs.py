@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -72,7 +73,7 @@ def rows_of(case: Case, tokenizer: Any, learnt: Any, documents: Dataset) -> Any:
     """Return the case's dataset: packed blocks, a stream of them, or lanes."""
     options = learnt.packing(tokenizer, LENGTH)
     if case["data"] == "lanes":
-        lanes = BATCH * int(os.environ.get("WORLD_SIZE", "1"))
+        lanes = case.get("lanes", BATCH * int(os.environ.get("WORLD_SIZE", "1")))
         return Lanes(documents, tokenizer, options["length"], lanes, boundaries=case["objective"] == "causal")
     return pack(documents if case["data"] == "map" else Stream(documents), tokenizer, **options)
 
@@ -105,6 +106,9 @@ def trainer_of(case: Case, folder: str, **changed: Any) -> LNLMTrainer:
         model=model,
         args=LNLMTrainingArguments(**values),
         train_dataset=rows_of(case, tokenizer, learnt, texts()),
+        eval_dataset=rows_of({**case, "data": "map"}, tokenizer, learnt, texts())
+        if changed.get("eval_steps")
+        else None,
         data_collator=learnt.collator(tokenizer, seed=7, bookkeeping=True),
         objective=learnt,
     )
@@ -243,7 +247,82 @@ def train_noting(case: Case, folder: str, progress: str, **settings: Any) -> Non
     trainer.train(resume_from_checkpoint=bool(list_checkpoints(folder)))
 
 
-REQUESTS = {"resumes_exactly": resumes_exactly, "survives_kills": survives_kills}
+class Full(T.TrainerCallback):
+    """Lets no file grow beyond a few kilobytes from a step on: writing a checkpoint fails as on a full disk."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+def fills_the_disk() -> dict[str, Any]:
+    """Return what is left when the second checkpoint of a run can't be written, and how the run goes on."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run() -> None:
+            trainer = trainer_of(MAP, folder)
+            trainer.add_callback(Full(SAVE + 1))
+            try:
+                trainer.train()
+            except OSError as error:
+                raise SystemExit(3 if f"step {2 * SAVE}" in str(error) else 4) from error
+
+        statuses = [wait(forked(run))]
+        left = {path: find_fault(os.path.join(folder, path)) for path in os.listdir(folder)}
+        statuses.append(wait(forked(lambda: train(MAP, folder, resume=True))))
+        return {"statuses": statuses, "left": left, "last": find_fault(os.path.join(folder, f"checkpoint-{STEPS}"))}
+
+
+def stops_on(number: int, while_evaluating: bool) -> dict[str, Any]:
+    """Send a signal to a run, after some steps or in its first evaluation, and finish the run afterwards."""
+    with tempfile.TemporaryDirectory() as root:
+        folder, straight, progress = (os.path.join(root, name) for name in ("run", "straight", "progress"))
+        settings: dict[str, Any] = {"save_steps": 1000, "max_steps": 60, "lr_scheduler_type": "constant"}
+
+        def run() -> None:
+            trainer = trainer_of(
+                MAP, folder, **settings, eval_steps=5, eval_strategy="steps" if while_evaluating else "no"
+            )
+            trainer.add_callback(Slow(progress, while_evaluating))
+            trainer.train()
+
+        child = forked(run)
+        until(lambda: done_in(progress) >= 3)
+        os.kill(child, number)
+        statuses = [wait(child)]
+        left = sorted(os.listdir(folder))
+        reached = int(left[0].rpartition("-")[2]) if left else 0
+        settings["max_steps"] = reached + 3
+        for path in (folder, straight):
+            again = path == folder
+            statuses.append(wait(forked(lambda path=path, again=again: train(MAP, path, resume=again, **settings))))
+        ends = [digest(Path(path) / f"checkpoint-{reached + 3}") for path in (folder, straight)]
+        return {"statuses": statuses, "left": left, "equal": ends[0] == ends[1]}
+
+
+class Slow(Noting):
+    """Takes its time over every step and every evaluated batch, and notes which one it is at."""
+
+    def __init__(self, path: str, evaluating: bool) -> None:
+        super().__init__(path)
+        self.evaluating, self.batches = evaluating, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.evaluating:
+            super().on_step_end(args, state, control)
+            time.sleep(0.05)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.batches += 1
+        Path(self.path).write_text(str(self.batches))
+        time.sleep(0.05)
+
+
+REQUESTS = {function.__name__: function for function in (resumes_exactly, survives_kills, fills_the_disk, stops_on)}
 
 
 def main() -> None:

@@ -1,0 +1,79 @@
+"""Kills, signals, full disks and resumes, in processes of their own."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OBJECTIVES, DATA, WORKERS, ACCUMULATION = ("causal", "masked", "span"), ("map", "stream", "lanes"), (0, 2), (1, 2)
+CASES = list(itertools.product(OBJECTIVES, DATA, WORKERS, ACCUMULATION))
+# Every value of every choice once with every value of its neighbour, in six of the thirty-six cases.
+FEW = [
+    ("causal", "lanes", 0, 2),
+    ("causal", "stream", 2, 1),
+    ("masked", "map", 2, 2),
+    ("masked", "stream", 0, 1),
+    ("span", "map", 0, 1),
+    ("span", "lanes", 2, 2),
+]
+
+
+def ask(root: Path, requests: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Put requests to one process of tests.trainer.runs."""
+    command = [sys.executable, "-m", "tests.trainer.runs", json.dumps(requests)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def resumes(root: Path, cases: list[tuple[str, str, int, int]]) -> None:
+    """Check that runs killed in mid-epoch end as if they hadn't been."""
+    names = ("objective", "data", "workers", "accumulation")
+    answers = ask(root, [("resumes_exactly", {"case": dict(zip(names, case))}) for case in cases])
+    for case, answer in zip(cases, answers, strict=True):
+        assert answer["statuses"] == [0, -9, 0], case
+        assert answer["digests"][0] is not None, case
+        assert answer["digests"][0] == answer["digests"][1], case
+
+
+def survives(answer: dict[str, Any], kills: int) -> None:
+    assert answer["hits"] == kills
+    assert answer["damaged"] == 0
+    assert answer["lost"] <= 2, "more than one save interval was lost"
+    assert answer["statuses"] == [0, 0]
+    assert answer["equal"]
+    assert answer["leftovers"] == []
+
+
+def test_runs_killed_in_mid_epoch_resume_bit_identically(repository: Path) -> None:
+    resumes(repository, FEW)
+
+
+@pytest.mark.slow
+def test_every_combination_resumes_bit_identically(repository: Path) -> None:
+    resumes(repository, CASES)
+
+
+def test_kills_signals_and_a_full_disk(repository: Path) -> None:
+    requests: list[tuple[str, dict[str, Any]]] = [
+        ("survives_kills", {"number": 5, "seed": 0}),
+        ("fills_the_disk", {}),
+        ("stops_on", {"number": 15, "while_evaluating": False}),
+        ("stops_on", {"number": 2, "while_evaluating": True}),
+    ]
+    kills, disk, term, interrupt = ask(repository, requests)
+    survives(kills, 5)
+    assert disk == {"statuses": [3, 0], "left": {"checkpoint-4": None}, "last": None}
+    for answer, status in ((term, 143), (interrupt, 130)):
+        assert answer["statuses"] == [status, 0, 0]
+        assert len(answer["left"]) == 1 and answer["equal"]
+
+
+@pytest.mark.slow
+def test_fifty_kills(repository: Path) -> None:
+    (answer,) = ask(repository, [("survives_kills", {"number": 50, "seed": 1})])
+    survives(answer, 50)
