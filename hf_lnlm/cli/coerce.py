@@ -176,7 +176,9 @@ def _to_list(value: Any, arguments: tuple[Any, ...]) -> list[Any]:
 def _to_union(value: Any, arguments: tuple[Any, ...]) -> Any:
     if type(None) in arguments and value is None:
         return None
-    exact = [a for a in arguments if isinstance(a, type) and type(value) is a]
+    # text that reads as a number is one where a number is allowed; `yes` stays text where text is allowed
+    number = next((a for a in arguments if a in (int, float)), None)
+    exact = [a for a in arguments if isinstance(a, type) and type(value) is a and not (a is str and number)]
     # text is the loosest alternative and `SchedulerType | str` means "one of the scheduler's names"
     enums = [a for a in arguments if isinstance(a, type) and issubclass(a, enum.Enum)]
     rest = [a for a in arguments if a is not type(None) and not (enums and a is str)]

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import pytest
+
+from .running import QUICK, settings, small_library, succeed
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    with small_library(tmp_path_factory.mktemp("library")) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def text_file(library, tmp_path_factory):
+    """One text file of a few thousand characters."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text((library / "textwrap.py").read_text())
+    return path
+
+
+@pytest.fixture(scope="session")
+def rnn(text_file, tmp_path_factory):
+    """A checkpoint of ours, made by the command, of two steps."""
+    folder = tmp_path_factory.mktemp("runs") / "rnn"
+    words = ["--family", "lnlm_rnn", "--data", text_file, "--tokenizer", "byte", "--output", folder]
+    succeed("pretrain", *words, *settings(*QUICK, "data.block_size=32", "training.per_device_train_batch_size=4"))
+    return folder
