@@ -61,7 +61,8 @@ def k_max_over_time(
     batch, channels, length = features.shape
     taken = min(k, length)
     ranked = features if mask is None else features.masked_fill(~mask[:, None, :], lowest(features.dtype))
-    places = ranked.topk(taken, dim=2).indices
+    order = torch.sort(ranked, dim=2, descending=True, stable=True).indices  # of equal values, the earlier first
+    places = order[:, :, :taken]
     quota = _quota(features, mask, taken, keep)
     beyond = torch.arange(taken, device=features.device) >= quota[:, None]
     places = places.masked_fill(beyond[:, None, :], length).sort(2).values
