@@ -1,0 +1,73 @@
+"""Registration of fused operations with `torch.library`, so that `torch.compile` and `torch.export` see one node each.
+
+Operator names are global to the process and a second registration silently replaces the first. Checkpoints carry their
+own code, so two revisions of one operation can live side by side: the namespace of every operator therefore carries a
+hash of the sources that implement it, and a name that exists already belongs to identical code and is reused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def source_namespace(*files: str | Path) -> str:
+    """Namespace `lnlm_<hash>` of the operators implemented by some source files.
+
+    Args:
+        files: paths of the implementing files; those that do not exist are left out.
+
+    Returns:
+        A valid `torch.library` namespace, equal for equal sources.
+    """
+    digest = hashlib.sha256()
+    for path in map(Path, files):
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    return f"lnlm_{digest.hexdigest()[:16]}"
+
+
+def sibling(file: str, name: str) -> Path:
+    """Path of the module `name` of the same operation, as a package file or flattened into a checkpoint's folder.
+
+    Args:
+        file: `__file__` of a module called `operator.py` or `ops_<operation>_operator.py`.
+        name: the sibling's name, for example `"cpu"`.
+    """
+    path = Path(file)
+    return path.with_name(path.name.replace("operator", name))
+
+
+def define_operator(
+    namespace: str,
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Define `namespace::name`, or return the operator of that name when identical code defined it before.
+
+    Args:
+        namespace: what `source_namespace` returned.
+        name: the operator's name.
+        schema: its signature, for example `"(Tensor x) -> Tensor"`.
+        implementation: runs on real tensors of any device.
+        fake: gives outputs of the right shape and dtype for fake tensors.
+        setup_context: stores on `ctx` what the backward pass needs.
+        backward: takes `ctx` and the outputs' gradients and returns the inputs' gradients.
+
+    Returns:
+        The callable operator.
+    """
+    if hasattr(getattr(torch.ops, namespace), name):
+        return getattr(getattr(torch.ops, namespace), name).default
+    operator = torch.library.custom_op(f"{namespace}::{name}", implementation, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    if backward is not None:
+        operator.register_autograd(backward, setup_context=setup_context)
+    return getattr(getattr(torch.ops, namespace), name).default
