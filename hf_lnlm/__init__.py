@@ -23,7 +23,7 @@ _FUNCTIONS = {
 }
 _PUBLIC = {**_FUNCTIONS, **dict(registry.public_names())}
 
-__all__ = ["__version__", "registry", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", "registry", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -122,7 +122,9 @@ def _rewrite(module: _Module, package: str) -> tuple[str, list[str]]:
             continue
         needed.append(target)
         names = ", ".join(alias.name + (f" as {alias.asname}" if alias.asname else "") for alias in node.names)
-        lines[node.lineno - 1 : node.end_lineno] = [f"{' ' * node.col_offset}from .{flat_name(target)} import {names}\n"]
+        lines[node.lineno - 1 : node.end_lineno] = [
+            f"{' ' * node.col_offset}from .{flat_name(target)} import {names}\n"
+        ]
     return "".join(lines), needed
 
 
@@ -194,5 +196,7 @@ def _quote_docstrings(tree: ast.Module, lines: list[str], module: _Module) -> No
             if not _LOOKS_LIKE_IMPORT.match(lines[number]):
                 continue
             if id(node) not in docstrings:
-                raise ValueError(f"{module.path.name}, line {number + 1}: a string that looks like an import can't be carried")
+                raise ValueError(
+                    f"{module.path.name}, line {number + 1}: a string that looks like an import can't be carried"
+                )
             lines[number] = _LOOKS_LIKE_IMPORT.sub(r"\1> \2", lines[number])

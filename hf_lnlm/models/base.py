@@ -32,7 +32,7 @@ BACKENDS = ("auto", "reference", "eager", "cpu", "gpu")
 
 _PACKAGE = "hf_lnlm"
 
-Config = TypeVar("Config", bound=type)
+Config = TypeVar("Config")
 Bound = tuple[float, float]
 
 
@@ -40,7 +40,7 @@ class ConfigError(ValueError, StrictDataclassError):
     """A config field has the wrong type or value. A `ValueError`, as users expect of a bad argument."""
 
 
-def strict_config(cls: Config) -> Config:
+def strict_config(cls: type[Config]) -> type[Config]:
     """Decorate a config class: huggingface_hub's `@strict`, with every refusal raised as a `ValueError`.
 
     Every config class needs it: without, field types are not checked and overridden validators are not found.
@@ -51,7 +51,7 @@ def strict_config(cls: Config) -> Config:
     Returns:
         The same class.
     """
-    cls = strict(cls)
+    cls = strict(cls)  # type: ignore[type-var]
     original: Callable[..., None] = cls.__init__  # type: ignore[misc]
 
     @wraps(original)

@@ -55,10 +55,8 @@ def sequence_marks(
     batch, length = inputs.shape[:2]
     mask = _current_mask(attention_mask, batch, length)
     markers = position_ids is not None or seq_idx is not None
-    if mask is None and (not markers or length == 1 and cache is not None and cache.get_seq_length()):
-        # One decoded token of a running sequence can't begin a document unless it says so, and asking costs a sync.
-        if position_ids is None or not markers or is_torchdynamo_compiling() or bool((position_ids != 0).all()):
-            return SequenceMarks(None, traced=is_torchdynamo_compiling())
+    if mask is None and (not markers or _only_continues(position_ids, length, cache)):
+        return SequenceMarks(None, traced=is_torchdynamo_compiling())
     real = inputs.new_ones(batch, length, dtype=torch.bool) if mask is None else mask
     starts = document_starts(position_ids, seq_idx, real) if markers else None
     if is_torchdynamo_compiling():
@@ -66,6 +64,13 @@ def sequence_marks(
     if starts is not None and (cache is None or not cache.get_seq_length()):
         starts = starts & (real.cumsum(1) > 1)  # nothing is carried in: a start at the first token changes nothing
     return SequenceMarks(row_layout(real, starts))
+
+
+def _only_continues(position_ids: torch.Tensor | None, length: int, cache: Any) -> bool:
+    """Tell whether a call is one decoded token a row of running sequences, none of which begins a document."""
+    if length != 1 or cache is None or not cache.get_seq_length() or is_torchdynamo_compiling():
+        return False
+    return position_ids is None or bool((position_ids != 0).all())
 
 
 def _current_mask(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:

@@ -9,12 +9,13 @@ Glossary: a *source* position is a cell of the `(batch, length)` input; a *row* 
 Complexity: O(batch · length) index arithmetic and one copy in and out. Data-dependent shapes: not for torch.compile.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 
-class RowLayout(NamedTuple):
+@dataclass(frozen=True)
+class RowLayout:
     """Where each real token goes.
 
     Attributes:
@@ -149,3 +150,115 @@ def batch_state(final: torch.Tensor, state: torch.Tensor, layout: RowLayout) -> 
         return state
     seen = (layout.last_row >= 0).view(-1, *[1] * (state.dim() - 1))
     return torch.where(seen, final[layout.last_row.clamp(min=0)], state)
+
+
+MOST_BLOCKS = 6
+MOST_EXACT_BLOCKS = 8
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """Rows sorted by length and cut into rectangles, so that a recurrence does next to no work on padding.
+
+    The k-th block holds a few steps of the rows that are long enough to have them, `rows * steps` tokens that lie together.
+    With more blocks than a kernel call is worth, tokens lie step by step instead, as torch's packed sequences have them.
+
+    Attributes:
+        index, reversed_index: `(total,)` flat source position of each token of all blocks; padding points at 0.
+        place, reversed_place: `(batch, length)` where each source position lies; `total` where masked: one row more
+            than there are, for zeros.
+        sizes: (rows, steps) of each block; rows never grow.
+        batch_sizes: `(steps,)` rows of each step, on the CPU, if the tokens lie step by step; else None.
+        order: `(rows,)` which row of the layout comes first, second, ... in the blocks.
+        layout: the rows.
+    """
+
+    index: torch.Tensor
+    reversed_index: torch.Tensor
+    place: torch.Tensor
+    reversed_place: torch.Tensor
+    sizes: tuple[tuple[int, int], ...]
+    batch_sizes: torch.Tensor | None
+    order: torch.Tensor
+    layout: RowLayout
+
+
+def row_blocks(layout: RowLayout, exact: bool) -> RowBlocks:
+    """Cut the rows of a layout into blocks.
+
+    Args:
+        layout: the rows.
+        exact: whether every row must end at the end of a block, so that its final state comes out of that block's run.
+            Otherwise a few blocks are enough, the rows' ends rounded up.
+    """
+    lengths = layout.lengths.sort(descending=True)
+    bounds = _block_bounds(lengths.values.tolist(), exact)
+    packed = len(bounds) > MOST_EXACT_BLOCKS
+    if packed:
+        bounds = list(range(1, bounds[-1] + 1))
+    sizes, offset, stride, total = _cut(bounds, lengths.values)
+    columns = torch.arange(bounds[-1] if bounds else 1, device=offset.device)
+    steps_of_column = torch.bucketize(columns, torch.tensor(bounds, device=offset.device), right=True)
+    first = offset[steps_of_column] if bounds else offset
+    rank = torch.empty_like(lengths.indices)
+    rank[lengths.indices] = torch.arange(rank.numel(), device=rank.device)
+    width = layout.index.shape[1]
+
+    def spread(place: torch.Tensor) -> torch.Tensor:
+        if rank.numel() == 0:
+            return torch.full_like(place, total)
+        row, column = place // width, place % width
+        flat = first[column] + column + rank[row] * stride[steps_of_column][column]
+        return torch.where(layout.mask, flat, total)
+
+    place, reversed_place = spread(layout.place), spread(layout.reversed_place)
+    return RowBlocks(
+        index=_invert(place, layout.mask, 1, total)[0],
+        reversed_index=_invert(reversed_place, layout.mask, 1, total)[0],
+        place=place,
+        reversed_place=reversed_place,
+        sizes=tuple(sizes),
+        batch_sizes=torch.tensor([rows for rows, _ in sizes]) if packed else None,
+        order=lengths.indices,
+        layout=layout,
+    )
+
+
+def _block_bounds(lengths: list[int], exact: bool) -> list[int]:
+    """Ends of the blocks in steps, ascending; `lengths` descend. Inexact ones cut the rows into groups of equal size."""
+    if exact or len(set(lengths)) <= MOST_BLOCKS:
+        return sorted(set(lengths))
+    group = -(-len(lengths) // MOST_BLOCKS)
+    return sorted({lengths[first] for first in range(0, len(lengths), group)})
+
+
+def _cut(bounds: list[int], lengths: torch.Tensor) -> tuple[list[tuple[int, int]], torch.Tensor, torch.Tensor, int]:
+    """Sizes of the blocks, and for each its offset (less its first step) and stride in the flat order; the total."""
+    sizes, offsets, start, total = [], [], 0, 0
+    for bound in bounds:
+        rows, steps = int((lengths > start).sum()), bound - start
+        sizes.append((rows, steps))
+        offsets.append(total - start)
+        total += rows * steps
+        start = bound
+    device = lengths.device
+    stride = torch.tensor([steps for _, steps in sizes] or [1], device=device)
+    return sizes, torch.tensor(offsets or [0], device=device), stride, total
+
+
+def gather_blocks(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Collect `(batch, length, width)` into the tokens `(total, width)` of the blocks."""
+    return tensor.reshape(-1, tensor.shape[-1])[index]
+
+
+def scatter_blocks(tokens: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Undo `gather_blocks`.
+
+    Args:
+        tokens: `(total + 1, width)`, the last row zero.
+        place: `(batch, length)`.
+
+    Returns:
+        `(batch, length, width)`; masked positions are zero.
+    """
+    return tokens[place]

@@ -96,14 +96,16 @@ class RNNConfig(LNLMConfig):
 
     def _check_adaptive(self) -> None:
         cutoffs = list(self.adaptive_cutoffs or [])
-        fits = cutoffs and cutoffs == sorted(set(cutoffs)) and 0 < cutoffs[0] and cutoffs[-1] < self.vocab_size
+        fits = cutoffs and cutoffs == sorted(set(cutoffs)) and cutoffs[0] > 0 and cutoffs[-1] < self.vocab_size
         if not fits:
             raise ValueError(
                 f"adaptive_cutoffs must ascend strictly between 0 and vocab_size ({self.vocab_size}), "
                 f"got {self.adaptive_cutoffs}"
             )
         if self.tie_word_embeddings:
-            raise ValueError("loss_head='adaptive' has its own projections: tie_word_embeddings must be false, got true")
+            raise ValueError(
+                "loss_head='adaptive' has its own projections: tie_word_embeddings must be false, got true"
+            )
 
     def _check_tying(self) -> None:
         if self.bidirectional or not self.tie_word_embeddings or self.project_embeddings:

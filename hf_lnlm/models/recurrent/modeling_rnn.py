@@ -52,8 +52,8 @@ from ...nn.loss_heads import (
 )
 from ...nn.masks import SequenceMarks, end_token, sequence_marks
 from ...nn.pooling import max_over_time, mean_over_time
-from ...nn.ragged import RowLayout, batch_state, gather_rows, rows_state, scatter_rows
-from ...ops.recurrence import NUM_GATES, STATES, recurrence
+from ...nn.ragged import RowBlocks, batch_state, gather_blocks, row_blocks, rows_state, scatter_blocks
+from ...ops.recurrence import NUM_GATES, STATES, recurrence, recurrence_blocks
 from ...ops.recurrence.reference import recurrence_reference
 from ..base import LNLMPreTrainedModel
 from .configuration_rnn import RNNConfig
@@ -70,7 +70,7 @@ class RNNModelOutput(BaseModelOutputWithPast):
             training with a temporal penalty.
     """
 
-    raw_hidden_state: torch.FloatTensor | None = None
+    raw_hidden_state: torch.Tensor | None = None
 
 
 class RNNDirection(nn.Module):
@@ -107,7 +107,7 @@ class RNNDirection(nn.Module):
         return (zeros,) * len(STATES[self.cell_type])
 
     def forward(
-        self, inputs: torch.Tensor, states: States | None, marks: SequenceMarks, keep_state: bool
+        self, inputs: torch.Tensor, states: States | None, marks: SequenceMarks, blocks: RowBlocks | None = None
     ) -> tuple[torch.Tensor, States]:
         """Run over a batch.
 
@@ -115,15 +115,16 @@ class RNNDirection(nn.Module):
             inputs: `(batch, length, input_size)`.
             states: carried states `(batch, hidden_size)`, or None for zeros.
             marks: which positions are real and where documents begin.
-            keep_state: whether the final states are wanted (they cost more in ragged batches).
+            blocks: the rows of a ragged batch, or None if it is full.
 
         Returns:
-            outputs `(batch, length, hidden_size)` and final states.
+            outputs `(batch, length, hidden_size)` and final states, which in a ragged batch are those after each row's
+            last real token if the blocks are exact.
         """
         states = self.initial_states(inputs) if states is None else states
         weights = self.weights(inputs)
-        if marks.layout is not None:
-            return self._run_rows(inputs, states, weights, marks.layout, keep_state)
+        if blocks is not None:
+            return self._run_blocks(inputs, states, weights, blocks)
         if marks.traced:
             return self._run_traced(inputs, states, weights, marks)
         if not self.reverse:
@@ -131,18 +132,20 @@ class RNNDirection(nn.Module):
         outputs, states = recurrence(self.cell_type, inputs.flip(1), states, weights, backend=self.backend)
         return outputs.flip(1), states
 
-    def _run_rows(
-        self, inputs: torch.Tensor, states: States, weights: Any, layout: RowLayout, keep_state: bool
+    def _run_blocks(
+        self, inputs: torch.Tensor, states: States, weights: Any, blocks: RowBlocks
     ) -> tuple[torch.Tensor, States]:
-        index = layout.reversed_index if self.reverse else layout.index
-        place = layout.reversed_place if self.reverse else layout.place
-        in_place = layout.aligned and not self.reverse
-        rows = inputs[:, : index.shape[1]] if in_place else gather_rows(inputs, index)
-        begin = states if layout.aligned else tuple(rows_state(s, s.new_zeros(1), layout) for s in states)
-        lengths = layout.lengths if keep_state else None
-        outputs, final = recurrence(self.cell_type, rows, begin, weights, lengths, backend=self.backend)
+        index = blocks.reversed_index if self.reverse else blocks.index
+        place = blocks.reversed_place if self.reverse else blocks.place
+        layout, order = blocks.layout, blocks.order
+        begin = tuple(rows_state(state, state.new_zeros(1), layout)[order] for state in states)
+        tokens = gather_blocks(inputs, index)
+        outputs, ended = recurrence_blocks(
+            self.cell_type, tokens, blocks.sizes, blocks.batch_sizes, begin, weights, self.backend
+        )
+        final = tuple(torch.empty_like(state).index_copy(0, order, state) for state in ended)
         final = tuple(batch_state(new, old, layout) for new, old in zip(final, states, strict=True))
-        return scatter_rows(outputs, place, layout.mask), final
+        return scatter_blocks(outputs, place), final
 
     def _run_traced(
         self, inputs: torch.Tensor, states: States, weights: Any, marks: SequenceMarks
@@ -176,12 +179,12 @@ class RNNLayer(GradientCheckpointingLayer):
         self.backwards = RNNDirection(config, *sizes, reverse=True) if config.bidirectional else None
 
     def forward(
-        self, hidden_states: torch.Tensor, states: States | None, marks: SequenceMarks, keep_state: bool = False
+        self, hidden_states: torch.Tensor, states: States | None, marks: SequenceMarks, blocks: RowBlocks | None = None
     ) -> tuple[torch.Tensor, States]:
         """Run the layer; see `RNNDirection.forward`. Two directions are concatenated in the last dimension."""
-        outputs, states = self.forwards(hidden_states, states, marks, keep_state)
+        outputs, states = self.forwards(hidden_states, states, marks, blocks)
         if self.backwards is not None:
-            outputs = torch.cat([outputs, self.backwards(hidden_states, None, marks, False)[0]], dim=-1)
+            outputs = torch.cat([outputs, self.backwards(hidden_states, None, marks, blocks)[0]], dim=-1)
         return outputs, states
 
 
@@ -282,9 +285,10 @@ class RNNModel(RNNPreTrainedModel):
         hidden_states = self._embed(input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache)
         marks = sequence_marks(hidden_states, attention_mask, position_ids, seq_idx, cache)
+        blocks = None if marks.layout is None else row_blocks(marks.layout, exact=cache is not None)
         for index, layer in enumerate(self.layers):
             states = self._read(cache, index, hidden_states.shape[0])
-            hidden_states, states = layer(hidden_states, states, marks, cache is not None)
+            hidden_states, states = layer(hidden_states, states, marks, blocks)
             if cache is not None:
                 named = dict(zip(STATES[self.config.cell_type], states, strict=True))
                 cache.layers[index].write(self.config.cell_type, named, hidden_states.shape[1])
@@ -299,7 +303,9 @@ class RNNModel(RNNPreTrainedModel):
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds, got " + ("neither", "both")[input_ids is not None])
+            raise ValueError(
+                "give exactly one of input_ids and inputs_embeds, got " + ("neither", "both")[input_ids is not None]
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
             inputs_embeds = self.embedding_dropout(inputs_embeds, input_ids, self.config.vocab_size)
@@ -328,7 +334,7 @@ class RNNModel(RNNPreTrainedModel):
             return None
         size = self.config.layer_sizes(index)[1]
         names = STATES[self.config.cell_type]
-        states = cache.layers[index].read(self.config.cell_type, batch_size, {name: (size,) for name in names})
+        states = cache.layers[index].read(self.config.cell_type, batch_size, dict.fromkeys(names, (size,)))
         return None if states is None else tuple(states[name] for name in names)
 
 
@@ -346,7 +352,9 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RNNConfig) -> None:
         if config.bidirectional:
-            raise ValueError("a causal language model cannot be bidirectional: config.bidirectional must be False, got True")
+            raise ValueError(
+                "a causal language model cannot be bidirectional: config.bidirectional must be False, got True"
+            )
         super().__init__(config)
         self.model = RNNModel(config)
         width, embedding = config.output_size, int(config.embedding_size or config.hidden_size)
@@ -358,7 +366,9 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
     @staticmethod
     def _make_head(config: RNNConfig, width: int) -> nn.Module:
         if config.loss_head == "adaptive":
-            return AdaptiveSoftmax(width, config.vocab_size, list(config.adaptive_cutoffs or []), config.adaptive_div_value)
+            return AdaptiveSoftmax(
+                width, config.vocab_size, list(config.adaptive_cutoffs or []), config.adaptive_div_value
+            )
         return nn.Linear(width, config.vocab_size, bias=not config.tie_word_embeddings)
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -372,7 +382,9 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
             ValueError: the head is an adaptive softmax, whose clusters belong to one vocabulary.
         """
         if self.config.loss_head == "adaptive" and new_num_tokens not in (None, self.config.vocab_size):
-            raise ValueError(f"an adaptive softmax cannot be resized from {self.config.vocab_size} to {new_num_tokens} tokens")
+            raise ValueError(
+                f"an adaptive softmax cannot be resized from {self.config.vocab_size} to {new_num_tokens} tokens"
+            )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     @can_return_tuple
@@ -401,7 +413,9 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
             loss in nats a token, logits `(batch, kept, vocab_size)` and the state. While training with a chunked or
             adaptive head the logits are None: they are never computed.
         """
-        shift_labels = kwargs.pop("shift_labels", None)  # in the signature, Trainer would take it for a column of labels
+        shift_labels = kwargs.pop(
+            "shift_labels", None
+        )  # in the signature, Trainer would take it for a column of labels
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -434,13 +448,15 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
             loss, logits = self._loss_without_logits(hidden, targets, items), None
         else:
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
-            loss = self.loss_function(logits, None, self.config.vocab_size, shift_labels=targets, num_items_in_batch=items)
+            loss = self.loss_function(
+                logits, None, self.config.vocab_size, shift_labels=targets, num_items_in_batch=items
+            )
         return loss + self._penalties(outputs, targets, items), logits
 
     def _loss_without_logits(self, hidden: torch.Tensor, targets: torch.Tensor, items: Any) -> torch.Tensor:
         flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(hidden.device)
         if self.config.loss_head == "adaptive":
-            total = self.lm_head.summed_loss(flat, labels)  # type: ignore[operator, union-attr]
+            total = self.lm_head.summed_loss(flat, labels)
         else:
             dtype = getattr(torch, self.config.loss_dtype)
             total = chunked_loss(self.lm_head, flat, labels, self.config.loss_chunk_size, dtype)

@@ -7,13 +7,14 @@ torch.compile and torch.export can trace, and `eager`, torch's fused kernels (on
 import torch
 
 from ..backend import pick_backend
-from .eager import recurrence_eager
+from .eager import packed_eager, recurrence_eager
 from .reference import STATES, recurrence_reference
 
 GateWeights = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+BACKENDS = ("reference", "eager")
 NUM_GATES = {"lstm": 4, "gru": 3}
 
-__all__ = ["NUM_GATES", "STATES", "GateWeights", "recurrence"]
+__all__ = ["BACKENDS", "NUM_GATES", "STATES", "GateWeights", "recurrence", "recurrence_blocks"]
 
 
 def recurrence(
@@ -21,10 +22,9 @@ def recurrence(
     inputs: torch.Tensor,
     states: tuple[torch.Tensor, ...],
     weights: GateWeights,
-    lengths: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Run one recurrent layer over left-aligned sequences.
+    """Run one recurrent layer over full sequences.
 
     Args:
         cell_type: `lstm` or `gru`.
@@ -32,13 +32,52 @@ def recurrence(
         states: `(h, c)` for an LSTM, `(h,)` for a GRU, each `(batch, hidden_size)`.
         weights: input weight `(gates * hidden_size, input_size)`, recurrent weight `(gates * hidden_size,
             hidden_size)` and their biases, rows ordered i, f, g, o (LSTM) or r, z, n (GRU) as in torch.
-        lengths: `(batch,)` real tokens of each row, at least 1, if the final states must be those after the last real
-            token; None if all rows are full or the final states do not matter.
         backend: `auto`, `reference` or `eager`.
 
     Returns:
         outputs `(batch, length, hidden_size)` and the final states, as `states`.
     """
-    if pick_backend(backend, inputs.device, ("reference", "eager")) == "reference":
-        return recurrence_reference(cell_type, inputs, states, weights, lengths)
-    return recurrence_eager(cell_type, inputs, states, weights, lengths)
+    if pick_backend(backend, inputs.device, BACKENDS) == "reference":
+        return recurrence_reference(cell_type, inputs, states, weights)
+    return recurrence_eager(cell_type, inputs, states, weights)
+
+
+def recurrence_blocks(
+    cell_type: str,
+    tokens: torch.Tensor,
+    sizes: tuple[tuple[int, int], ...],
+    batch_sizes: torch.Tensor | None,
+    states: tuple[torch.Tensor, ...],
+    weights: GateWeights,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Run one recurrent layer over rows of unequal lengths, cut into blocks (see nn/ragged.py).
+
+    Args:
+        tokens: `(total, input_size)`, block after block, each `(rows, steps)`.
+        sizes: (rows, steps) of each block; rows never grow.
+        batch_sizes: rows of each step if the tokens lie step by step, else None.
+        states: `(rows, hidden_size)` each, in the order of the blocks' rows: longest first.
+        cell_type, weights, backend: as in `recurrence`.
+
+    Returns:
+        outputs `(total + 1, hidden_size)`, the last row zero (masked positions read it), and the states
+        `(rows, hidden_size)` after the last block that each row is in.
+    """
+    zero = tokens.new_zeros(1, states[0].shape[-1])
+    if not sizes:
+        return zero, states
+    if batch_sizes is not None and pick_backend(backend, tokens.device, BACKENDS) == "eager":
+        hidden, states = packed_eager(cell_type, tokens, batch_sizes, states, weights)
+        return torch.cat([hidden, zero]), states
+    outputs, ended, offset = [], [], 0
+    for number, (rows, steps) in enumerate(sizes):
+        inputs = tokens[offset : offset + rows * steps].view(rows, steps, -1)
+        hidden, states = recurrence(cell_type, inputs, states, weights, backend)
+        outputs.append(hidden.reshape(rows * steps, -1))
+        staying = sizes[number + 1][0] if number + 1 < len(sizes) else 0
+        ended.append(tuple(state[staying:] for state in states))
+        states = tuple(state[:staying] for state in states)
+        offset += rows * steps
+    final = tuple(torch.cat(parts) for parts in zip(*reversed(ended), strict=True))
+    return torch.cat([*outputs, zero]), final

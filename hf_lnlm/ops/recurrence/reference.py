@@ -52,7 +52,6 @@ def recurrence_reference(
     inputs: torch.Tensor,
     states: tuple[torch.Tensor, ...],
     weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None],
-    lengths: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -60,7 +59,7 @@ def recurrence_reference(
 
     Args:
         mask: `(batch, length)`; where false a step leaves every state as it was. For tracing, where positions cannot
-            be gathered; `lengths` is the same for left-aligned rows.
+            be gathered.
         starts: `(batch, length)`; where true the state is reset to zero before the step.
 
     Returns:
@@ -68,8 +67,6 @@ def recurrence_reference(
     """
     w_ih, w_hh, b_ih, b_hh = weights
     gates = linear(inputs, w_ih, b_ih)
-    if lengths is not None:
-        mask = torch.arange(inputs.shape[1], device=inputs.device)[None] < lengths[:, None]
     outputs = []
     for t in range(inputs.shape[1]):
         if starts is not None:
