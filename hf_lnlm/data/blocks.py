@@ -57,9 +57,10 @@ class Layout:
         return self.body - self.overlap
 
     def count(self, tokens: int, drop_last: bool) -> int:
-        """Number of rows that `tokens` give; a shorter last row counts unless dropped."""
+        """Number of rows that `tokens` give; a shorter last row counts unless dropped, if it has two tokens or more."""
         fresh = max(0, tokens - self.overlap)
-        return fresh // self.stride if drop_last else -(-fresh // self.stride)
+        whole, rest = divmod(fresh, self.stride)
+        return whole + (not drop_last and rest > 0 and rest + self.overlap >= 2)
 
     def row(self, ids: np.ndarray, num_bytes: np.ndarray, extra: dict[str, np.ndarray]) -> dict[str, Any]:
         """Builds a row from a body's arrays, each `[body]`; `extra` may hold `position_ids` and `word_ids`."""
@@ -99,7 +100,7 @@ class PackedBlocks(EpochDataset):
         boundaries: Adds `position_ids` that restart at every document; only without head and tail.
         words: Adds `word_ids`.
         frame: Puts the tokenizer's bos and eos around each document.
-        drop_last: Leaves out the last row if it is shorter than the others.
+        drop_last: Leaves out the last row if it is shorter than the others (always, if it has a single token).
 
     Raises:
         ValueError: No documents, or too little text for one block (names the counts).

@@ -15,6 +15,7 @@ harmless. Evaluation never calls it: the masks of an evaluation are those of epo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -90,12 +91,25 @@ class EpochStream(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if is_reading_worker():
-            for index, row in enumerate(self.numbered_rows()):
-                yield {"example_id": index, **row, "epoch": self.epoch.get()}
+            with _as_only_reader():
+                for index, row in enumerate(self.numbered_rows()):
+                    yield {"example_id": index, **row, "epoch": self.epoch.get()}
 
     def numbered_rows(self) -> Iterator[Mapping[str, Any]]:
         """The rows in the order of their numbers."""
         yield from self.rows
+
+
+@contextlib.contextmanager
+def _as_only_reader() -> Iterator[None]:
+    """Hides from `datasets` that a loader has workers: it would give this one its own share of the shards only."""
+    from torch.utils.data._utils import worker
+
+    info, worker._worker_info = worker._worker_info, None
+    try:
+        yield
+    finally:
+        worker._worker_info = info
 
 
 def is_reading_worker() -> bool:

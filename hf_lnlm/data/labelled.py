@@ -108,9 +108,9 @@ def _read(source: Any, task: str, options: FileOptions) -> tuple[list[Row], list
         files = list(itertools.chain.from_iterable(expand(item) for item in sources))
         if files:
             return list(read_files([str(file) for file in files], options)), None
-    from .sources import _open
+    from .sources import open_source
 
-    train, held = _open(str(sources[0]), options, False)
+    train, held = open_source(str(sources[0]), options)
     return list(train), None if held is None else list(held)
 
 

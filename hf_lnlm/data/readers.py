@@ -8,7 +8,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,20 +80,22 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def read_files(paths: list[str], options: FileOptions) -> Iterator[dict[str, Any]]:
+def read_files(paths: Sequence[str], options: FileOptions) -> Iterator[dict[str, Any]]:
     """Rows of all files, in order.
 
     Raises:
-        ValueError: A file that is empty or isn't what its ending says; names the file, the place and what to do.
+        ValueError: A file isn't what its ending says, or none of them holds anything; names the file, the place and
+            what to do.
     """
+    empty = True
     for name in paths:
         path = Path(name)
         kind = FORMATS.get(Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower(), "text")
-        number = 0
         for number, row in enumerate(READERS[kind](path, options), start=1):
+            empty = False
             yield row if options.column is None else _one_column(row, options.column, f"{path}, record {number}")
-        if number == 0:
-            raise ValueError(f"no text in {path}: the file has no {'text' if kind == 'text' else 'record'}")
+    if empty:
+        raise ValueError(f"no text in {', '.join(paths[:3])}{' …' * (len(paths) > 3)}: no text and no record")
 
 
 def _one_column(row: dict[str, Any], column: str, place: str) -> dict[str, str]:
@@ -161,6 +163,8 @@ def _parsed(text: str, place: str) -> Any:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise ValueError(f"{place}: not JSON ({error.msg} at {where})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not JSON that can be read ({error})") from None
 
 
 def _csv(path: Path, options: FileOptions) -> Iterator[dict[str, Any]]:

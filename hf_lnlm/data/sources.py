@@ -1,10 +1,9 @@
 """Where text comes from: files, folders, globs, `datasets` names and saved datasets, and Python's own sources.
 
-`load_documents` gives one row a document, a document being a whole file for text and one record otherwise; `load_rows`
-gives records with all their columns. Rows come as a `datasets.Dataset`, cached where `datasets` caches, or as an
-`IterableDataset` with `streaming=True`. A document goes to the validation side if the hash of its text (its path, for
-the standard library) falls below the wanted share: the same document always lands on the same side, duplicates
-included, in any order.
+`load_documents` gives one row a document, a document being a whole file for text and one record otherwise. Rows come as
+a `datasets.Dataset`, cached where `datasets` caches, or as an `IterableDataset` with `streaming=True`. A document goes to
+the validation side if the hash of its text (its path, for the standard library) falls below the wanted share: the same
+document always lands on the same side, duplicates included, in any order.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def load_documents(
         source: `stdlib` (the `.py` files of Python's standard library, one document each, tests left out); a file,
             folder or glob of text, `.jsonl .ndjson .json .csv .tsv .parquet .fasta .fa .faa` (any other ending is
             text; each may end in `.gz`); a folder written by `Dataset.save_to_disk`; a name on the Hub, `name` or
-            `name:configuration`; or a `datasets` object.
+            `name:configuration`; a `datasets` object; or a list of files, folders and globs.
         text_column: Column of a record that holds the text; for FASTA `text` is the sequence.
         validation: Share of the documents to set aside (0 … 1, exclusive), another source, or None: then the source's
             own validation split, if it has one. A single document is cut in two instead.
@@ -73,41 +72,21 @@ def load_documents(
         FileNotFoundError: Nothing has that name.
         ValueError: Bad input; the message names the file, the place and the option to use.
     """
-    options = FileOptions(encoding, errors, unit, text_column)
-    return _load(source, options, validation, streaming, limit, seed)
-
-
-def load_rows(
-    source: Source,
-    *,
-    validation: float | Source | None = None,
-    encoding: str = "utf-8",
-    errors: str = "strict",
-    streaming: bool = False,
-    limit: int | None = None,
-    seed: int = 0,
-) -> Documents:
-    """Loads records with all their columns, for fine-tuning; arguments and errors as in `load_documents`."""
-    return _load(source, FileOptions(encoding, errors, "line"), validation, streaming, limit, seed)
-
-
-def _load(
-    source: Source, options: FileOptions, validation: Any, streaming: bool, limit: int | None, seed: int
-) -> Documents:
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be 1 or more, got {limit}")
+    options = FileOptions(encoding, errors, unit, text_column)
     share = _share(validation)
-    train, held = _open(source, options, streaming)
-    source = source if isinstance(source, (str, Path)) else "the dataset"
+    train, held = open_source(source, options, streaming)
+    name = source if isinstance(source, (str, Path)) else "the data"
     if share is not None:
-        train, held = _split(train, share, seed, source)
+        train, held = _split(train, share, seed, name)
     elif validation is not None:
-        held, _ = _open(validation, options, streaming)
-        _refuse_empty(held, validation)
-    _refuse_empty(train, source)
+        held, _ = open_source(validation, options, streaming)
+    for rows in (train, held):
+        _refuse_empty(rows, name)
     if limit is not None:
         train = train.select(range(min(limit, len(train)))) if hasattr(train, "__len__") else train.take(limit)
-    return Documents(*(_without_path(side) for side in (train, held)))
+    return Documents(_without_path(train), _without_path(held))
 
 
 def _share(validation: Any) -> float | None:
@@ -129,12 +108,20 @@ def _without_path(rows: Any) -> Any:
     return rows.remove_columns(PATH) if rows is not None and PATH in (rows.column_names or []) else rows
 
 
-def _open(source: Source, options: FileOptions, streaming: bool) -> tuple[Any, Any | None]:
-    """(training rows, validation rows or None) of a source."""
+def open_source(source: Source, options: FileOptions, streaming: bool = False) -> tuple[Any, Any | None]:
+    """(training rows, validation rows or None) of a source; arguments and errors as in `load_documents`.
+
+    Args:
+        source: See `load_documents`.
+        options: How files are read; `column=None` keeps all columns.
+        streaming: Reads as it goes.
+    """
     import datasets
 
     if isinstance(source, (datasets.Dataset, datasets.IterableDataset, dict)):
-        return _sides(source, options, "the dataset")
+        return _sides(source, options, "the data")
+    if isinstance(source, (list, tuple)):
+        return _file_rows([file for item in source for file in _files(item)], options, streaming), None
     if str(source) == "stdlib":
         table = datasets.Dataset.from_list(_stdlib_rows())
         return (table.to_iterable_dataset() if streaming else table), None
@@ -146,6 +133,13 @@ def _open(source: Source, options: FileOptions, streaming: bool) -> tuple[Any, A
     if files := expand(source):
         return _file_rows(files, options, streaming), None
     return _sides(_hub_rows(str(source), streaming), options, source)
+
+
+def _files(source: str | Path) -> list[Path]:
+    """The files of one item of a list."""
+    if files := expand(source):
+        return files
+    raise FileNotFoundError(f"no such file, folder or glob: {str(source)!r} (looked in {Path.cwd()})")
 
 
 def _sides(found: Any, options: FileOptions, source: Source, streaming: bool = False) -> tuple[Any, Any | None]:
@@ -211,7 +205,8 @@ def _file_rows(files: list[Path], options: FileOptions, streaming: bool) -> Any:
     import datasets
 
     stamps = [f"{path.resolve()}|{path.stat().st_size}|{path.stat().st_mtime_ns}" for path in files]
-    arguments = {"paths": [str(path) for path in files], "options": options}
+    # A tuple, since `datasets` takes a list for shards and reads each by itself.
+    arguments = {"paths": tuple(map(str, files)), "options": options}
     if streaming:
         return datasets.IterableDataset.from_generator(read_files, gen_kwargs=arguments)
     key = hashlib.sha256("\n".join([str(READER_VERSION), repr(options), *stamps]).encode()).hexdigest()[:32]

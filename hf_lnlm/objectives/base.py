@@ -71,11 +71,14 @@ class Objective(ABC):
     def _misfit(self, config: Any, reads: Direction) -> str:
         from . import OBJECTIVES
 
+        model = config.model_type
+        if has_head(config, self.auto_class) or reads != self.direction:
+            why = f"needs a model that reads {READS[self.direction]}, and {model} reads {READS[reads]}"
+        else:
+            why = f"needs {self.auto_class}, and {model} has no such head"
         fitting = [n for n, kind in OBJECTIVES.items() if kind.direction == reads and has_head(config, kind.auto_class)]
-        wanted = f"needs a model that reads {READS[self.direction]} and is known to {self.auto_class}"
         return (
-            f"objective {self.name!r} {wanted}; {config.model_type} reads {READS[reads]}. "
-            f"Objectives that fit {config.model_type}: {', '.join(fitting) or 'none'}. "
+            f"objective {self.name!r} {why}. Objectives that fit {model}: {', '.join(fitting) or 'none'}. "
             f"Models that fit {self.name!r}: {', '.join(fitting_models(self.auto_class, self.direction))}"
         )
 

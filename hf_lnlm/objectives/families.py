@@ -22,11 +22,18 @@ def has_head(config: Any, auto_class: str) -> bool:
 def direction_of(config: Any) -> Direction:
     """How a model of this configuration reads.
 
-    Order of the evidence: `is_encoder_decoder`; an own field `bidirectional` or `is_causal`; XLNet's `attn_type`; a
-    masked-language-model head without `is_decoder` (BERT and its kin); otherwise left to right.
+    Order of the evidence: `is_encoder_decoder`; the fields that the registry names for a family of ours; a field
+    `bidirectional` or `is_causal`; XLNet's `attn_type`; a masked-language-model head without `is_decoder` (BERT and its
+    kin); otherwise left to right.
     """
+    from ..registry import FAMILIES
+
     if getattr(config, "is_encoder_decoder", False):
         return "encoder-decoder"
+    family = next((family for family in FAMILIES if family.model_type == config.model_type), None)
+    if family is not None and family.bidirectional:
+        both = all(getattr(config, name, None) == value for name, value in family.bidirectional.items())
+        return "both" if both else "forward"
     if isinstance(own := getattr(config, "bidirectional", None), bool):
         return "both" if own else "forward"
     if isinstance(own := getattr(config, "is_causal", None), bool):

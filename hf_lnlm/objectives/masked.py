@@ -191,9 +191,10 @@ def choose(groups: np.ndarray, free: np.ndarray, rank: np.ndarray, rate: float, 
     Returns:
         Chosen tokens, bool `[tokens]`.
     """
-    heads, sizes = np.unique(groups, return_counts=True)
-    usable = np.bincount(groups, weights=free, minlength=len(groups))[heads] == sizes
-    heads, sizes = heads[usable], sizes[usable]
+    sizes = np.bincount(groups, minlength=len(groups))
+    usable = (sizes > 0) & (np.bincount(groups, weights=free, minlength=len(groups)) == sizes)
+    heads = np.flatnonzero(usable)
+    sizes = sizes[heads]
     if not len(heads):
         return np.zeros(len(groups), bool)
     order = np.argsort(rank[heads], kind="stable")

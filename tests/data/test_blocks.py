@@ -244,6 +244,16 @@ def test_epoch_reaches_the_workers(kind: str, workers: int, persistent: bool) ->
         dataset.set_epoch(-1)
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_streams_of_many_shards_lose_nothing(workers: int) -> None:
+    documents = rows_of(texts(6))
+    shards = documents.to_iterable_dataset(num_shards=3)
+    wanted = [row["input_ids"].tolist() for row in PackedStream(shards, BYTE, 500)]
+    loader = DataLoader(PackedStream(shards, BYTE, 500), 2, num_workers=workers, collate_fn=list)
+    assert [row["input_ids"].tolist() for rows in loader for row in rows] == wanted
+    assert len(wanted) == len(PackedBlocks(documents, BYTE, 500))
+
+
 def test_datasets_travel_to_spawned_workers() -> None:
     for dataset in (PackedBlocks(rows_of(texts(2)), BYTE, 100), Lanes(rows_of(texts(2)), BYTE, 10, 2)):
         copy = pickle.loads(pickle.dumps(dataset))

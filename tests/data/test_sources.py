@@ -14,7 +14,8 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from hf_lnlm.data.blocks import pack
-from hf_lnlm.data.sources import load_documents, load_rows, stdlib_texts
+from hf_lnlm.data.readers import FileOptions
+from hf_lnlm.data.sources import load_documents, open_source, stdlib_texts
 from hf_lnlm.data.tokenizers import build_tokenizer
 
 
@@ -65,7 +66,7 @@ def test_records(kind: str, ending: str, streaming: bool, records: list[dict], t
     }[kind]()
     path = write(tmp_path / f"data.{kind}{ending}", content)
     assert texts_of(load_documents(path, streaming=streaming).train) == [row["text"] for row in records]
-    rows = list(load_rows(path, streaming=streaming).train)
+    rows = list(open_source(path, FileOptions(), streaming)[0])
     assert [int(row["label"]) for row in rows] == [0, 1, 0]
     with pytest.raises(
         ValueError, match=r"no column 'body'; its columns are 'text', 'label': choose one with text_column"
@@ -90,9 +91,17 @@ def test_text_files_are_documents_or_lines(tmp_path) -> None:
     assert texts_of(load_documents(str(tmp_path / "*"), limit=2).train) == ["print(1)\n", "two\r\n\n  \nlines"]
 
 
+def test_lists_of_sources_and_empty_files_among_others(tmp_path) -> None:
+    write(tmp_path / "a.txt", "a"), write(tmp_path / "b.txt", ""), write(tmp_path / "c.jsonl", '{"text": "c"}')
+    assert texts_of(load_documents([tmp_path / "c.jsonl", tmp_path / "*.txt"]).train) == ["c", "a"]
+    assert texts_of(load_documents(tmp_path).train) == ["a", "c"]
+    with pytest.raises(FileNotFoundError, match=r"no such file, folder or glob: .*nothing"):
+        load_documents([tmp_path / "a.txt", tmp_path / "nothing"])
+
+
 def test_fasta(tmp_path) -> None:
     path = write(tmp_path / "p.fasta.gz", ">one a\nMKT\nlv*\n\n>empty\n>two\nAC D\n")
-    rows = list(load_rows(path).train)
+    rows = list(open_source(path, FileOptions())[0])
     assert rows == [{"text": "MKTLV*", "name": "one a"}, {"text": "ACD", "name": "two"}]
     assert texts_of(load_documents(path).train) == ["MKTLV*", "ACD"]
 
@@ -114,7 +123,7 @@ def test_saved_datasets_and_datasets_objects(records: list[dict], tmp_path) -> N
     two = load_documents(tmp_path / "two")
     assert texts_of(two.train) == wanted and texts_of(two.validation) == wanted[:1]
     assert texts_of(load_documents(table.rename_column("text", "body"), text_column="body").train) == wanted
-    assert load_rows(DatasetDict({"train": table})).train.column_names == ["text", "label"]
+    assert open_source(DatasetDict({"train": table}), FileOptions())[0].column_names == ["text", "label"]
 
 
 def test_validation_by_source(tmp_path) -> None:
@@ -156,10 +165,10 @@ def test_a_single_document_is_cut_at_a_line(tmp_path) -> None:
 
 
 BAD_FILES = [
-    ("a.txt", b"", "no text in {path}: the file has no text"),
+    ("a.txt", b"", "no text in {path}: no text and no record"),
     ("a.txt", b" \n", "no text in {path}"),
-    ("a.jsonl", b"\n", "no text in {path}: the file has no record"),
-    ("a.csv", b"text,label\n", "no text in {path}: the file has no record"),
+    ("a.jsonl", b"\n", "no text in {path}"),
+    ("a.csv", b"text,label\n", "no text in {path}"),
     ("a.txt", b"good \xff bad", "{path} isn't valid utf-8: byte 0xff at offset 5"),
     ("a.txt", b"good \xe9", "(encoding=latin-1?), or read it as it is with errors=replace or errors=ignore"),
     ("a.txt", "text".encode("utf-16"), "encoding=utf-16?"),
@@ -168,6 +177,8 @@ BAD_FILES = [
     ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "{path}, record 2: no column 'text'; its columns are 'body'"),
     ("a.jsonl", b'{"text": 3}', "{path}, record 1: column 'text' must hold text, got int"),
     ("a.json", b"[{]", "{path}: not JSON"),
+    ("a.jsonl", b"[" * 100_000, "{path}: not JSON that can be read"),
+    ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "{path}, line 1: not JSON that can be read"),
     ("a.csv", b"text,label\na\n", "{path}, line 2: a record of 2 columns wanted"),
     ("a.csv", b"text,label\na,1,2\n", "{path}, line 2: a record of 2 columns wanted"),
     ("a.parquet", b"PAR1 not really", "{path} isn't a whole Parquet file"),
@@ -223,7 +234,7 @@ def test_missing_sources(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="the folder has no file"):
         load_documents(tmp_path / "empty")
-    with pytest.raises(ValueError, match="no text in the dataset"):
+    with pytest.raises(ValueError, match="no text in the data"):
         load_documents(Dataset.from_dict({"text": []}))
     with pytest.raises(ValueError, match="no column 'text'; its columns are 'a', 'b'"):
         load_documents(Dataset.from_dict({"a": ["x"], "b": ["y"]}))

@@ -151,6 +151,8 @@ MISFITS = [
     ("span", GPT2Config(), "objective 'span' needs a model that reads with an encoder and writes with a decoder"),
     ("span", rnn(), "Models that fit 'span': t5"),
     ("causal", BertConfig(), "bert reads in both directions. Objectives that fit bert: masked. Models that fit"),
+    ("masked", rnn(bidirectional=True), "needs AutoModelForMaskedLM, and lnlm_rnn has no such head. "),
+    ("causal", rnn(bidirectional=True), "and lnlm_rnn reads in both directions. Objectives that fit lnlm_rnn: none"),
     ("causal", XLNetConfig(), "xlnet reads in both directions"),
     ("causal", T5Config(), "t5 reads with an encoder"),
 ]  # fmt: skip
