@@ -8,6 +8,7 @@ A forward pass works out once where the real tokens are (`AttentionPlan`), and e
 * traced (torch.compile, torch.export) or with attention weights asked for: one dense mask.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ...nn.masks import SequenceMarks, sequence_marks
-from ...nn.ragged import gather_rows, scatter_rows
+from ...nn.ragged import RowLayout, gather_rows, scatter_rows
 from ...ops.sparse_attention.attention import repeat_heads, sparse_attention
 from ...ops.sparse_attention.pattern import SparsePattern, logical_positions
 from ...ops.sparse_attention.reference import masked_attention_weights
@@ -181,7 +182,7 @@ def attend(
         `(batch, length, heads * head_dim)`, zero at padding, and the weights `(batch, heads, length, keys)` if wanted.
     """
     past = layer is not None and layer.seen_tokens > 0
-    kept = _last_document(plan) if layer is not None else None
+    kept = continuing_tokens(plan) if layer is not None else None
     extended = None if layer is None else layer.extend(key, value, kept)
     weights = None
     if plan.dense:
@@ -195,7 +196,7 @@ def attend(
     return out.transpose(1, 2).flatten(2), weights if plan.weights else None
 
 
-def _last_document(plan: AttentionPlan) -> torch.Tensor | None:
+def continuing_tokens(plan: AttentionPlan) -> torch.Tensor | None:
     """Real tokens whose document can still go on: those of each row's last one."""
     if plan.documents is None:
         return plan.real
@@ -214,17 +215,34 @@ def _rows(
     dropout: float,
     backend: str,
 ) -> torch.Tensor:
-    layout = plan.marks.layout
+    def run(*rows: torch.Tensor) -> torch.Tensor:
+        return sparse_attention(
+            rows[0], rows[1], rows[2], patterns, scale=scale, dropout=dropout, backend=backend
+        )  # fmt: skip
+
+    return in_rows(run, (query, key, value), plan.marks.layout)
+
+
+def in_rows(
+    function: Callable[..., torch.Tensor], states: tuple[torch.Tensor, ...], layout: RowLayout | None
+) -> torch.Tensor:
+    """Run a causal function of queries, keys and values with every document in a row of its own, tokens first.
+
+    Args:
+        function: takes tensors `(rows, heads, row length, head_dim)` to one of the shape of the first.
+        states: tensors `(batch, heads, length, head_dim)`.
+        layout: where the real tokens are; None if the rows are the batch.
+
+    Returns:
+        `(batch, heads, length, head_dim)`, zero at padding.
+    """
     if layout is None:
-        return sparse_attention(query, key, value, patterns, scale=scale, dropout=dropout, backend=backend)
+        return function(*states)
     if layout.lengths.numel() == 0:
-        return torch.zeros_like(query)
-    query_rows, key_rows, value_rows = (_gather_heads(x, layout.index) for x in (query, key, value))
-    out = sparse_attention(
-        query_rows, key_rows, value_rows, patterns, scale=scale, dropout=dropout, backend=backend
-    )  # fmt: skip
+        return torch.zeros_like(states[0])
+    out = function(*(_gather_heads(x, layout.index) for x in states))
     out = scatter_rows(out.transpose(1, 2).flatten(2), layout.place, layout.mask)
-    return out.unflatten(2, query.shape[1::2]).transpose(1, 2)
+    return out.unflatten(2, states[0].shape[1::2]).transpose(1, 2)
 
 
 def _gather_heads(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,8 @@ class SparseAttentionCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys, self.values = None, None
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None
         self.counts: torch.Tensor | None = None
         self.seen_tokens = 0

@@ -31,6 +31,8 @@ class SparseTransformerConfig(LNLMConfig):
         attention_dropout: dropout of attention weights; takes a slower path.
         classifier_dropout: dropout before the classifier.
         layer_norm_epsilon: added to the variance in layer norms.
+        zero_initial_logits: whether an untied head starts at zero, as in the paper: the first step then trains the
+            head alone.
 
     Raises:
         ValueError: a field is out of range, or fields contradict each other.
@@ -58,6 +60,7 @@ class SparseTransformerConfig(LNLMConfig):
     attention_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.0
     layer_norm_epsilon: float | int = 1e-5
+    zero_initial_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

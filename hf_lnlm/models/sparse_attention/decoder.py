@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -141,7 +140,7 @@ class SparseDecoderModel(SparseDecoderPreTrainedModel):
             )
 
 
-class SparseDecoderForCausalLM(SparseDecoderPreTrainedModel, GenerationMixin):
+class SparseDecoderForCausalLM(SparseDecoderPreTrainedModel):
     """Language-model head; a subclass makes `model` and `lm_head`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import AttentionPlan
@@ -138,7 +139,7 @@ class GPT3Model(GPT3PreTrainedModel, SparseDecoderModel):
         return self.embed_positions(positions)
 
 
-class GPT3ForCausalLM(GPT3PreTrainedModel, SparseDecoderForCausalLM):
+class GPT3ForCausalLM(GPT3PreTrainedModel, SparseDecoderForCausalLM, GenerationMixin):
     """GPT-3 language model.
 
     Args:

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import AttentionPlan
@@ -149,7 +150,7 @@ class SparseTransformerPreTrainedModel(SparseDecoderPreTrainedModel):
             for table in module.tables.parameters():
                 init.normal_(table, std=std)
         head = getattr(module, "lm_head", None)
-        if head is not None and not self.config.tie_word_embeddings:
+        if head is not None and self.config.zero_initial_logits and not self.config.tie_word_embeddings:
             init.zeros_(head.weight)
 
 
@@ -175,7 +176,7 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel, SparseDecoderMode
         return self.embed_coordinates(positions)
 
 
-class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, SparseDecoderForCausalLM):
+class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, SparseDecoderForCausalLM, GenerationMixin):
     """Sparse Transformer language model.
 
     Args:

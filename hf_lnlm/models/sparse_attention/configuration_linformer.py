@@ -1,0 +1,132 @@
+"""Configuration of Linformer models."""
+
+# Copyright 2026 The hf_lnlm authors. Licensed under the Apache License, Version 2.0.
+
+from typing import Any, ClassVar
+
+from ..base import LNLMConfig, check_bound, check_choice, strict_config
+from .cache import SPARSE_LAYER_TYPE
+
+SHARINGS = ("none", "headwise", "key_value", "layerwise")
+PROJECTIONS = ("learned", "mean_pool", "convolution")
+BIAS_ORDERS = ("fairseq", "paper")
+CAUSAL_VARIANTS = ("segment",)
+
+
+@strict_config
+class LinformerConfig(LNLMConfig):
+    """Configuration of `LinformerModel` and its heads.
+
+    Args:
+        num_attention_heads: heads of a layer; must divide `hidden_size`.
+        intermediate_size: width of the MLP; `4 * hidden_size` if None.
+        max_position_embeddings: n, the longest input, in tokens; shorter ones use the first rows of E and F.
+        type_vocab_size: number of segment types.
+        projected_size: k, the slots that keys and values are projected to: one number, or one for each layer; at most
+            n. A quarter of n if None.
+        sharing: who has an E and an F of their own: `none` every head of every layer, `headwise` every layer,
+            `key_value` every layer with E = F, `layerwise` one E = F for the whole model.
+        projection: `learned` E and F, `mean_pool` over windows of n/k, or `convolution` with a learned kernel of n/k.
+        bias_order: where the key's and value's bias goes: `fairseq` (E x)W + b, cheaper, or `paper` E(xW + b).
+        is_decoder: causal; only with `causal_variant`, since a plain E mixes every position into every slot.
+        causal_variant: `segment` (exact attention within a segment, learned summaries of the completed ones), or None.
+        segment_size: tokens of a segment of the causal variant.
+        segment_summaries: slots that a completed segment is summed up in.
+        hidden_act: name of the MLP's activation in transformers' ACT2FN.
+        embedding_dropout, hidden_dropout, attention_dropout: as in BERT.
+        classifier_dropout: dropout before the classifiers.
+        layer_norm_epsilon: added to the variance in layer norms.
+
+    Raises:
+        ValueError: a field is out of range, or fields contradict each other.
+    """
+
+    model_type = "lnlm_linformer"
+    base_model_fsdp_plan = {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight"}
+    _bounds: ClassVar[dict[str, tuple[float, float]]] = {
+        "layer_norm_epsilon": (0.0, 1.0),
+        "projected_size": (1, 2**24),
+        "segment_size": (1, 2**24),
+        "segment_summaries": (1, 2**24),
+    }
+
+    num_attention_heads: int = 4
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    projected_size: int | list[int] | tuple[int, ...] | None = None
+    sharing: str = "headwise"
+    projection: str = "learned"
+    bias_order: str = "fairseq"
+    is_decoder: bool = False
+    causal_variant: str | None = "segment"
+    segment_size: int = 64
+    segment_summaries: int = 16
+    hidden_act: str = "gelu"
+    embedding_dropout: float | int = 0.1
+    hidden_dropout: float | int = 0.1
+    attention_dropout: float | int = 0.1
+    classifier_dropout: float | int = 0.1
+    layer_norm_epsilon: float | int = 1e-12
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+
+    def check_bounds(self) -> None:
+        """Check ranges and choices, and what they mean together; see the class for the fields."""
+        super().check_bounds()
+        check_choice("sharing", self.sharing, SHARINGS)
+        check_choice("projection", self.projection, PROJECTIONS)
+        check_choice("bias_order", self.bias_order, BIAS_ORDERS)
+        if self.causal_variant is not None:
+            check_choice("causal_variant", self.causal_variant, CAUSAL_VARIANTS)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads must divide hidden_size ({self.hidden_size}), got {self.num_attention_heads}"
+            )
+        self._check_causality()
+        self._check_projection()
+
+    def _check_causality(self) -> None:
+        if not self.is_decoder:
+            return
+        if self.causal_variant is None:
+            raise ValueError(
+                "is_decoder needs causal_variant='segment', got None: a plain Linformer cannot be causal, since every "
+                "projected slot mixes all positions, so no mask over slots hides the future"
+            )
+        if self.segment_summaries > self.segment_size:
+            raise ValueError(
+                f"segment_summaries must be at most segment_size ({self.segment_size}), got {self.segment_summaries}"
+            )
+
+    def _check_projection(self) -> None:
+        sizes, longest = self.projected_size, self.max_position_embeddings
+        if isinstance(sizes, (list, tuple)):
+            if len(sizes) != self.num_hidden_layers:
+                raise ValueError(
+                    f"projected_size must name one size for each of num_hidden_layers ({self.num_hidden_layers}), "
+                    f"got {len(sizes)}"
+                )
+            if self.sharing == "layerwise" and len(set(sizes)) > 1:
+                raise ValueError(f"sharing='layerwise' needs one projected_size for all layers, got {list(sizes)}")
+        for layer in range(self.num_hidden_layers if isinstance(sizes, (list, tuple)) else 1):
+            check_bound("projected_size", self.projected(layer), (1, longest))
+            if self.projection != "learned" and longest % self.projected(layer):
+                raise ValueError(
+                    f"projection={self.projection!r} needs a projected_size that divides max_position_embeddings "
+                    f"({longest}), got {self.projected(layer)}"
+                )
+
+    def projected(self, layer: int) -> int:
+        """Return k, the number of slots of a layer, counted from 0."""
+        if self.projected_size is None:
+            return max(1, self.max_position_embeddings // 4)
+        return self.projected_size if isinstance(self.projected_size, int) else self.projected_size[layer]
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Cache layer type of each layer; only the causal variant has a cache."""
+        return [SPARSE_LAYER_TYPE] * self.num_hidden_layers
