@@ -105,6 +105,80 @@ FAMILIES: tuple[Family, ...] = (
         lora_targets=("input_gates", "recurrent_gates"),
         demo={"RNN-LSTM": {"cell_type": "lstm"}, "RNN-GRU": {"cell_type": "gru"}},
     ),
+    Family(
+        model_type="lnlm_text_cnn",
+        title="TextCNN",
+        room="convolutional",
+        name="text_cnn",
+        config="TextCNNConfig",
+        models={
+            "AutoModel": "TextCNNModel",
+            "AutoModelForSequenceClassification": "TextCNNForSequenceClassification",
+        },
+        paper="Kim 2014, Convolutional Neural Networks for Sentence Classification",
+        sizes={
+            "tiny": {"hidden_size": 64, "num_filters": 32},
+            "small": {"hidden_size": 128, "num_filters": 100},
+            "base": {"hidden_size": 300, "num_filters": 100},
+        },
+        lora_targets=("projection",),
+    ),
+    Family(
+        model_type="lnlm_char_cnn",
+        title="Character CNN",
+        room="convolutional",
+        name="char_cnn",
+        config="CharCNNConfig",
+        models={
+            "AutoModel": "CharCNNModel",
+            "AutoModelForSequenceClassification": "CharCNNForSequenceClassification",
+        },
+        paper="Zhang, Zhao and LeCun 2015, Character-level Convolutional Networks for Text Classification",
+        sizes={
+            "tiny": {"num_filters": 64, "intermediate_size": 256},
+            "small": {"num_filters": 256, "intermediate_size": 1024},
+            "base": {"num_filters": 1024, "intermediate_size": 2048, "initializer_range": 0.02},
+        },
+        lora_targets=("projection", "dense.0", "dense.1"),
+    ),
+    Family(
+        model_type="lnlm_vdcnn",
+        title="VDCNN",
+        room="convolutional",
+        name="vdcnn",
+        config="VDCNNConfig",
+        models={
+            "AutoModel": "VDCNNModel",
+            "AutoModelForSequenceClassification": "VDCNNForSequenceClassification",
+        },
+        paper="Conneau et al. 2017, Very Deep Convolutional Networks for Text Classification",
+        sizes={
+            "tiny": {"num_hidden_layers": 4, "stage_channels": [16, 32, 64, 128], "intermediate_size": 256},
+            "small": {"num_hidden_layers": 4, "normalization": "batch"},
+            "base": {"num_hidden_layers": 14, "stage_blocks": [5, 5, 2, 2], "normalization": "batch"},
+        },
+        lora_targets=("projection", "dense.0", "dense.1"),
+    ),
+    Family(
+        model_type="lnlm_gated_cnn",
+        title="Gated CNN",
+        room="convolutional",
+        name="gated_cnn",
+        config="GatedCNNConfig",
+        models={
+            "AutoModel": "GatedCNNModel",
+            "AutoModelForCausalLM": "GatedCNNForCausalLM",
+            "AutoModelForSequenceClassification": "GatedCNNForSequenceClassification",
+        },
+        paper="Dauphin et al. 2017, Language Modeling with Gated Convolutional Networks",
+        sizes={
+            "tiny": {"hidden_size": 128, "num_hidden_layers": 4},
+            "small": {"hidden_size": 512, "num_hidden_layers": 8},
+            "base": {"hidden_size": 900, "embedding_size": 280, "num_hidden_layers": 8, "kernel_width": 4},
+        },
+        lora_targets=("projection",),
+        demo={"GatedCNN": {}},
+    ),
 )
 
 

@@ -165,7 +165,9 @@ class TimeConvolution(nn.Module):
         features = mask_frames(features, mask)
         left, right = self.padding
         if features.shape[2] + left + right < self.kernel_size:
-            raise ValueError(f"a window has {self.kernel_size} frames, got {features.shape[2]} and padding {self.padding}")
+            raise ValueError(
+                f"a window has {self.kernel_size} frames, got {features.shape[2]} and padding {self.padding}"
+            )
         weight, bias = self.kernel(features)
         weight = weight.view(self.out_features, self.in_features, self.kernel_size)
         if left == right:

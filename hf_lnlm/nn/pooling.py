@@ -70,9 +70,7 @@ def k_max_over_time(
     return F.pad(kept, (0, k - taken))
 
 
-def _quota(
-    features: torch.Tensor, mask: torch.Tensor | None, taken: int, keep: torch.Tensor | None
-) -> torch.Tensor:
+def _quota(features: torch.Tensor, mask: torch.Tensor | None, taken: int, keep: torch.Tensor | None) -> torch.Tensor:
     """Number of values each row really keeps, `(batch,)`."""
     quota = torch.full((features.shape[0],), taken, device=features.device)
     if mask is not None:

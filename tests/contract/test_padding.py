@@ -39,6 +39,8 @@ def test_padding_changes_nothing(case: Case, layout: str):
     got = first_output(model, **pad(inputs, LAYOUTS[layout]))
     if wanted.ndim == 3 and wanted.shape[1] == LENGTH:  # an output a token
         got = got[:, LAYOUTS[layout]]
+    elif wanted.ndim == 3:  # a model that shortens the text: its frames come first
+        got = got[:, : wanted.shape[1]]
     torch.testing.assert_close(got, wanted, **TOLERANCE)
 
 

@@ -112,7 +112,9 @@ def train(
             _step(model, batch, optimizer, parameters, recipe.clip)
             schedule.step()
         found = accuracy(model, examples["dev"])
-        print(f"  epoch {epoch + 1}: dev {found:.2f} ({time.process_time() - began:.0f} s)", file=sys.stderr, flush=True)
+        print(
+            f"  epoch {epoch + 1}: dev {found:.2f} ({time.process_time() - began:.0f} s)", file=sys.stderr, flush=True
+        )
         if found > best:
             best, kept = found, {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(kept)

@@ -106,13 +106,17 @@ class GatedCNNConfig(LNLMConfig):
                 f"got {self.adaptive_cutoffs}"
             )
         if self.tie_word_embeddings:
-            raise ValueError("loss_head='adaptive' has its own projections: tie_word_embeddings must be false, got true")
+            raise ValueError(
+                "loss_head='adaptive' has its own projections: tie_word_embeddings must be false, got true"
+            )
 
     def layer_shape(self, layer: int) -> LayerShape:
         """Return the shape of a layer, counted from 0."""
         channels = list(self.layer_channels or [self.hidden_size] * self.num_hidden_layers)
         kernels = list(self.layer_kernels or [self.kernel_width] * self.num_hidden_layers)
-        return LayerShape(channels[layer - 1] if layer else self.hidden_size, channels[layer], kernels[layer], self.bottleneck_size)
+        return LayerShape(
+            channels[layer - 1] if layer else self.hidden_size, channels[layer], kernels[layer], self.bottleneck_size
+        )
 
     @property
     def output_size(self) -> int:

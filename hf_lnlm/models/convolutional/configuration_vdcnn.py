@@ -92,11 +92,15 @@ class VDCNNConfig(LNLMConfig):
         check_choice("normalization", self.normalization, NORMALIZATIONS)
         check_bound("len(stage_channels)", len(self.stage_channels), (1, 16))
         if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, so that a block keeps the text's length, got {self.kernel_size}")
+            raise ValueError(
+                f"kernel_size must be odd, so that a block keeps the text's length, got {self.kernel_size}"
+            )
         self._check_stages()
         uneven = [channels for channels in self.stage_channels if channels % self.num_groups]
         if self.normalization == "group" and uneven:
-            raise ValueError(f"num_groups must divide stage_channels {list(self.stage_channels)}, got {self.num_groups}")
+            raise ValueError(
+                f"num_groups must divide stage_channels {list(self.stage_channels)}, got {self.num_groups}"
+            )
 
     def _check_stages(self) -> None:
         blocks = self.stage_blocks

@@ -69,7 +69,9 @@ class VDCNNLayer(GradientCheckpointingLayer):
         self.bridged = config.shortcut
         self.shortcut = TimeConvolution(inside, outside, 1, stride=self.stride, bias=False) if pointwise else None
 
-    def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, hidden: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the block.
 
         Args:
@@ -91,9 +93,7 @@ class VDCNNLayer(GradientCheckpointingLayer):
             outer = outer + (features if self.shortcut is None else self.shortcut(features))
         return mask_frames(outer.relu(), after).mT, after
 
-    def halve(
-        self, features: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def halve(self, features: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Halve the frames of `(batch, C, T)` by pooling; a row of n real frames keeps the greater half, ceil(n / 2)."""
         half = -(-features.shape[2] // 2)
         if self.pooling == "max":
