@@ -32,8 +32,8 @@ class LNLMTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Fill what depends on the terminal and on the seed."""
-        if self.disable_tqdm is None and not sys.stderr.isatty():
+        if getattr(self, "disable_tqdm", None) is None and not sys.stderr.isatty():
             self.disable_tqdm = True
         super().__post_init__()
-        if self.data_seed is None:
+        if getattr(self, "data_seed", None) is None:
             self.data_seed = self.seed

@@ -1,8 +1,8 @@
 """Callbacks: constraints that a model puts on its weights; progress bars that go quiet when piped.
 
-What is logged while training (perplexity, bits per byte, tokens per second) needs the batches, which callbacks don't see;
-it is in `totals` and written by `LNLMTrainer.log`. Progress bars are the stock ones; `LNLMTrainingArguments` turns them
-off where no terminal is listening.
+What is logged while training (perplexity, bits per byte, tokens per second) needs the batches, which callbacks don't
+see; it is in `totals` and written by `LNLMTrainer.log`. Progress bars are the stock ones; `LNLMTrainingArguments` turns
+them off where no terminal is listening.
 """
 
 from collections.abc import Iterator

@@ -145,17 +145,18 @@ def rotate(
 
 
 def _fault_in_safetensors(path: Path) -> str | None:
+    """Return how a safetensors file's header and its length disagree, None if they don't."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         head = stream.read(8)
-        if len(head) < 8 or 8 + struct.unpack("<Q", head)[0] > size:
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if 8 + length > size:
             return "its header is cut off"
-        length = struct.unpack("<Q", head)[0]
         try:
             header = json.loads(stream.read(length))
-        except ValueError:
-            return "its header isn't JSON"
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return "its header can't be read"
     wanted = 8 + length + max(ends, default=0)
     return None if size == wanted else f"it has {size} bytes, its header says {wanted}"
 
@@ -177,16 +178,17 @@ def _fault_in_file(path: Path) -> str | None:
 def _fault_in_manifest(root: Path) -> str | None:
     """Return the first difference between a folder and its manifest."""
     try:
-        listing = json.loads((root / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, TypeError):
+        entries = json.loads((root / MANIFEST_NAME).read_text(encoding="utf-8"))["files"].items()
+        listing = [(name, int(entry["bytes"]), int(entry["crc32"])) for name, entry in entries]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST_NAME} can't be read"
-    for name, entry in listing.items():
+    for name, size, crc in listing:
         path = root / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if _crc32(path) != entry["crc32"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _crc32(path) != crc:
             return f"{name} has changed since it was written (CRC-32 differs)"
     return None
 

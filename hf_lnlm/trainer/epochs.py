@@ -1,9 +1,9 @@
 """Epochs that a resumed run repeats exactly.
 
-accelerate sets the epoch of some of: the dataset, the sampler, the sampler under a shard, the sampler under a skip; which
-one depends on the number of processes and on whether the run was resumed. Here every one of them gets it. A stream
-without a length would, in the stock loop, end in the middle of an accumulation and forget its epoch on resume; repeated
-without an end it is one long epoch to the loop, and skipping batches replays the epochs one after another.
+accelerate sets the epoch of some of: the dataset, the sampler, the sampler under a shard, the sampler under a skip;
+which one depends on the number of processes and on whether the run was resumed. Here every one of them gets it. A
+stream without a length would, in the stock loop, end in the middle of an accumulation and forget its epoch on resume;
+repeated without an end it is one long epoch to the loop, and skipping batches replays the epochs one after another.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def set_epoch_everywhere(loader: Any, epoch: int, seed: int) -> None:
         if found is not loader and hasattr(found, "set_epoch"):
             found.set_epoch(epoch)
         elif hasattr(found, "generator") and isinstance(found, torch.utils.data.Sampler):
-            found.generator = torch.Generator().manual_seed(seed + epoch)
+            setattr(found, "generator", torch.Generator().manual_seed(seed + epoch))  # noqa: B010
         waiting += [getattr(found, name, None) for name in ("dataset", "batch_sampler", "sampler", "base_dataloader")]
 
 

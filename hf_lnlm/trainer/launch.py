@@ -11,8 +11,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 _SHARDED = (
     "from_pretrained(…, distributed_config=DistributedConfig(fsdp_size={n})) with save_only_model=True, "
     "under torchrun --nproc_per_node {n}"
@@ -20,7 +18,8 @@ _SHARDED = (
 
 
 def _command(processes: int | str) -> str:
-    return f"torchrun --nproc_per_node {processes} {' '.join([os.path.basename(sys.argv[0] or 'train.py'), *sys.argv[1:]])}"
+    script = os.path.basename(sys.argv[0] or "train.py")
+    return f"torchrun --nproc_per_node {processes} {' '.join([script, *sys.argv[1:]])}"
 
 
 def _size(environment: Mapping[str, str], name: str) -> int:
@@ -61,8 +60,3 @@ def check_launch(args: Any) -> None:
     fault = launch_fault(args, os.environ)
     if fault is not None:
         raise ValueError(fault)
-
-
-def count_devices() -> int:
-    """Return how many accelerators are visible, 0 on a CPU."""
-    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0

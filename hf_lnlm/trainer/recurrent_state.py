@@ -1,8 +1,8 @@
 """Recurrent state carried from batch to batch: truncated back-propagation through time.
 
-The dataset is contiguous lanes (hf_lnlm/data/lanes.py): row i of batch k + 1 continues row i of batch k. The state that a
-batch leaves in its `DynamicCache` is cut from its graph and handed to the next batch. It is dropped where lanes begin (the
-start of every epoch, and rows whose `reset` is set); document borders inside a window are the model's own business
+The dataset is contiguous lanes (hf_lnlm/data/lanes.py): row i of batch k + 1 continues row i of batch k. The state that
+a batch leaves in its `DynamicCache` is cut from its graph and handed to the next batch. It is dropped where lanes begin
+(the start of every epoch, and rows whose `reset` is set); document borders inside a window are the model's own business
 (`position_ids`). Evaluation has a state of its own. Each process saves the state of its own lanes with the checkpoint.
 """
 
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 from transformers import DynamicCache
 
 from .randomness import kept_random_state
@@ -46,9 +45,9 @@ class CarriedState:
     """What the lanes of one process remember between batches; empty at the start of the lanes."""
 
     def __init__(self) -> None:
-        self.cache: DynamicCache | None = None
+        self.cache: Any = None  # a DynamicCache whose layers are recurrent states
 
-    def start(self, model: nn.Module, rows: int, reset: torch.Tensor | None = None) -> DynamicCache:
+    def start(self, model: Any, rows: int, reset: torch.Tensor | None = None) -> DynamicCache:
         """Return the cache for the next batch.
 
         Args:
@@ -68,10 +67,10 @@ class CarriedState:
             self._reset_rows(model, reset)
         return self.cache
 
-    def _reset_rows(self, model: nn.Module, reset: torch.Tensor) -> None:
+    def _reset_rows(self, model: Any, reset: torch.Tensor) -> None:
         """Give the model's initial state, which needn't be zero, to some rows."""
         initial = initial_state(model, reset.shape[0], reset.device)
-        for layer, fresh in zip(self.cache.layers, initial.layers, strict=True):  # type: ignore[union-attr]
+        for layer, fresh in zip(self.cache.layers, initial.layers, strict=True):
             for name, tensor in layer.states.items():
                 rows = reset.reshape(-1, *[1] * (tensor.dim() - 1))
                 layer.states[name] = torch.where(rows, fresh.states[name].to(tensor.dtype), tensor)
@@ -98,7 +97,7 @@ class CarriedState:
         about = [{"kind": layer.kind, "seen_tokens": layer.seen_tokens} for layer in layers]
         save_file(tensors, path, metadata={"layers": json.dumps(about)})
 
-    def load(self, path: Path, model: nn.Module, device: torch.device) -> None:
+    def load(self, path: Path, model: Any, device: torch.device) -> None:
         """Read what `save` wrote.
 
         Raises:
@@ -119,7 +118,7 @@ class CarriedState:
             layer.write(entry["kind"], tensors, entry["seen_tokens"])
 
 
-def initial_state(model: nn.Module, rows: int, device: torch.device) -> DynamicCache:
+def initial_state(model: Any, rows: int, device: torch.device) -> Any:
     """Return the state before the first token: that which a wholly masked token leaves.
 
     Args:

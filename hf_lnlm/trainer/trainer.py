@@ -1,9 +1,9 @@
 """The Trainer: transformers' own, with what it lacks for runs that must survive a kill and be repeatable.
 
-Added, each in a module of its own: checkpoints that are whole or absent (`checkpoints`), signals (`signals`), one loss for
-one global batch (`loss_scale`), epochs and random state that a resumed run repeats (`epochs`, `randomness`), state carried
-across batches (`recurrent_state`), a stop at the first non-finite value (`nonfinite`), figures from exact sums (`totals`)
-and the refusal of launches that would silently do something else (`launch`). Everything else is stock.
+Added, each in a module of its own: checkpoints that are whole or absent (`checkpoints`), signals (`signals`), one loss
+for one global batch (`loss_scale`), epochs and random state that a resumed run repeats (`epochs`, `randomness`), state
+carried across batches (`recurrent_state`), a stop at the first non-finite value (`nonfinite`), figures from exact sums
+(`totals`) and the refusal of launches that would silently do something else (`launch`). Everything else is stock.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch.utils.data import IterableDataset
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 from transformers.trainer import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
@@ -49,6 +49,10 @@ class LNLMTrainer(Trainer):
         ValueError: If the launch would silently do something else, or `carry_state` doesn't fit model or dataset.
     """
 
+    train_dataset: Any
+    model_accepts_loss_kwargs: bool
+    control: TrainerControl
+
     def __init__(self, *args: Any, objective: Any = None, **kwargs: Any) -> None:
         arguments = kwargs.get("args", args[1] if len(args) > 1 else None)
         if arguments is None:
@@ -57,7 +61,7 @@ class LNLMTrainer(Trainer):
         listens, arguments.enable_jit_checkpoint = arguments.enable_jit_checkpoint, False
         super().__init__(*args, **kwargs)
         self.args.enable_jit_checkpoint = listens
-        self.objective = objective
+        self.objective: Any = objective
         self._signals = StopSignal()
         self._staging: str | None = None
         self._held_push = False
@@ -105,7 +109,7 @@ class LNLMTrainer(Trainer):
             NonFiniteError: If the loss or the gradient norm isn't finite.
         """
         if self.args.should_save:
-            sweep(self.args.output_dir)
+            sweep(str(self.args.output_dir))
         self.accelerator.wait_for_everyone()
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         with self._listening(trial):
@@ -127,12 +131,13 @@ class LNLMTrainer(Trainer):
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
         if wanted is True:
-            found, faults = newest_complete(self.args.output_dir)
+            folder = str(self.args.output_dir)
+            found, faults = newest_complete(folder)
             self._damaged = set(faults)
             if self.is_world_process_zero():
-                warn_of(faults, self.args.output_dir, found)
+                warn_of(faults, folder, found)
             if found is None:
-                raise ValueError(f"no complete checkpoint found in output_dir {self.args.output_dir}")
+                raise ValueError(f"no complete checkpoint found in output_dir {folder}")
             return found
         if not wanted:
             return None
@@ -194,7 +199,7 @@ class LNLMTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Take out of a batch what is about the batch and not for the model."""
         self._aside = {name: inputs[name] for name in _ASIDE if name in inputs}
-        return super()._prepare_inputs({name: value for name, value in inputs.items() if name not in _ASIDE})
+        return super()._prepare_inputs(_for_the_model(inputs))
 
     # ---- optimizer --------------------------------------------------------------------------------------------------
 
@@ -272,7 +277,8 @@ class LNLMTrainer(Trainer):
         """Measure on a first step how the model's loss is normalised; every process takes process 0's answer."""
         inputs = max(batches, key=lambda batch: int(batch["labels"].ne(IGNORED).sum()) if "labels" in batch else 0)
         model = self.accelerator.unwrap_model(self.model)
-        probe = LossProbe(model, self._prepare_inputs(inputs), self._takes_loss_kwargs, self._loss_shifts_labels)
+        inputs = super()._prepare_inputs(_for_the_model(inputs))
+        probe = LossProbe(model, inputs, self._takes_loss_kwargs, self._loss_shifts_labels)
         with self.compute_loss_context_manager():
             rule = probe.rule()
         if self.args.world_size > 1 and not hasattr(rule, "model"):
@@ -490,6 +496,11 @@ class LNLMTrainer(Trainer):
             self._held_push = True
         else:
             super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _for_the_model(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch without what is about the batch."""
+    return {name: value for name, value in inputs.items() if name not in _ASIDE}
 
 
 def _without_rows(name: str, value: Any, keep: int) -> Any:

@@ -1,4 +1,4 @@
-"""What two processes do, for `torchrun --nproc_per_node 2 -m tests.trainer.distributed FOLDER`; process 0 writes JSON."""
+"""What two processes do under `torchrun -m tests.trainer.distributed FOLDER`; process 0 writes JSON."""
 
 import json
 import os

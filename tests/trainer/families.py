@@ -93,7 +93,8 @@ _T5: dict[str, Any] = dict(  # noqa: C408
 )  # fmt: skip
 _LLAMA: dict[str, Any] = dict(  # noqa: C408
     vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-    intermediate_size=32, max_position_embeddings=32, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    intermediate_size=32, max_position_embeddings=32, num_labels=3, classifier_dropout=0.0,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 _CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "Bert": (T.BertConfig, _BERT),

@@ -1,7 +1,7 @@
 """Training runs in forked processes: they can be killed at any moment, and cost no import of transformers.
 
-`python -m tests.trainer.runs '<json list of requests>'` answers with one line of JSON a request. It runs in a process of its
-own, which stays single-threaded, so that forking it is safe.
+`python -m tests.trainer.runs '<json list of requests>'` answers with one line of JSON a request. It runs in a process of
+its own, which stays single-threaded, so that forking it is safe.
 """
 
 import hashlib

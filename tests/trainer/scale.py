@@ -3,15 +3,14 @@
 from typing import Any
 
 import transformers as T
-from torch.utils.data import IterableDataset
 
 from hf_lnlm.trainer.arguments import LNLMTrainingArguments
 from hf_lnlm.trainer.trainer import LNLMTrainer
 from tests.trainer import families
 
 
-def step(model: Any, rows: Any, folder: str, batch: int, accumulation: int, **changed: Any) -> LNLMTrainer:
-    """Train one step and return the trainer; its first log entry holds loss and gradient norm."""
+def trainer(model: Any, rows: Any, folder: str, batch: int, accumulation: int, **changed: Any) -> LNLMTrainer:
+    """Build a quiet trainer for one step, unless the arguments say otherwise."""
     arguments = LNLMTrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=batch,
@@ -25,10 +24,17 @@ def step(model: Any, rows: Any, folder: str, batch: int, accumulation: int, **ch
         dataloader_pin_memory=False,
         **{"max_steps": 1, "save_strategy": "no", **changed},
     )
-    trainer = LNLMTrainer(model=model, args=arguments, train_dataset=rows, eval_dataset=None)
-    trainer.remove_callback(T.PrinterCallback)
-    trainer.train()
-    return trainer
+    evaluated = rows if changed.get("eval_strategy", "no") != "no" else None
+    built = LNLMTrainer(model=model, args=arguments, train_dataset=rows, eval_dataset=evaluated)
+    built.remove_callback(T.PrinterCallback)
+    return built
+
+
+def step(model: Any, rows: Any, folder: str, batch: int, accumulation: int, **changed: Any) -> LNLMTrainer:
+    """Train one step and return the trainer; its first log entry holds loss and gradient norm."""
+    built = trainer(model, rows, folder, batch, accumulation, **changed)
+    built.train()
+    return built
 
 
 def loss_and_norm(head: str, folder: str, batch: int, accumulation: int) -> tuple[float, float]:
@@ -36,13 +42,3 @@ def loss_and_norm(head: str, folder: str, batch: int, accumulation: int) -> tupl
     model, rows = families.build(head)
     entry = step(model, rows, folder, batch, accumulation).state.log_history[0]
     return entry["loss"], entry["grad_norm"]
-
-
-class Endless(IterableDataset):
-    """Rows without a length."""
-
-    def __init__(self, rows: list[Any]) -> None:
-        self.rows = rows
-
-    def __iter__(self) -> Any:
-        return iter(self.rows)
