@@ -40,6 +40,7 @@ def add_adapter(model: Any, section: LoraSection, task_type: str) -> Any:
         UsageProblem: a target is not in the model, or can't be adapted; one line.
     """
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     modules, parameters = default_targets(model)
     if section.targets is None and section.target_parameters is None:
@@ -54,6 +55,7 @@ def add_adapter(model: Any, section: LoraSection, task_type: str) -> Any:
         target_modules=section.targets if section.targets is not None else [],
         target_parameters=section.target_parameters,
         modules_to_save=section.modules_to_save,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's linear layers
     )
     try:
         with quiet_libraries():

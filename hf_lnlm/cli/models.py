@@ -37,11 +37,11 @@ def special_ids(config_class: Any, tokenizer: Any) -> dict[str, int]:
     """Vocabulary size and special ids of `tokenizer`, as far as the config class has fields for them."""
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     known = _known_fields(config_class)
-    if "decoder_start_token_id" in known and ids["pad_token_id"] is not None and "is_encoder_decoder" in known:
-        defaults = {item.name: item.default for item in dataclasses.fields(config_class)}
-        if defaults.get("is_encoder_decoder") is True:
-            ids["decoder_start_token_id"] = ids["pad_token_id"]
-    return {"vocab_size": len(tokenizer)} | {k: v for k, v in ids.items() if k in known and v is not None}
+    defaults = {item.name: item.default for item in dataclasses.fields(config_class)}
+    chosen = {name: number for name, number in ids.items() if name in known}
+    if defaults.get("is_encoder_decoder") is True:  # T5's config has no field for it, its model wants it all the same
+        chosen["decoder_start_token_id"] = ids["pad_token_id"]
+    return {"vocab_size": len(tokenizer)} | {name: number for name, number in chosen.items() if number is not None}
 
 
 def new_config(section: ModelSection, tokenizer: Any, block_size: int, direction: str) -> Any:

@@ -189,14 +189,19 @@ def _auto_map_values(auto_map: Any) -> Iterator[str]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence transformers' own reports; `check` says it in its own lines."""
-    previous = logging.root.manager.disable
+    from transformers.utils import logging as reports
+
+    previous, bars = logging.root.manager.disable, reports.is_progress_bar_enabled()
     logging.disable(logging.CRITICAL)
+    reports.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(previous)
+        if bars:
+            reports.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:
