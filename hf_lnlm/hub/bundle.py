@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import io
 import re
 from functools import cache
 from pathlib import Path
@@ -112,7 +113,7 @@ def _rewrite(module: _Module, package: str) -> tuple[str, list[str]]:
     """Return a module's source with flat imports, and the names of the modules of `package` that it imports."""
     source = module.path.read_text(encoding="utf-8")
     tree = ast.parse(source)
-    lines = source.splitlines(keepends=True)
+    lines = io.StringIO(source).readlines()  # as Python counts lines: form feeds and the like end none
     needed = []
     _quote_docstrings(tree, lines, module)
     nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -144,8 +145,10 @@ def _target(node: ast.Import | ast.ImportFrom, module: _Module, package: str) ->
     for alias in node.names:
         if alias.name == "*":
             raise ValueError(f"{where}: a star import can't be carried: name what is imported from {target}")
-        if found.is_package and not _defines(found, alias.name):
-            raise ValueError(f"{where}: imports the module {alias.name} of {target}: import names from it instead")
+        if found.is_package and (target == package or not _defines(found, alias.name)):
+            raise ValueError(
+                f"{where}: imports {alias.name} of {target}: import names from the module that defines them"
+            )
     return target
 
 
