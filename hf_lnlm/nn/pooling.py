@@ -58,7 +58,7 @@ def k_max_over_time(
     Returns:
         `(batch, C, k)`; a row with fewer real frames than it may keep ends in zeros.
     """
-    batch, channels, length = features.shape
+    length = features.shape[2]
     taken = min(k, length)
     ranked = features if mask is None else features.masked_fill(~mask[:, None, :], lowest(features.dtype))
     order = torch.sort(ranked, dim=2, descending=True, stable=True).indices  # of equal values, the earlier first
@@ -121,9 +121,10 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         """Move the running statistics towards a batch's, as `nn.BatchNorm1d` does (its variance is the unbiased one)."""
         momentum = 0.1 if self.momentum is None else self.momentum
         unbiased = variance * count / (count - 1.0).clamp(min=1.0)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
-        self.num_batches_tracked.add_(1)
+        buffers = dict(self.named_buffers())
+        buffers["running_mean"].lerp_(mean.to(buffers["running_mean"].dtype), momentum)
+        buffers["running_var"].lerp_(unbiased.to(buffers["running_var"].dtype), momentum)
+        buffers["num_batches_tracked"].add_(1)
 
 
 class MaskedGroupNorm(nn.GroupNorm):

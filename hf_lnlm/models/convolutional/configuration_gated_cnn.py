@@ -99,7 +99,7 @@ class GatedCNNConfig(LNLMConfig):
 
     def _check_adaptive(self) -> None:
         cutoffs = list(self.adaptive_cutoffs or [])
-        fits = cutoffs and cutoffs == sorted(set(cutoffs)) and 0 < cutoffs[0] and cutoffs[-1] < self.vocab_size
+        fits = cutoffs and cutoffs == sorted(set(cutoffs)) and cutoffs[0] > 0 and cutoffs[-1] < self.vocab_size
         if not fits:
             raise ValueError(
                 f"adaptive_cutoffs must ascend strictly between 0 and vocab_size ({self.vocab_size}), "

@@ -14,6 +14,8 @@ is exactly the network on all 1014 characters.
 Complexity: O(length · k · maps²) multiplications in the convolutions; the fully connected layers see `frames · maps`.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -96,7 +98,7 @@ class CharCNNModel(CharCNNPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replace the embedding; one-hot vectors stay out of training."""
         self.embed_tokens = value
         value.weight.requires_grad_(self.config.quantization == "learned")

@@ -342,7 +342,7 @@ class GatedCNNForCausalLM(GatedCNNPreTrainedModel, GenerationMixin):
     def _loss_without_logits(self, hidden: torch.Tensor, targets: torch.Tensor, items: Any) -> torch.Tensor:
         flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(hidden.device)
         if self.config.loss_head == "adaptive":
-            total = self.lm_head.summed_loss(flat, labels)  # type: ignore[operator, union-attr]
+            total = self.lm_head.summed_loss(flat, labels)  # type: ignore[operator]
         else:
             dtype = getattr(torch, self.config.loss_dtype)
             total = chunked_loss(self.lm_head, flat, labels, self.config.loss_chunk_size, dtype)

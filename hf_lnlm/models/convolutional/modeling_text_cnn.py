@@ -15,6 +15,8 @@ Complexity: O(length · Σ h · width · maps) multiplications; one fused convol
 two-dimensional convolution over a one-channel image of width `hidden_size`.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -98,12 +100,12 @@ class TextCNNLayer(GradientCheckpointingLayer):
         return aligned if plan is None else restore(aligned, plan), pooled.relu()
 
     @staticmethod
-    def _pool(window: nn.Module, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _pool(window: Any, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         size = window.kernel_size
         return max_over_time(values, None if mask is None else window_mask(mask, size, size - 1))
 
     @staticmethod
-    def _align(window: nn.Module, values: torch.Tensor, length: int) -> torch.Tensor:
+    def _align(window: Any, values: torch.Tensor, length: int) -> torch.Tensor:
         start = (window.kernel_size - 1) // 2
         return values[:, :, start : start + length]
 
@@ -150,7 +152,7 @@ class TextCNNModel(TextCNNPreTrainedModel):
         """Return the learnt channel's embedding."""
         return self.embeddings.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replace the learnt channel's embedding, and cut or lengthen the static one to match."""
         self.embeddings.embed_tokens = value
         static = self.embeddings.static_tokens

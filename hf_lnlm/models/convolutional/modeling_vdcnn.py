@@ -4,9 +4,9 @@ References:
     [1] Conneau, Schwenk, Barrault & LeCun 2017, "Very Deep Convolutional Networks for Text Classification" (EACL).
     [2] He, Zhang, Ren & Sun 2015, "Delving Deep into Rectifiers".
 
-Glossary (paper ↔ here): s characters ↔ `max_position_embeddings`; temporal convolution, 64 ↔ `VDCNNLayer.stem`; convolutional block,
-figure 2 ↔ `VDCNNLayer`; pool/2 ↔ `halve`; optional shortcut ↔ `VDCNNLayer.shortcut`; k-max pooling, k=8 ↔ `k_max`;
-fc(4096, 2048), fc(2048, 2048) ↔ `dense`.
+Glossary (paper ↔ here): s characters ↔ `max_position_embeddings`; temporal convolution, 64 ↔ `VDCNNLayer.stem`;
+convolutional block, figure 2 ↔ `VDCNNLayer`; pool/2 ↔ `halve`; optional shortcut ↔ `VDCNNLayer.shortcut`; k-max
+pooling, k=8 ↔ `k_max`; fc(4096, 2048), fc(2048, 2048) ↔ `dense`.
 
 Deviations: a text is not padded to 1,024 characters: masked frames are zeros before every convolution and absent from
 pooling and normalisation, so a text's scores do not depend on its batch. The default normalisation is over groups of
@@ -116,8 +116,9 @@ class VDCNNPreTrainedModel(LNLMPreTrainedModel):
         if isinstance(module, TimeConvolution):
             init.normal_(module.projection.weight, std=(2.0 / module.projection.weight.shape[1]) ** 0.5)
         elif isinstance(module, VDCNNModel):
-            for dense in module.dense:
-                init.normal_(dense.weight, std=(2.0 / dense.weight.shape[1]) ** 0.5)
+            for dense in module.get_submodule("dense").children():
+                weight = dense.get_parameter("weight")
+                init.normal_(weight, std=(2.0 / weight.shape[1]) ** 0.5)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=1.0)
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
