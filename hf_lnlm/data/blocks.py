@@ -99,7 +99,7 @@ class PackedBlocks(EpochDataset):
         tail: Ids put behind each row.
         boundaries: Adds `position_ids` that restart at every document; only without head and tail.
         words: Adds `word_ids`.
-        frame: Puts the tokenizer's bos and eos around each document.
+        frame: Which of the tokenizer's bos and eos are put around each document: `both`, `start`, `end` or `none`.
         drop_last: Leaves out the last row if it is shorter than the others (always, if it has a single token).
 
     Raises:
@@ -117,7 +117,7 @@ class PackedBlocks(EpochDataset):
         tail: tuple[int, ...] = (),
         boundaries: bool = False,
         words: bool = False,
-        frame: bool = True,
+        frame: str = "both",
         drop_last: bool = True,
     ) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class PackedStream(EpochStream):
         tail: Ids put behind each row.
         boundaries: Adds `position_ids` that restart at every document.
         words: Adds `word_ids`.
-        frame: Puts the tokenizer's bos and eos around each document.
+        frame: Which of the tokenizer's bos and eos are put around each document: `both`, `start`, `end` or `none`.
 
     Raises:
         ValueError: On iteration, where the text is too short for one block.
@@ -177,7 +177,7 @@ class PackedStream(EpochStream):
         tail: tuple[int, ...] = (),
         boundaries: bool = False,
         words: bool = False,
-        frame: bool = True,
+        frame: str = "both",
     ) -> None:
         super().__init__(documents)
         self.layout = _layout(length, overlap, head, tail, boundaries)

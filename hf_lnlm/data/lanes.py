@@ -34,7 +34,7 @@ class Lanes(EpochDataset):
         length: T, tokens of a window.
         num_lanes: B, rows of a step over all processes.
         boundaries: Adds `position_ids` that restart at every document, whose first token is then not predicted.
-        frame: Puts the tokenizer's bos and eos around each document.
+        frame: Which of the tokenizer's bos and eos are put around each document: `both`, `start`, `end` or `none`.
 
     Raises:
         ValueError: Too little text for one window in every lane (names the counts).
@@ -48,7 +48,7 @@ class Lanes(EpochDataset):
         num_lanes: int,
         *,
         boundaries: bool = False,
-        frame: bool = True,
+        frame: str = "both",
     ) -> None:
         super().__init__()
         if length < 1 or num_lanes < 1:

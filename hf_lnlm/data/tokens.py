@@ -25,7 +25,7 @@ from .tokenizers import byte_symbols
 PIECE = 1 << 16
 """Characters of a document tokenised at a time: bounds the memory of one very long line."""
 
-
+FRAMES = ("both", "start", "end", "none")
 SPACE_BYTES = np.frombuffer(b" \t\n\v\f\r", np.uint8)
 
 
@@ -47,19 +47,22 @@ class Encoder:
 
     Args:
         tokenizer: A fast tokenizer (one with a `tokenizers` backend).
-        frame: Whether bos and eos of the tokenizer are put around each document; BERT's tokenizer, which has neither,
-            puts sep behind it. Where both are one token (GPT-2's `<|endoftext|>`) it goes before the document only,
-            unless `close` is set.
+        frame: What is put around each document: `both` bos and eos, `start` or `end` one of them (`end` is the
+            convention of PTB and WikiText, whose perplexities count no bos), or `none`. BERT's tokenizer, which has
+            neither, puts sep behind a document. Where bos and eos are one token (GPT-2's `<|endoftext|>`) `both` puts
+            it before the document only, unless `close` is set.
         close: Puts eos behind the document even when it equals bos.
         words: Whether word numbers are computed; otherwise `words` is empty.
     """
 
     tokenizer: Any
-    frame: bool = True
+    frame: str = "both"
     close: bool = False
     words: bool = False
 
     def __post_init__(self) -> None:
+        if self.frame not in FRAMES:
+            raise ValueError(f"frame must be one of {', '.join(FRAMES)}, got {self.frame!r}")
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(
                 f"packing needs a fast tokenizer (`tokenizers` backend), got {type(self.tokenizer).__name__}"
@@ -68,14 +71,12 @@ class Encoder:
     @property
     def borders(self) -> tuple[list[int], list[int]]:
         """Ids put before and behind each document."""
-        if not self.frame:
-            return [], []
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if bos is None and eos is None:
             eos = self.tokenizer.sep_token_id
-        before = [] if bos is None else [bos]
-        behind = [] if eos is None or (eos == bos and not self.close) else [eos]
-        return before, behind
+        before = [bos] if bos is not None and self.frame in ("both", "start") else []
+        behind = [eos] if eos is not None and self.frame in ("both", "end") else []
+        return before, [] if before == behind and not self.close else behind
 
     @property
     def fingerprint(self) -> str:
@@ -222,7 +223,7 @@ class TokenStream:
         starts: Where each document begins, `[documents + 1]`; the last entry is the length of the stream.
 
     Raises:
-        ValueError: There is no document, or none of them holds text.
+        ValueError: There is no document, or one of them is no text; names it by number.
     """
 
     def __init__(self, documents: Any, encoder: Encoder) -> None:

@@ -74,12 +74,28 @@ def test_documents_share_one_token_for_both_ends() -> None:
     both.bos_token = both.eos_token = "<eos>"
     assert Encoder(both).encode("a").ids.tolist() == [EOS, 104]
     assert Encoder(both, close=True).encode("a").ids.tolist() == [EOS, 104, EOS]
-    assert Encoder(both, frame=False).encode("a").ids.tolist() == [104]
+    assert Encoder(both, frame="none").encode("a").ids.tolist() == [104]
+
+
+@pytest.mark.parametrize(
+    ("frame", "wanted"), [("both", [BOS, 104, EOS]), ("start", [BOS, 104]), ("end", [104, EOS]), ("none", [104])]
+)
+def test_frames(frame: str, wanted: list[int]) -> None:
+    assert Encoder(BYTE, frame=frame).encode("a").ids.tolist() == wanted
+    blocks = PackedBlocks(rows_of(["abc", "d"]), BYTE, 2, frame=frame, drop_last=False)
+    assert sum(blocks[index]["num_bytes"] for index in range(len(blocks))) == 4
+    with pytest.raises(ValueError, match="frame must be one of both, start, end, none, got 'front'"):
+        Encoder(BYTE, frame="front")
+
+
+def test_bert_separates_documents_with_sep() -> None:
+    tokenizer = subword_tokenizer("wordpiece")
+    assert Encoder(tokenizer).encode("a").ids.tolist()[1:] == [tokenizer.sep_token_id]
 
 
 def test_special_tokens_written_in_a_document_are_text() -> None:
     for tokenizer in (build_tokenizer("byte", template="bert"), build_tokenizer("bpe", ["a"], vocab_size=263)):
-        assert Encoder(tokenizer, frame=False).encode("<eos>").ids.min() >= 7
+        assert Encoder(tokenizer, frame="none").encode("<eos>").ids.min() >= 7
 
 
 @pytest.mark.parametrize(
@@ -147,7 +163,7 @@ def test_long_documents_are_tokenised_in_pieces_without_a_trace(kind: str) -> No
     text = "".join(texts(24))
     assert len(text) > 2 * PIECE
     whole = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    tokens = Encoder(tokenizer, frame=False, words=True).encode(text)
+    tokens = Encoder(tokenizer, frame="none", words=True).encode(text)
     assert tokens.ids.tolist() == whole["input_ids"]
     assert tokens.num_bytes.sum() == len(text.encode())
     if kind != "byte":
@@ -164,9 +180,9 @@ def test_pieces_make_the_text(text: str, size: int) -> None:
 def test_words_without_a_pre_tokenizer_come_from_white_space() -> None:
     text = "ab  cd\ne"
     words = [0, 0, 1, 1, 1, 1, 2, 2]
-    assert Encoder(BYTE, frame=False, words=True).encode(text).words.tolist() == words
+    assert Encoder(BYTE, frame="none", words=True).encode(text).words.tolist() == words
     char = build_tokenizer("char", [text])
-    assert Encoder(char, frame=False, words=True).encode(text).words.tolist() == words
+    assert Encoder(char, frame="none", words=True).encode(text).words.tolist() == words
 
 
 def test_only_byte_tokenizers_take_the_byte_path() -> None:
