@@ -60,6 +60,13 @@ def report(error: BaseException, show_traceback: bool) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return INTERRUPT_STATUS
-    hint = "" if show_traceback or isinstance(error, (UsageProblem, RunFailed)) else "  [--traceback shows where]"
+    hint = "" if show_traceback or _is_ours(error) else "  [--traceback shows where]"
     print(f"error: {one_line(error)}{hint}", file=sys.stderr)
-    return USAGE_STATUS if isinstance(error, ValueError) else FAILURE_STATUS
+    return USAGE_STATUS if isinstance(error, (ValueError, FileNotFoundError)) else FAILURE_STATUS
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised `error` itself, so that the message is meant for the user."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    return module.split(".")[0] == __package__.split(".")[0]

@@ -15,7 +15,7 @@ from ..objectives.families import direction_of, has_head
 from .console import print_json, table
 from .documents import Text, load_text, packed, source_name
 from .errors import UsageProblem
-from .finetune import LONGEST_ROW, encoded, goal_class, head_options, read_rows
+from .finetune import LONGEST_ROW, encoded, goal_class, head_options, read_rows, require_head
 from .models import adapter_settings, load_config, load_model, load_tokenizer
 from .output import plain_when_piped
 from .pretrain import check_options, check_positions, default_block
@@ -127,6 +127,8 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     Raises:
         ValueError: checkpoint, data and task don't fit each other.
     """
+    from transformers import PrinterCallback
+
     from ..trainer.arguments import LNLMTrainingArguments
     from ..trainer.trainer import LNLMTrainer
 
@@ -157,6 +159,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
             processing_class=tokenizer,
             objective=goal,
         )
+        trainer.remove_callback(PrinterCallback)
         metrics = own_metrics(trainer.evaluate())
     return {"task": goal.name, "data": name, "metrics": metrics}
 
@@ -179,6 +182,7 @@ def _text(recipe: Recipe, goal: Any, tokenizer: Any, config: Any) -> tuple[Any, 
 
 def _labelled(recipe: Recipe, goal: Task, tokenizer: Any, config: Any) -> tuple[Any, Any, str]:
     """(model, dataset, name of the data) for a task."""
+    require_head(config, goal)
     rows = read_rows(recipe, goal)
     held = rows.validation if rows.validation is not None else rows.train
     recipe.data.block_size = recipe.data.block_size or default_block(config, LONGEST_ROW)

@@ -165,6 +165,7 @@ def text_parts(recipe: Recipe, goal: Any, tokenizer: Any, config: Any) -> Parts:
 def labelled_parts(recipe: Recipe, goal: Task, tokenizer: Any, config: Any) -> Parts:
     """Parts for a task: rows with labels, and a model whose head has the labels' names."""
     data = recipe.data
+    require_head(config, goal)
     rows = read_rows(recipe, goal)
     names = recipe.model.labels or goal.labels(rows.train, data)
     if len(names) == 1:
@@ -178,6 +179,23 @@ def labelled_parts(recipe: Recipe, goal: Task, tokenizer: Any, config: Any) -> P
     datasets = [encoded(goal, part, recipe, tokenizer, model.config) for part in (rows.train, rows.validation)]
     named = data.validation if isinstance(data.validation, str) else data.source
     return Parts(model, tokenizer, goal, datasets[0], datasets[1], measured_on=source_name(named))
+
+
+def require_head(config: Any, goal: Any) -> None:
+    """Refuse a family that has no head for the task, before any data is read.
+
+    Raises:
+        UsageProblem: naming the family, the head, and the tasks that it has heads for.
+    """
+    from ..objectives.families import has_head
+
+    if not has_head(config, goal.auto_class):
+        known: dict[str, Any] = {**TASKS, **OBJECTIVES}
+        fitting = [name for name, kind in known.items() if has_head(config, kind.auto_class)]
+        raise UsageProblem(
+            f"task {goal.name!r} needs {goal.auto_class}, which {config.model_type} has not; "
+            f"it has heads for {', '.join(fitting) or 'none of the tasks'}"
+        )
 
 
 def head_options(config: Any, tokenizer: Any, names: list[str] | None) -> dict[str, Any]:

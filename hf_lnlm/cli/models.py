@@ -44,7 +44,7 @@ def special_ids(config_class: Any, tokenizer: Any) -> dict[str, int]:
     return {"vocab_size": len(tokenizer)} | {name: number for name, number in chosen.items() if number is not None}
 
 
-def new_config(section: ModelSection, tokenizer: Any, block_size: int, direction: str) -> Any:
+def new_config(section: ModelSection, tokenizer: Any, block_size: int, direction: str, auto_class: str) -> Any:
     """The config of a model from scratch.
 
     Args:
@@ -52,6 +52,7 @@ def new_config(section: ModelSection, tokenizer: Any, block_size: int, direction
         tokenizer: gives vocabulary size and special ids.
         block_size: tokens of a training row.
         direction: how the objective needs the model to read: `forward`, `both` or `encoder-decoder`.
+        auto_class: the Auto class of the head it needs.
 
     Raises:
         UsageProblem: an unknown family or field.
@@ -62,7 +63,7 @@ def new_config(section: ModelSection, tokenizer: Any, block_size: int, direction
         row = family_row(model_type)
         config_class: Any = row.config_class
         fields = dict(row.sizes[size])
-        if direction == "both" and row.bidirectional:
+        if direction == "both" and row.bidirectional and auto_class in row.models:
             fields |= row.bidirectional
     else:
         config_class = stock_config_class(model_type)

@@ -144,7 +144,7 @@ def pretraining_parts(recipe: Recipe) -> Parts:
     else:
         recipe.data.block_size = recipe.data.block_size or numbers.block_size
         tokenizer = new_tokenizer(recipe, goal, text, numbers.vocab_size)
-        config = new_config(recipe.model, tokenizer, recipe.data.block_size, goal.direction)
+        config = new_config(recipe.model, tokenizer, recipe.data.block_size, goal.direction, goal.auto_class)
     goal.check(config, tokenizer)
     check_vocabulary(tokenizer, config)
     check_positions(config, recipe.data.block_size)

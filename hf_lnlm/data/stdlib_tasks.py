@@ -87,20 +87,24 @@ def summary_rows() -> Iterator[dict[str, Any]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(row["text"])
+        lines = row["text"].split("\n")
         for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef):
                 continue
             summary = (ast.get_docstring(node) or "").strip().partition("\n")[0].strip()
-            code = ast.get_source_segment(row["text"], node, padded=True)
-            if len(summary) >= 10 and len(node.body) > 1 and code:
-                yield {"source": _without_docstring(code, node), "target": summary, "path": row[PATH]}
+            if len(summary) >= 10 and len(node.body) > 1:
+                yield {"source": _without_docstring(lines, node), "target": summary, "path": row[PATH]}
 
 
-def _without_docstring(code: str, node: ast.FunctionDef) -> str:
-    """A function's source, indented to the left margin, with the lines of its docstring left out."""
+def _without_docstring(lines: list[str], node: ast.FunctionDef) -> str:
+    """A function's source, moved to the left margin, with the lines of its docstring left out.
+
+    Args:
+        lines: of the whole file.
+        node: the function.
+    """
     docstring = node.body[0]
-    lines = code.splitlines()
-    kept = lines[: docstring.lineno - node.lineno] + lines[(docstring.end_lineno or 0) - node.lineno + 1 :]
+    kept = lines[node.lineno - 1 : docstring.lineno - 1] + lines[docstring.end_lineno or 0 : node.end_lineno]
     return textwrap.dedent("\n".join(kept))
 
 

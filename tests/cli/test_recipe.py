@@ -93,7 +93,7 @@ def test_bad_recipes(text, message, tmp_path):
 
 
 def test_missing_empty_and_binary_files(tmp_path):
-    with pytest.raises(UsageProblem, match="no such recipe: nowhere.yaml"):
+    with pytest.raises(UsageProblem, match=r"no such recipe: nowhere\.yaml"):
         load_recipe("nowhere.yaml", {}, [])
     (tmp_path / "empty.yaml").write_text("")
     assert load_recipe(tmp_path / "empty.yaml", {}, []) == Recipe()
@@ -112,7 +112,7 @@ def test_precedence_file_flags_settings(tmp_path):
 
 @pytest.mark.parametrize("setting", ["seed=1", "training.seed", "=1", "training.=1", ".seed=1"])
 def test_settings_need_section_key_and_value(setting):
-    with pytest.raises(UsageProblem, match="--set wants section.key=value"):
+    with pytest.raises(UsageProblem, match=r"--set wants section\.key=value"):
         load_recipe(None, {}, [setting])
 
 
