@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,14 +48,18 @@ class Plan:
         job = {"kind": kind, "name": name, "auto": case.auto, "folder": str(folder), "tensors": str(tensors)}
         self.jobs.append(job | more)
 
-    def run(self) -> dict[str, str]:
-        """Run the jobs in a process without the package; return what went wrong by job name."""
+    def run(self, *missing: str) -> dict[str, str]:
+        """Run the jobs in a process without the package (and others); return what went wrong by job name."""
         path = self.root / "plan.json"
         path.write_text(json.dumps(self.jobs))
         hub = {"HF_HOME": str(self.root / "hf"), "HF_MODULES_CACHE": str(self.root / "modules"), "HF_HUB_OFFLINE": "1"}
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | hub
         done = subprocess.run(
-            [sys.executable, str(SCRIPT), str(path)], capture_output=True, text=True, env=environment, cwd=self.root
+            [sys.executable, str(SCRIPT), str(path), *missing],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=self.root,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         results = json.loads(done.stdout.splitlines()[-1])
@@ -100,9 +105,42 @@ def plan_trained(plan: Plan, case: Case) -> None:
     task = TASKS.get(case.auto)
     if task in PEFT_CLASSES:
         plan.add("adapter", f"{case}-adapter", case, tuned, plan.root / "adapter", peft=PEFT_CLASSES[task])
+    plan_revised(plan, case, base)
     merged = tuned.merge_and_unload()
     merged.save_pretrained(plan.root / "merged")
     plan.add("same_head", f"{case}-merged", case, merged, plan.root / "merged")
+
+
+def plan_revised(plan: Plan, case: Case, base: Path) -> None:
+    """Another revision of the code joins the first in one process; then the first must still be itself."""
+    revised = plan.root / f"{case}-revised"
+    shutil.copytree(base, revised)
+    for path in revised.glob("*.py"):
+        path.write_text(path.read_text() + "\n# revised\n")
+    model = build(case)
+    for name, folder in (("before", base), ("revised", revised), ("after", base)):
+        plan.add("same_head", f"{case}-{name}", case, model, folder)
+
+
+def needs_compilers(family: Family) -> bool:
+    """Whether a family carries kernels for an optional compiler."""
+    return any(
+        b"import numba" in content or b"import triton" in content
+        for content in carried_files(family.model_type).values()
+    )
+
+
+@pytest.mark.parametrize("family", [row for row in FAMILIES if needs_compilers(row)], ids=lambda row: row.name)
+def test_loads_where_numba_and_triton_are_missing(family: Family, tmp_path):
+    plan = Plan(tmp_path)
+    for case in cases(loss=True, both_ways=False):
+        if case.family is family:
+            model = build(case, backend="eager")
+            model.config.backend = "auto"
+            model.save_pretrained(tmp_path / str(case))
+            plan.add("close_head", f"{case}", case, model, tmp_path / str(case))
+    failures = plan.run("numba", "triton")
+    assert not failures, "\n".join(f"{name}: {why}" for name, why in failures.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda row: row.name)

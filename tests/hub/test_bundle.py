@@ -232,22 +232,12 @@ def test_names_and_bytes_are_deterministic(family):
     bundle.carried_files.cache_clear()
     assert bundle.carried_files(family.model_type) == first
     assert list(first) == sorted(first)
-    code = (
-        "import hashlib, hf_lnlm.hub.bundle as b; "
-        f"print(hashlib.sha256(b''.join(b.carried_files({family.model_type!r}).values())).hexdigest())"
-    )
-    if family is FAMILIES[0]:
-        hashes = {
-            subprocess.run(
-                [sys.executable, "-c", code],
-                env={**os.environ, "PYTHONHASHSEED": seed},
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            for seed in ("1", "2")
-        }
-        assert len(hashes) == 1
+    if family is not FAMILIES[0]:
+        return
+    code = f"import hf_lnlm.hub.bundle as b; print(b.carried_files({family.model_type!r}))"
+    variables = {**os.environ, "PYTHONHASHSEED": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{first}\n"
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda row: row.name)
