@@ -1,0 +1,398 @@
+"""`hf-lnlm demo`: several families on Python's own standard library, side by side, reloaded where hf_lnlm is missing.
+
+Models of equal size get equal CPU time, in turns, and one table of bits per byte moves for all. Each is then saved as it
+would go to the Hub, examined by `hf-lnlm check`, and loaded again in one process that cannot import hf_lnlm. Every claim of
+the report is tested on the way; if one fails, so does the command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .demo_race import Contender, Progress, bits_per_byte
+from .demo_report import HEADER, Claim, compressors, peak_memory, table, write_report
+from .errors import UsageProblem
+from .output import plain_when_piped, quiet_libraries, say
+
+BLOCK, BATCH, VOCABULARY = 192, 12, 1024
+TARGET = 450_000
+"""Parameters of each model, within `TOLERANCE`."""
+TOLERANCE = 0.05
+TOTAL_SECONDS = 84.0
+"""CPU seconds of training of all contenders together, unless told otherwise."""
+ROUNDS = 14
+PROMPT = "def "
+SETTINGS_FILE = "demo.json"
+STOCK = {
+    "GPT-2 (stock)": {"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_positions": BLOCK, "learning_rate": 2e-3}
+}
+DEFAULT_LABELS = ("RNN-LSTM", "RNN-GRU", "GPT-2 (stock)")
+
+
+def demo(all_families: bool, output: str, seconds: float | None, seed: int, resume: bool, overwrite: bool) -> int:
+    """Run the command; the arguments are its options. Returns 0 if every claim holds, else 1."""
+    begun = time.monotonic()
+    plain_when_piped()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    folder = Path(output)
+    settings = {"all": all_families, "seconds": seconds, "seed": seed}
+    settings = prepare(folder, settings, resume, overwrite)
+    with one_thread(), quiet_libraries():
+        contenders, validation, text = assemble(folder, settings)
+        baselines = compressors(text)
+        try:
+            race(contenders, validation, baselines, settings, resume)
+        except KeyboardInterrupt:
+            for contender in contenders:
+                contender.stop()
+            print(f"stopped; go on with: hf-lnlm demo --resume --output {folder}", file=sys.stderr)
+            return 130
+        samples = {contender.label: sample(contender, settings["seed"]) for contender in contenders}
+        claims = [*race_claims(contenders), *publish_claims(folder, contenders, validation)]
+    facts = {
+        "seed": settings["seed"],
+        "wall time": f"{time.monotonic() - begun:.0f} s",
+        "peak memory": f"{peak_memory():.2f} GiB",
+        "validation text": f"{len(text):,} bytes in files set aside by a hash of their path",
+    }
+    report = write_report(folder, contenders, baselines, samples, claims, facts)
+    finish(contenders, baselines, samples, claims, facts, report)
+    return 0 if all(claim.holds for claim in claims) else 1
+
+
+def prepare(folder: Path, settings: dict[str, Any], resume: bool, overwrite: bool) -> dict[str, Any]:
+    """Make the output folder ready; returns the settings, those of the earlier run when resuming.
+
+    Raises:
+        UsageProblem: the folder is in use, or there is nothing to resume.
+    """
+    path = folder / SETTINGS_FILE
+    if resume and overwrite:
+        raise UsageProblem("--resume goes on with a demo and --overwrite deletes it; give one of them")
+    if resume:
+        if not path.is_file():
+            raise UsageProblem(f"nothing to resume in {folder} (no {SETTINGS_FILE})")
+        return json.loads(path.read_text())
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not overwrite:
+            raise UsageProblem(f"{folder} holds files already: --resume goes on, --overwrite starts anew")
+        if not path.is_file():
+            raise UsageProblem(f"{folder} was not written by hf-lnlm demo (no {SETTINGS_FILE}); delete it yourself")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings))
+    return settings
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread, so that CPU seconds mean the same for all."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def plans(all_families: bool) -> dict[str, dict[str, Any]]:
+    """Label → config fields, `model_type` and `learning_rate` of each contender."""
+    from ..registry import FAMILIES
+
+    rows = {
+        label: {"model_type": family.model_type, **fields}
+        for family in FAMILIES
+        for label, fields in family.demo.items()
+    }
+    rows |= STOCK
+    return rows if all_families else {label: rows[label] for label in DEFAULT_LABELS if label in rows}
+
+
+def assemble(folder: Path, settings: dict[str, Any]) -> tuple[list[Contender], list[Any], bytes]:
+    """Read the text, build the tokenizer and the models.
+
+    Returns:
+        the contenders, validation blocks, and the bytes of the validation files.
+    """
+    from ..data.blocks import PackedBlocks
+    from ..data.sources import load_documents
+    from ..data.tokenizers import build_tokenizer
+
+    documents = load_documents("stdlib", validation=0.04, seed=0)
+    tokenizer = build_tokenizer("bpe", documents.train["text"][:300], vocab_size=VOCABULARY)
+    folder.joinpath("models").mkdir(exist_ok=True)
+    rows = plans(bool(settings["all"]))
+    budget = float(settings["seconds"] or TOTAL_SECONDS / len(rows))
+    data, contenders = PackedBlocks(documents.train, tokenizer, BLOCK, overlap=1), []
+    for label, fields in rows.items():
+        model = build(dict(fields), tokenizer, int(settings["seed"]))
+        home = folder / "models" / label.lower().replace(" ", "-").replace("(", "").replace(")", "")
+        home.mkdir(exist_ok=True)
+        rate = float(fields.get("learning_rate", 4e-3))
+        contenders.append(Contender(label, model, tokenizer, data, rate, home, budget))
+    held = documents.validation["text"]
+    blocks = PackedBlocks(documents.validation, tokenizer, BLOCK, overlap=1)
+    step = max(1, len(blocks) // 96)
+    validation = [blocks[index] for index in range(0, len(blocks), step)]
+    return contenders, validation, "\n".join(held).encode()
+
+
+def build(fields: dict[str, Any], tokenizer: Any, seed: int) -> Any:
+    """Build a model with about `TARGET` parameters: the widest that does not exceed it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    fields.pop("learning_rate", None)
+    model_type = fields.pop("model_type")
+    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+
+    def config(width: int) -> Any:
+        return AutoConfig.for_model(
+            model_type,
+            **{"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, **special, **fields},
+            hidden_size=width,
+        )
+
+    width = fitting_width(config)
+    set_seed(seed)
+    return AutoModelForCausalLM.from_config(config(width))
+
+
+def fitting_width(config: Any) -> int:
+    """The hidden size, a multiple of 4, whose parameter count comes closest to `TARGET`; counted without allocating."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def count(width: int) -> int:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config(width))
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    low, high = 4, 1024
+    while high - low > 4:
+        middle = (low + high) // 8 * 4
+        low, high = (middle, high) if count(middle) <= TARGET else (low, middle)
+    return min((low, high), key=lambda width: abs(count(width) - TARGET))
+
+
+def make_trainer(contender: Contender, turns: Any) -> Any:
+    """The contender's Trainer: the package's own, quiet, with the callback that takes turns."""
+    from transformers import PrinterCallback
+
+    from ..objectives import objective
+    from ..trainer.arguments import LNLMTrainingArguments
+    from ..trainer.trainer import LNLMTrainer
+
+    goal = objective("causal")
+    arguments = LNLMTrainingArguments(
+        output_dir=str(contender.folder / "run"),
+        max_steps=1_000_000,
+        per_device_train_batch_size=BATCH,
+        learning_rate=contender.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=0.01,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+        use_cpu=True,
+        remove_unused_columns=False,
+        enable_jit_checkpoint=False,
+        seed=0,
+    )
+    trainer = LNLMTrainer(
+        model=contender.model,
+        args=arguments,
+        train_dataset=contender.data,
+        data_collator=goal.collator(contender.tokenizer, 0),
+        processing_class=contender.tokenizer,
+        callbacks=[turns],
+        objective=goal,
+    )
+    trainer.remove_callback(PrinterCallback)  # the table shows what it would print
+    return trainer
+
+
+def race(
+    contenders: list[Contender],
+    validation: list[Any],
+    baselines: dict[str, float],
+    settings: dict[str, Any],
+    resume: bool,
+) -> None:
+    """Train all contenders in turns and show the table as it moves."""
+    from ..trainer.checkpoints import list_checkpoints
+
+    with live_table(contenders, baselines) as show:
+        for contender in contenders:
+            if not contender.progress.curve:
+                contender.progress.curve.append((0.0, bits_per_byte(contender.model, validation)))
+            run = contender.folder / "run"
+            contender.start(make_trainer, resume and run.is_dir() and bool(list_checkpoints(run)))
+        show()
+        while not all(contender.finished for contender in contenders):
+            for contender in contenders:
+                if contender.finished:
+                    continue
+                contender.run_turn(contender.budget / ROUNDS)
+                measure(contender, validation)
+                show()
+
+
+def measure(contender: Contender, validation: list[Any]) -> None:
+    """Add a point to the contender's curve and write its progress down."""
+    progress: Progress = contender.progress
+    progress.curve.append((progress.seconds, bits_per_byte(contender.model, validation)))
+    progress.save(contender.folder)
+
+
+@contextmanager
+def live_table(contenders: list[Contender], baselines: dict[str, float]) -> Iterator[Any]:
+    """A table that redraws itself on a terminal; elsewhere one plain line a round."""
+    if sys.stdout.isatty():
+        from rich.live import Live
+
+        with Live(drawn(contenders, baselines), refresh_per_second=4) as live:
+            yield lambda: live.update(drawn(contenders, baselines))
+        return
+    shown = {"round": -1.0}
+
+    def line() -> None:
+        done = min(contender.progress.seconds / contender.budget for contender in contenders)
+        if done < shown["round"] + 0.1 and done < 1.0 or done == shown["round"]:
+            return
+        shown["round"] = done
+        bits = "  ".join(f"{contender.label} {contender.progress.curve[-1][1]:.3f}" for contender in contenders)
+        say(f"{min(done, 1):4.0%} of the CPU time, bits per byte: {bits}")
+
+    yield line
+
+
+def drawn(contenders: list[Contender], baselines: dict[str, float]) -> Any:
+    """The table as rich draws it."""
+    from rich.table import Table
+
+    result = Table(title="Python's standard library, held-out files")
+    for number, name in enumerate(HEADER):
+        result.add_column(name, justify="left" if number == 0 else "right")
+    for row in table(contenders, baselines):
+        result.add_row(*row)
+    return result
+
+
+def sample(contender: Contender, seed: int) -> str:
+    """What a contender writes after `PROMPT`."""
+    from transformers import set_seed
+
+    set_seed(seed)
+    contender.model.eval()
+    inputs = contender.tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)
+    inputs.pop("token_type_ids", None)
+    written = contender.model.generate(
+        **inputs,
+        max_new_tokens=80,
+        do_sample=True,
+        temperature=0.7,
+        top_k=40,
+        pad_token_id=contender.tokenizer.pad_token_id,
+    )
+    return contender.tokenizer.decode(written[0], skip_special_tokens=True)
+
+
+def race_claims(contenders: list[Contender]) -> list[Claim]:
+    """What must hold of the race: equal size, equal time, and that every model learnt."""
+    sizes = [contender.parameters for contender in contenders]
+    spent = [contender.progress.seconds for contender in contenders]
+    claims = [
+        Claim(
+            f"parameters lie within 10 % of each other ({min(sizes):,} to {max(sizes):,})",
+            max(sizes) <= 1.1 * min(sizes),
+        ),
+        Claim(
+            f"CPU time is equal within 10 % ({min(spent):.1f} to {max(spent):.1f} s)",
+            max(spent) <= 1.1 * min(spent) + 0.5,
+        ),
+    ]
+    for contender in contenders:
+        first, last = contender.progress.curve[0][1], contender.progress.curve[-1][1]
+        claims.append(Claim(f"{contender.label} learnt: {first:.2f} to {last:.2f} bits per byte", last < 0.85 * first))
+    return claims
+
+
+def publish_claims(folder: Path, contenders: list[Contender], validation: list[Any]) -> list[Claim]:
+    """Save every model as for the Hub, examine it, and load all where hf_lnlm is missing."""
+    from ..hub.card import write_card, write_evaluation
+    from ..hub.check import check_folder, is_fit
+
+    claims = []
+    for contender in contenders:
+        shutil.rmtree(contender.folder / "run", ignore_errors=True)
+        contender.model.save_pretrained(contender.folder)
+        contender.tokenizer.save_pretrained(contender.folder)
+        bits = contender.progress.curve[-1][1]
+        write_evaluation(contender.folder, {"data": "stdlib", "task": "causal", "metrics": {"bits_per_byte": bits}})
+        write_card(contender.folder)
+        findings = check_folder(contender.folder, published=lambda path: not path.endswith("race.json"))
+        bad = "; ".join(finding.message for finding in findings if finding.level == "fail")
+        claims.append(
+            Claim(f"{contender.label}: hf-lnlm check finds nothing wrong{': ' + bad if bad else ''}", is_fit(findings))
+        )
+    return [*claims, *reload_elsewhere(contenders, validation)]
+
+
+def reload_elsewhere(contenders: list[Contender], validation: list[Any]) -> list[Claim]:
+    """Load all checkpoints in one process that can't import hf_lnlm, and compare logits bit by bit."""
+    import torch
+    from safetensors.torch import save_file
+
+    ids = torch.stack([torch.as_tensor(row["input_ids"]) for row in validation[:2]])
+    tensors = {"ids": ids}
+    with torch.no_grad():
+        for contender in contenders:
+            tensors[contender.folder.name] = contender.model.eval()(input_ids=ids, use_cache=False).logits.contiguous()
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = Path(scratch) / "logits.safetensors"
+        save_file(tensors, reference)
+        script = Path(__file__).with_name("demo_reload.py")
+        command = [sys.executable, "-P", str(script), str(reference), *(str(c.folder) for c in contenders)]
+        environment = os.environ | {"HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1"}
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    found = {line["name"]: line["identical"] for line in lines}
+    if run.returncode and len(found) < len(contenders):
+        say(run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "the other process said nothing")
+    return [
+        Claim(f"{c.label}: reloaded without hf_lnlm, logits bit-identical", found.get(c.folder.name, False))
+        for c in contenders
+    ]
+
+
+def finish(
+    contenders: list[Contender],
+    baselines: dict[str, float],
+    samples: dict[str, str],
+    claims: list[Claim],
+    facts: dict[str, Any],
+    report: Path,
+) -> None:
+    """Print the result."""
+    say()
+    for row in [HEADER, *table(contenders, baselines)]:
+        say(f"{row[0]:<16}" + "".join(f"{cell:>15}" for cell in row[1:]))
+    for label, text in samples.items():
+        say(f"\n{label} writes:\n{text.strip()}")
+    say()
+    for claim in claims:
+        say(f"{'holds' if claim.holds else 'FAILS'}  {claim.text}")
+    say(f"\n{facts['wall time']}, peak memory {facts['peak memory']}; report: {report}")
