@@ -63,12 +63,17 @@ def _crc32(path: Path) -> int:
 
 
 def _force(path: Path) -> None:
-    """Force a file or a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Force a file or a folder to disk; some file systems can't do it for folders, and it isn't needed there."""
+    folder = path.is_dir()
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        if not folder:
+            raise
 
 
 def seal(folder: str | Path) -> None:

@@ -32,8 +32,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers.trainer_pt_utils import find_batch_size
+from transformers.utils import logging
 
 from .randomness import kept_random_state
+
+logger = logging.get_logger(__name__)
 
 Inputs = Mapping[str, Any]
 Counter = Callable[[Inputs], torch.Tensor]
@@ -119,7 +122,7 @@ class LossRule:
     passes_num_items = False
 
     def count(self, inputs: Inputs) -> torch.Tensor:
-        """Return the number of items of each term of the loss, `(terms,)`, float64."""
+        """Return the number of items of each term of the loss, `(terms,)`, int64."""
         raise NotImplementedError
 
     def sums(self, loss: torch.Tensor, outputs: Any, inputs: Inputs, total: torch.Tensor) -> torch.Tensor:
@@ -143,7 +146,7 @@ class HonoursItems(LossRule):
 
     def count(self, inputs: Inputs) -> torch.Tensor:
         """Return the items that the model counts, `(1,)`."""
-        return COUNTERS[self.counter](inputs).double().reshape(1)
+        return COUNTERS[self.counter](inputs).long().reshape(1)
 
     def sums(self, loss: torch.Tensor, outputs: Any, inputs: Inputs, total: torch.Tensor) -> torch.Tensor:
         """Return the loss times the items of the step, `(1,)`."""
@@ -158,7 +161,7 @@ class MeanOfItems(LossRule):
 
     def count(self, inputs: Inputs) -> torch.Tensor:
         """Return the items that the model averages over, `(1,)`."""
-        return COUNTERS[self.counter](inputs).double().reshape(1)
+        return COUNTERS[self.counter](inputs).long().reshape(1)
 
     def sums(self, loss: torch.Tensor, outputs: Any, inputs: Inputs, total: torch.Tensor) -> torch.Tensor:
         """Return the mean times its items, `(1,)`; a connected zero when there are none."""
@@ -176,7 +179,7 @@ class SumOfParts(LossRule):
 
     def count(self, inputs: Inputs) -> torch.Tensor:
         """Return the labels of each part, `(parts,)`."""
-        return torch.stack([part.target(inputs).ne(IGNORED).sum().double() for part in self.parts])
+        return torch.stack([part.target(inputs).ne(IGNORED).sum() for part in self.parts])
 
     def sums(self, loss: torch.Tensor, outputs: Any, inputs: Inputs, total: torch.Tensor) -> torch.Tensor:
         """Return the summed cross-entropy of each part, `(parts,)`."""
@@ -191,7 +194,7 @@ class DeclaredParts(LossRule):
 
     def count(self, inputs: Inputs) -> torch.Tensor:
         """Return the items of each declared term, `(terms,)`."""
-        return torch.stack([items.double().reshape(()) for items in self.model.loss_items(inputs).values()])  # type: ignore[operator]
+        return torch.stack([items.long().reshape(()) for items in self.model.loss_items(inputs).values()])  # type: ignore[operator]
 
     def sums(self, loss: torch.Tensor, outputs: Any, inputs: Inputs, total: torch.Tensor) -> torch.Tensor:
         """Return the declared sums, `(terms,)`."""
@@ -227,12 +230,11 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _row(inputs: Inputs, index: int, size: int) -> dict[str, Any]:
-    """Return row `index` of every tensor that has `size` rows."""
-    pick = slice(index, index + 1)
-    return {
-        name: value[pick] if torch.is_tensor(value) and value.dim() and value.shape[0] == size else value
-        for name, value in inputs.items()
-    }
+    """Return row `index` of every tensor; each must have `size` rows, as padded batches have."""
+    row = {name: value for name, value in inputs.items() if torch.is_tensor(value)}
+    if len(row) < len(inputs) or any(not value.dim() or value.shape[0] != size for value in row.values()):
+        raise ValueError("the batch can't be taken apart into rows")
+    return {name: value[index : index + 1] for name, value in row.items()}
 
 
 def _only_first_labels(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -268,15 +270,38 @@ class LossProbe:
         if hasattr(self.model, "loss_items") and hasattr(self.model, "loss_sums"):
             return DeclaredParts(self.model)
         with _undisturbed(self.model):
-            rows = self._two_rows()
-            parts = _known_parts(self.inputs)
-            if parts is not None and self._explains(parts, rows):
-                return SumOfParts(parts)
-            if self.passes_kwargs and "labels" in self.inputs:
-                counted = self._items_honoured(rows)
-                if counted is not None:
-                    return HonoursItems(counted)
-            return MeanOfItems(self._items_of_mean(rows))
+            try:
+                return self._measured(self._two_rows())
+            except (
+                ArithmeticError,
+                AssertionError,
+                IndexError,
+                KeyError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+            ) as error:
+                # a batch that isn't a stack of rows, such as one flat row of documents: measure what can be
+                logger.info(f"the loss of two rows couldn't be measured ({error}); measuring the batch as it is")
+                return self._measured_as_it_is()
+
+    def _measured(self, rows: list[dict[str, Any]]) -> LossRule:
+        parts = _known_parts(self.inputs)
+        if parts is not None and self._explains(parts, rows):
+            return SumOfParts(parts)
+        if self.passes_kwargs and "labels" in self.inputs:
+            counted = self._items_honoured(rows)
+            if counted is not None:
+                return HonoursItems(counted)
+        return MeanOfItems(self._items_of_mean(rows))
+
+    def _measured_as_it_is(self) -> LossRule:
+        """Return the rule without taking the batch apart: whether it honours the number of items, and the usual count."""
+        if self.passes_kwargs and "labels" in self.inputs:
+            counted = self._items_honoured([dict(self.inputs)])
+            if counted is not None:
+                return HonoursItems(counted)
+        return MeanOfItems(self.preferred)
 
     def _two_rows(self) -> list[dict[str, Any]]:
         """Return the two rows with most labels (one row twice if there is no other), with 2 and 3 labels left."""
@@ -290,17 +315,14 @@ class LossProbe:
 
     def _loss(self, rows: list[dict[str, Any]], training: bool, **extra: Any) -> tuple[float, Any]:
         """Return the model's loss for some rows and its outputs, with the same dropout every time."""
-        batch = {
-            name: torch.cat([row[name] for row in rows]) if torch.is_tensor(rows[0][name]) else rows[0][name]
-            for name in rows[0]
-        }
+        batch = rows[0] if len(rows) == 1 else {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         self.model.train(training)
         torch.manual_seed(0)
         outputs = self.model(**batch, **extra)
         return float(outputs["loss"] if isinstance(outputs, dict) else outputs[0]), outputs
 
     def _explains(self, parts: tuple[Part, ...], rows: list[dict[str, Any]]) -> bool:
-        batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0] if torch.is_tensor(rows[0][name])}
+        batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         loss, outputs = self._loss(rows, training=False)
         if any(part.logits not in outputs for part in parts):
             return False

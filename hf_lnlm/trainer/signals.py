@@ -4,9 +4,15 @@ The stock callback behind `enable_jit_checkpoint` knows SIGTERM only, waits thre
 between backward and optimizer step, when the random state is already past the forward pass that the resumed run will
 repeat; such a resume isn't exact. This one keeps its switch and its place and acts only when a step is complete.
 A second signal of the same kind ends the process at once, as without a handler.
+
+Ctrl-C and schedulers signal whole groups of processes, the workers of a data loader included; a loader that loses a worker
+raises wherever the main process happens to be, in the middle of a step. So workers heed their parent only.
 """
 
+import os
 import signal
+import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -14,6 +20,27 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def shelter_worker(worker: int, then: Callable[[int], None] | None = None) -> None:
+    """Let a worker of a data loader end on its parent's SIGTERM only; to be its `worker_init_fn`.
+
+    Args:
+        worker: The worker's number.
+        then: What was to initialise the worker otherwise.
+    """
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=_heed, args=(os.getppid(),), daemon=True).start()
+    if then is not None:
+        then(worker)
+
+
+def _heed(parent: int) -> None:
+    """Wait for a SIGTERM from the parent, then leave."""
+    while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+        continue
+    os._exit(0)
 
 
 class StopRequested(BaseException):

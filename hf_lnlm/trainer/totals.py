@@ -6,7 +6,8 @@ by as much. Units: nats, tokens, UTF-8 bytes, seconds.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,20 @@ class TrainingTotals:
         self._sums: torch.Tensor | None = None
         self._started = time.perf_counter()
 
+    def begin(self) -> None:
+        """Start the clock if nothing has been added yet."""
+        if self._sums is None:
+            self.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of something that isn't training."""
+        since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - since
+
     def add(
         self, sums: torch.Tensor, items: torch.Tensor, num_bytes: torch.Tensor | None, tokens: torch.Tensor
     ) -> None:
@@ -47,7 +62,8 @@ class TrainingTotals:
         device = sums.device
         counted = torch.zeros((), device=device) if num_bytes is None else num_bytes.sum()
         row = [sums.detach()[0], items[0], counted, tokens]
-        found = torch.stack([value.to(device, torch.float64) for value in row])
+        precise = torch.float32 if device.type == "mps" else torch.float64
+        found = torch.stack([value.to(device, precise) for value in row])
         self._sums = found if self._sums is None else self._sums + found
 
     def summary(self, reduce: Reduce, language: bool, per_byte: bool) -> dict[str, float]:
@@ -81,7 +97,8 @@ class EvaluationTotals:
 
     def add(self, sums: torch.Tensor, items: torch.Tensor, measured: Mapping[str, torch.Tensor]) -> None:
         """Add a batch: `sums` and `items` `(terms,)`, `measured` scalars by name."""
-        sums, items = sums.detach().double(), items.to(sums.device).double()
+        precise = torch.float32 if sums.device.type == "mps" else torch.float64
+        sums, items = sums.detach().to(precise), items.to(sums.device, precise)
         self.sums = sums if self.sums is None else self.sums + sums
         self.items = items if self.items is None else self.items + items
         for name, value in measured.items():

@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from .loss_scale import IGNORED, LossProbe, LossRule
 from .nonfinite import stop
 from .randomness import kept_random_state
 from .recurrent_state import CarriedState, lane_fault, state_file
-from .signals import StopRequested, StopSignal
+from .signals import StopRequested, StopSignal, shelter_worker
 from .totals import EvaluationTotals, TrainingTotals, input_tokens
 
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -182,8 +183,15 @@ class LNLMTrainer(Trainer):
             if resumed is not None and kwargs["steps_trained_in_current_epoch"]:
                 path = state_file(resumed, self.args.process_index, self.args.world_size)
                 self._carried.load(path, self.accelerator.unwrap_model(self.model), self.args.device)
-        self._training_totals.clear()
+        self._training_totals.begin()
         super()._run_epoch(*args, **kwargs)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
+        """Keep the signals of a process group from the loader's workers."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        base = getattr(loader, "base_dataloader", loader)
+        base.worker_init_fn = partial(shelter_worker, then=base.worker_init_fn)
+        return loader
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         """Leave an objective's collator all columns: it reads some that the model doesn't take, and removes them."""
@@ -295,7 +303,7 @@ class LNLMTrainer(Trainer):
             self._loss_rule = self._find_loss_rule(batch_samples)
         total = torch.stack([self._loss_rule.count(batch).to(device) for batch in batch_samples]).sum(0)
         if self.args.average_tokens_across_devices:
-            total = self._reduce(total) / self.get_tp_size()
+            total = self._reduce(total) // self.get_tp_size()
         return total
 
     def _reduce(self, values: torch.Tensor) -> torch.Tensor:
@@ -331,7 +339,7 @@ class LNLMTrainer(Trainer):
             if self.args.average_tokens_across_devices:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if self._carried is not None:
-            self._carried.keep(outputs["past_key_values"])
+            self._carried.keep(outputs.get("past_key_values"))
         return (loss, outputs) if return_outputs else loss
 
     def _with_state(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -373,7 +381,7 @@ class LNLMTrainer(Trainer):
         self._carried = self._state_for_evaluation(getattr(dataloader, "dataset", None))
         self._evaluation_totals = totals = EvaluationTotals()
         try:
-            with kept_random_state():
+            with kept_random_state(), self._training_totals.paused():
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
@@ -420,7 +428,8 @@ class LNLMTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with tokens per second and, for a language-modelling objective, perplexity and bits per byte."""
         if "loss" in logs:
-            language = self.objective is not None
+            # an objective predicts tokens; a task (a classifier's) says so itself
+            language = getattr(self.objective, "language", hasattr(self.objective, "direction"))
             per_byte = language and getattr(self.objective, "direction", "") == "forward"
             logs.update(self._training_totals.summary(self._reduce, language, per_byte))
         super().log(logs, start_time)
@@ -454,7 +463,7 @@ class LNLMTrainer(Trainer):
         """Write this process's part; return what went wrong instead of raising it, so that no process waits for ever."""
         self._staging = str(staging)
         try:
-            with no_bars() if self.args.disable_tqdm else nullcontext():
+            with no_bars() if self.args.disable_tqdm else nullcontext(), self._training_totals.paused():
                 super()._save_checkpoint(model, trial)
             if self._carried is not None:
                 self._carried.save(state_file(staging / final.name, self.args.process_index, self.args.world_size))

@@ -88,6 +88,7 @@ def main() -> None:
         "terminated": terminated(os.path.join(folder, "terminated")),
         "lanes": lanes(os.path.join(folder, "lanes")),
         "resumed": resumed(DROPPING, os.path.join(folder, "map")),
+        "resumed_stream": resumed({**DROPPING, "data": "stream"}, os.path.join(folder, "stream")),
         "resumed_lanes": resumed({**LANES, "dropout": 0.2}, os.path.join(folder, "carried")),
         "loss_scale": loss_scale(os.path.join(folder, "scale")),
     }

@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,8 @@ def forked(work: Any) -> int:
             status = 0
         except SystemExit as leaving:
             status = int(leaving.code or 0)
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stderr.flush()
             os._exit(status)
@@ -277,29 +280,30 @@ def fills_the_disk() -> dict[str, Any]:
         return {"statuses": statuses, "left": left, "last": find_fault(os.path.join(folder, f"checkpoint-{STEPS}"))}
 
 
-def stops_on(number: int, while_evaluating: bool) -> dict[str, Any]:
-    """Send a signal to a run, after some steps or in its first evaluation, and finish the run afterwards."""
+def stops_on(number: int, while_evaluating: bool = False, workers: int = 0) -> dict[str, Any]:
+    """Send a signal to a run and its workers, after some steps or in an evaluation, and finish the run afterwards."""
+    case = {**MAP, "workers": workers}
     with tempfile.TemporaryDirectory() as root:
         folder, straight, progress = (os.path.join(root, name) for name in ("run", "straight", "progress"))
         settings: dict[str, Any] = {"save_steps": 1000, "max_steps": 60, "lr_scheduler_type": "constant"}
 
         def run() -> None:
-            trainer = trainer_of(
-                MAP, folder, **settings, eval_steps=5, eval_strategy="steps" if while_evaluating else "no"
-            )
+            os.setpgid(0, 0)
+            evaluation = {"eval_steps": 5, "eval_strategy": "steps" if while_evaluating else "no"}
+            trainer = trainer_of(case, folder, **settings, **evaluation)
             trainer.add_callback(Slow(progress, while_evaluating))
             trainer.train()
 
         child = forked(run)
         until(lambda: done_in(progress) >= 3)
-        os.kill(child, number)
+        os.killpg(child, number)
         statuses = [wait(child)]
         left = sorted(os.listdir(folder))
         reached = int(left[0].rpartition("-")[2]) if left else 0
         settings["max_steps"] = reached + 3
         for path in (folder, straight):
             again = path == folder
-            statuses.append(wait(forked(lambda path=path, again=again: train(MAP, path, resume=again, **settings))))
+            statuses.append(wait(forked(lambda path=path, again=again: train(case, path, resume=again, **settings))))
         ends = [digest(Path(path) / f"checkpoint-{reached + 3}") for path in (folder, straight)]
         return {"statuses": statuses, "left": left, "equal": ends[0] == ends[1]}
 

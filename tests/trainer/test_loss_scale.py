@@ -40,8 +40,8 @@ def test_two_processes(repository: Path, tmp_path: Path) -> None:
         assert found == pytest.approx(whole, rel=1e-4), f"{head}: two processes"
     assert set(answers["loss_scale"]) == set(families.HEADS)
     assert answers["terminated"] == [143, ["checkpoint-3"]]
-    assert answers["resumed"][0] == answers["resumed"][1]
-    assert answers["resumed_lanes"][0] == answers["resumed_lanes"][1]
+    for name in ("resumed", "resumed_stream", "resumed_lanes"):
+        assert answers[name][0] == answers[name][1], name
     assert answers["lanes"] == pytest.approx(lanes_of_one_process(tmp_path), rel=1e-5)
     assert answers["evaluated"] == pytest.approx(evaluated_by_hand(), rel=1e-5)
 

@@ -62,13 +62,14 @@ def test_kills_signals_and_a_full_disk(repository: Path) -> None:
     requests: list[tuple[str, dict[str, Any]]] = [
         ("survives_kills", {"number": 5, "seed": 0}),
         ("fills_the_disk", {}),
-        ("stops_on", {"number": 15, "while_evaluating": False}),
+        ("stops_on", {"number": 15}),
         ("stops_on", {"number": 2, "while_evaluating": True}),
+        ("stops_on", {"number": 2, "workers": 2}),
     ]
-    kills, disk, term, interrupt = ask(repository, requests)
+    kills, disk, term, evaluating, interrupt = ask(repository, requests)
     survives(kills, 5)
     assert disk == {"statuses": [3, 0], "left": {"checkpoint-4": None}, "last": None}
-    for answer, status in ((term, 143), (interrupt, 130)):
+    for answer, status in ((term, 143), (evaluating, 130), (interrupt, 130)):
         assert answer["statuses"] == [status, 0, 0]
         assert len(answer["left"]) == 1 and answer["equal"]
 
