@@ -32,7 +32,7 @@ class StopAt(T.TrainerCallback):
 
 def loss_scale(folder: str) -> dict[str, Any]:
     """Return loss and gradient norm of every head, four rows a process."""
-    return {head: scale.loss_and_norm(head, folder, batch=4, accumulation=1) for head in families.HEADS}
+    return {head: scale.loss_and_norm(head, folder, batch=4, accumulation=1) for head in scale.heads()}
 
 
 def lanes(folder: str) -> list[float]:

@@ -37,6 +37,20 @@ def sequence(row: int, generator: random.Random) -> Row:
     return {"input_ids": _tokens(generator), "attention_mask": [1] * LENGTH, "labels": generator.randrange(3)}
 
 
+def ended(row: int, generator: random.Random) -> Row:
+    """A row for the head that pools at </s>, which every row must have."""
+    made = sequence(row, generator)
+    return {**made, "input_ids": [*made["input_ids"][:-1], 1]}
+
+
+def regression(row: int, generator: random.Random) -> Row:
+    return {**sequence(row, generator), "labels": generator.random()}
+
+
+def several(row: int, generator: random.Random) -> Row:
+    return {**sequence(row, generator), "labels": [float(generator.randrange(2)) for _ in range(3)]}
+
+
 def token(row: int, generator: random.Random) -> Row:
     labels = [generator.randrange(3) if position < 2 + row else -100 for position in range(LENGTH)]
     return {"input_ids": _tokens(generator), "attention_mask": _mask(row), "labels": labels}
@@ -114,6 +128,7 @@ HEADS: dict[str, Callable[[int, random.Random], Row]] = {
     **{f"{name}ForSequenceClassification": sequence for name in _CONFIGS},
     **{f"{name}ForTokenClassification": token for name in _CONFIGS},
     **{f"{name}ForQuestionAnswering": question for name in _CONFIGS},
+    "BertForSequenceClassification, regression": regression, "GPT2ForSequenceClassification, several": several,
     "XLNetForQuestionAnswering": question_inside, "XLNetForQuestionAnsweringSimple": question,
     "BertForMultipleChoice": choice,
 }  # fmt: skip
@@ -126,15 +141,14 @@ def build(head: str) -> tuple[torch.nn.Module, list[Row]]:
     values = dict(values)
     if "QuestionAnswering" in head or "PreTraining" in head:
         values["num_labels"] = 2
+    head, _, kind = head.partition(", ")
+    rows = HEADS[f"{head}, {kind}" if kind else head]
+    if kind == "regression":
+        values["num_labels"] = 1
     if head == "BertLMHeadModel":
         values["is_decoder"] = True
     if head == "T5ForSequenceClassification":
-
-        def rows(row: int, generator: random.Random) -> Row:  # this head pools at </s>, one in every row
-            made = sequence(row, generator)
-            return {**made, "input_ids": [*made["input_ids"][:-1], 1]}
-    else:
-        rows = HEADS[head]
+        rows = ended
     torch.manual_seed(0)
     model = getattr(T, head)(config_class(**values))
     generator = random.Random(1)

@@ -6,7 +6,10 @@ import transformers as T
 
 from hf_lnlm.trainer.arguments import LNLMTrainingArguments
 from hf_lnlm.trainer.trainer import LNLMTrainer
+from tests.contract import cases as contract
 from tests.trainer import families
+
+OURS = {str(case): case for case in contract.cases(loss=True)}
 
 
 def trainer(model: Any, rows: Any, folder: str, batch: int, accumulation: int, **changed: Any) -> LNLMTrainer:
@@ -37,8 +40,20 @@ def step(model: Any, rows: Any, folder: str, batch: int, accumulation: int, **ch
     return built
 
 
+def heads() -> list[str]:
+    """Return the names of all heads with a loss, stock and ours."""
+    return [*families.HEADS, *OURS]
+
+
+def build(head: str) -> tuple[Any, Any]:
+    """Return a seeded tiny model and eight rows for it."""
+    if head in OURS:
+        return contract.build(OURS[head], use_cache=False), contract.rows_of(OURS[head])
+    return families.build(head)
+
+
 def loss_and_norm(head: str, folder: str, batch: int, accumulation: int) -> tuple[float, float]:
-    """Return the loss and the gradient norm of the first step of a stock head."""
-    model, rows = families.build(head)
+    """Return the loss and the gradient norm of the first step of a head."""
+    model, rows = build(head)
     entry = step(model, rows, folder, batch, accumulation).state.log_history[0]
     return entry["loss"], entry["grad_norm"]

@@ -38,7 +38,7 @@ def test_two_processes(repository: Path, tmp_path: Path) -> None:
         cut = scale.loss_and_norm(head, str(tmp_path / "one"), batch=2, accumulation=4)
         assert cut == pytest.approx(whole, rel=1e-4), f"{head}: accumulation"
         assert found == pytest.approx(whole, rel=1e-4), f"{head}: two processes"
-    assert set(answers["loss_scale"]) == set(families.HEADS)
+    assert set(answers["loss_scale"]) == set(scale.heads())
     assert answers["terminated"] == [143, ["checkpoint-3"]]
     for name in ("resumed", "resumed_stream", "resumed_lanes"):
         assert answers[name][0] == answers[name][1], name
