@@ -179,6 +179,30 @@ FAMILIES: tuple[Family, ...] = (
         lora_targets=("projection",),
         demo={"GatedCNN": {}},
     ),
+    Family(
+        model_type="lnlm_ssm",
+        title="Selective state space model",
+        room="state_space",
+        name="ssm",
+        config="SelectiveSSMConfig",
+        models={
+            "AutoModel": "SelectiveSSMModel",
+            "AutoModelForCausalLM": "SelectiveSSMForCausalLM",
+            "AutoModelForMaskedLM": "SelectiveSSMForMaskedLM",
+            "AutoModelForSequenceClassification": "SelectiveSSMForSequenceClassification",
+            "AutoModelForTokenClassification": "SelectiveSSMForTokenClassification",
+            "AutoModelForQuestionAnswering": "SelectiveSSMForQuestionAnswering",
+        },
+        paper="Gu and Dao 2023; Dao and Gu 2024; Lahoti et al. 2026",
+        sizes={
+            "tiny": {"hidden_size": 64, "num_hidden_layers": 2},
+            "small": {"hidden_size": 256, "num_hidden_layers": 4},
+            "base": {"hidden_size": 768, "num_hidden_layers": 24},
+        },
+        bidirectional={"bidirectional": "tied"},
+        lora_targets=("in_proj", "x_proj", "out_proj"),
+        demo={"SSM": {}},
+    ),
 )
 
 
@@ -209,6 +233,15 @@ def public_names() -> Iterator[tuple[str, str]]:
         yield row.config, row.config_module
         for name in dict.fromkeys([*row.models.values(), *row.extra_models]):
             yield name, row.modeling_module
+
+
+def markdown_table() -> str:
+    """Return the README's table of families: what it is, its `model_type`, its heads, its paper."""
+    lines = ["| family | `model_type` | heads | paper |", "|---|---|---|---|"]
+    for row in FAMILIES:
+        heads = ", ".join(auto.removeprefix("AutoModelFor").removeprefix("AutoModel") or "Model" for auto in row.models)
+        lines.append(f"| {row.title} | `{row.model_type}` | {heads} | {row.paper} |")
+    return "\n".join(lines)
 
 
 def register() -> None:

@@ -270,7 +270,7 @@ def live_table(contenders: list[Contender], baselines: dict[str, float]) -> Iter
 
     def line() -> None:
         done = min(contender.progress.seconds / contender.budget for contender in contenders)
-        if done < shown["round"] + 0.1 and done < 1.0 or done == shown["round"]:
+        if (done < shown["round"] + 0.1 and done < 1.0) or done == shown["round"]:
             return
         shown["round"] = done
         bits = "  ".join(f"{contender.label} {contender.progress.curve[-1][1]:.3f}" for contender in contenders)
