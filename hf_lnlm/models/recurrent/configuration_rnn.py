@@ -37,7 +37,7 @@ class RNNConfig(LNLMConfig):
         adaptive_cutoffs: where the adaptive softmax's clusters begin, ascending, below `vocab_size`.
         adaptive_div_value: factor by which each cluster narrows.
         initializer_range: standard deviation of the initial classifier and untied LM head. Embeddings start with
-            standard deviation 1, gates Glorot-uniform (inputs) and orthogonal (recurrence).
+            standard deviation 1 (LSTM) or 0.25 (GRU), gates Glorot-uniform (inputs) and orthogonal (recurrence).
         pooling: how sequence classification sums up a text: `last` real token (of the backward direction: the
             first), `mean` or `max`.
         classifier_dropout: dropout before the classifier.
