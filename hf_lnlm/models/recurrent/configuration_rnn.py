@@ -106,6 +106,12 @@ class RNNConfig(LNLMConfig):
             raise ValueError(
                 "loss_head='adaptive' has its own projections: tie_word_embeddings must be false, got true"
             )
+        narrowest = int((self.last_hidden_size or self.hidden_size) // self.adaptive_div_value ** len(cutoffs))
+        if narrowest < 1:
+            raise ValueError(
+                f"adaptive_div_value leaves the last of {len(cutoffs)} clusters no width: it must be smaller or the hidden "
+                f"size larger, got {self.adaptive_div_value}"
+            )
 
     def _check_tying(self) -> None:
         if self.bidirectional or not self.tie_word_embeddings or self.project_embeddings:
