@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .fast_math import LANES, compiled, sigmoidf
+from .fast_math import STRICT, compiled, sigmoidf
 from .flat import flat_rows
 
 # Tokens whose contributions to a weight's gradient are summed in float32 before they are added in float64.
@@ -23,13 +23,13 @@ _ONE = np.float32(1.0)
 _NO_TAPS = np.empty((0, 0, 0), np.int64)
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _source(taps: Array, r: int, t: int, k: int, kernel: int) -> int:
     """Row that tap `k` reads at position `t`, counted from the zero row (see `tap_table`)."""
     return taps[r, t, k] if taps.size > 0 else t + k + 1
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _row(source: int, r: int, kernel: int, length: int, xs: int, channels: int) -> int:
     """Offset of a source row: into the input from `kernel` on, else into the state."""
     if source >= kernel:
@@ -37,14 +37,14 @@ def _row(source: int, r: int, kernel: int, length: int, xs: int, channels: int) 
     return (r * (kernel - 1) + source - 1) * channels
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _add_row(out: Array, weight: Array, row: Array, at: int, width: int) -> None:
     """`out += weight · row`, for one row that begins at `at`."""
     for e in range(width):
         out[e] += weight[e] * row[at + e]
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _total(
     x: Array, xs: int, weight: Array, bias: Array, state: Array, taps: Array, r: int, t: int, sizes: Any, out: Array
 ) -> None:
@@ -63,7 +63,7 @@ def _total(
             _add_row(out, weight[k], state, at, channels)
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _forward(
     x: Array,
     xs: int,
@@ -98,7 +98,7 @@ def _forward(
                     last[r, k, e] = state[at + e]
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _spread(grad: Array, factor: Array, dx: Array, dstate: Array, source: int, r: int, sizes: Any) -> None:
     """Add `factor · grad` to the gradient of the row that a tap had read."""
     _batch, length, channels, kernel = sizes
@@ -111,7 +111,7 @@ def _spread(grad: Array, factor: Array, dx: Array, dstate: Array, source: int, r
             dstate[at + e] += factor[e] * grad[e]
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _flush(part: Array, total: Array) -> None:
     """Move block sums into the float64 totals."""
     for k in range(part.shape[0]):
@@ -120,7 +120,7 @@ def _flush(part: Array, total: Array) -> None:
             part[k, e] = _ZERO
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _slope(row: Array, dy: Array, at: int, grad: Array, activation: bool) -> None:
     """Gradient before the activation, for one position; `row` is the pre-activation."""
     if activation:
@@ -132,7 +132,7 @@ def _slope(row: Array, dy: Array, at: int, grad: Array, activation: bool) -> Non
             grad[e] = dy[at + e]
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _gather(grad: Array, x: Array, xs: int, state: Array, taps: Array, r: int, t: int, sizes: Any, part: Array) -> None:
     """One position's part of the weights' and bias's gradients; `part` has the bias as its last row."""
     _batch, length, channels, kernel = sizes
@@ -149,7 +149,7 @@ def _gather(grad: Array, x: Array, xs: int, state: Array, taps: Array, r: int, t
             _add_row(part[k], grad, state, at, channels)
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _backward(
     x: Array, xs: int, weight: Array, bias: Array, state: Array, taps: Array, dy: Array, dlast: Array, dx: Array,
     dstate: Array, dweight: Array, sizes: Any, activation: bool,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..causal_conv.fast_math import LANES, LOG2E, compiled, decayf, sigmoidf, softplusf
+from ..causal_conv.fast_math import LANES, LOG2E, STRICT, compiled, decayf, sigmoidf, softplusf
 from ..causal_conv.flat import bytes_of, flat_rows, flat_vector
 
 BLOCK = 16
@@ -32,7 +32,7 @@ _ONE = np.float32(1.0)
 _LN2 = np.float32(0.6931471805599453)
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _copy(source: Array, source_at: int, target: Array, target_at: int, width: int) -> None:
     """Copy columns of a `(states, ...)` array."""
     for n in range(target.shape[0]):
@@ -40,7 +40,7 @@ def _copy(source: Array, source_at: int, target: Array, target_at: int, width: i
             target[n, target_at + e] = source[n, source_at + e]
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _load_decay(operands: Operands, start: int, width: int, a: Array) -> None:
     """Load a tile of `A`, as powers of two."""
     source = operands[6]
@@ -49,21 +49,21 @@ def _load_decay(operands: Operands, start: int, width: int, a: Array) -> None:
             a[n, e] = source[n, start + e] * LOG2E
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _weight(operands: Operands, i: int) -> Any:
     """0 at a masked token."""
     mask = operands[13]
     return mask[i] if mask.size > 0 else _ONE
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _fresh(operands: Operands, i: int) -> Any:
     """Whether token `i` forgets the state before it."""
     reset = operands[14]
     return reset.size > 0 and reset[i] != 0 and _weight(operands, i) != _ZERO
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _discretise(operands: Operands, i: int, start: int, width: int, delta: Array, slope: Array, source: Array) -> None:
     """`Δ = softplus(dt + bias) · mask`, its derivative with respect to `dt`, and `Δ u`, for one token of a tile."""
     u, us, dt, ds = operands[0], operands[1], operands[2], operands[3]
@@ -79,7 +79,7 @@ def _discretise(operands: Operands, i: int, start: int, width: int, delta: Array
         slope[e] = sigmoidf(dt[at + e] + bias[start + e]) * weight
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _advance(delta: Array, source: Array, a: Array, b: Array, c: Array, h: Array, y: Array, width: int) -> None:
     """One token: `h ← exp(Δ A) h + Δ u B` in place and `y = Σ_n h C`, for one tile."""
     for e in range(width):
@@ -93,7 +93,7 @@ def _advance(delta: Array, source: Array, a: Array, b: Array, c: Array, h: Array
             y[e] += x * cn
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _emit(operands: Operands, i: int, start: int, width: int, row: Array, y: Array, at: int) -> None:
     """Write `(y + D u) · silu(z)` of one token of a tile."""
     u, us, z, zs, skip = operands[0], operands[1], operands[4], operands[5], operands[11]
@@ -107,7 +107,7 @@ def _emit(operands: Operands, i: int, start: int, width: int, row: Array, y: Arr
             y[at + e] = row[e] + skip[start + e] * u[u_at + e]
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _forward(operands: Operands, h: Array, y: Array, entries: Array, sizes: Sizes) -> None:
     """All tiles, rows and tokens; `h` `(B, N, E)` enters as the initial and leaves as the final state."""
     batch, length, channels, states, tile, block = sizes
@@ -132,7 +132,7 @@ def _forward(operands: Operands, h: Array, y: Array, entries: Array, sizes: Size
             _copy(state, 0, h[r], start, width)
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _replay(
     delta: Array, source: Array, a: Array, b: Array, c: Array, decay: Array, before: Array, after: Array, y: Array,
     fresh: bool, width: int,
@@ -156,7 +156,7 @@ def _replay(
                 decay[n, e] = _ZERO
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _ungate(
     operands: Operands, i: int, start: int, width: int, row: Array, dy: Array, dz: Array, at: int, grad: Array
 ) -> None:
@@ -203,7 +203,7 @@ def _retreat(
         dc[n] += to_c
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _write(
     operands: Operands, i: int, at: int, start: int, width: int, grad: Array, delta: Array, slope: Array, gain: Array,
     pull: Array, du: Array, ddt: Array, sums: Array,
@@ -220,7 +220,7 @@ def _write(
         sums[1, e] += slant
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _flush(part: Array, total: Array, start: int, width: int) -> None:
     """Move a block's float32 sums into the float64 totals."""
     for n in range(part.shape[0]):
@@ -229,7 +229,7 @@ def _flush(part: Array, total: Array, start: int, width: int) -> None:
             part[n, e] = _ZERO
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _backward_block(
     operands: Operands, r: int, k: int, start: int, width: int, sizes: Sizes, a: Array, carry: Array, history: Array,
     decays: Array, rows: Array, parts: Any, dy: Array, out: Any,
@@ -256,7 +256,7 @@ def _backward_block(
         _write(operands, i, at, start, width, grad[j], delta[j], slope[j], gain, pull, du, ddt, parts[1])
 
 
-@compiled(LANES)
+@compiled(STRICT)
 def _backward(
     operands: Operands, entries: Array, dy: Array, dh: Array, da: Array, sums: Array, out: Any, sizes: Sizes
 ) -> None:

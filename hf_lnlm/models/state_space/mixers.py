@@ -1,0 +1,339 @@
+"""The three selective mixers: what turns a sequence into a sequence inside a layer.
+
+Each has `in_proj`, `scan` (everything between the projections, with state) and `out_proj`; in a tied bidirectional layer
+two scans run between one pair of projections.
+
+References:
+    [1] Gu, Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv 2312.00752, algorithm 2.
+    [2] Dao, Gu 2024, "Transformers are SSMs", arXiv 2405.21060, sections 6 and 7.
+    [3] Lahoti et al. 2026, "Mamba-3", arXiv 2603.15569, section 3.
+
+Glossary (paper symbol: variable): Δ: `dt` (after softplus `step`), A: `-exp(A_log)`, B, C: `b`, `c`, h: `ssm`;
+of [3]: λ: `trapezoid`, θ: `angle`, α: `exp(log_decay)`, β and γ: inside `scale`.
+
+Deliberate deviations:
+    * States leave a masked token as they entered it; the convolution reads the last *real* tokens. So padding anywhere,
+      packed documents, chunks and single tokens give what whole sequences give.
+    * The exponential-trapezoidal rule of [3], `h_t = α_t h_{t-1} + β_t k_{t-1} v_{t-1} + γ_t k_t v_t`, is one call of the
+      SSD operation: since `β_t = (1 - λ_t) Δ_t α_t`, a token's own weight is `γ_t + (1 - λ_{t+1}) Δ_{t+1}`, and what its
+      successor's share adds too early to its own output is taken off again.
+
+Complexity: O(length) time; state of O(1) size.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...nn.effective_weight import effective_weight
+from ...ops.causal_conv import causal_conv
+from ...ops.selective_scan import selective_scan
+from ...ops.ssd import ssd
+from .configuration_ssm import SelectiveSSMConfig
+from .layers import GatedRMSNorm, SSMRMSNorm, conv_filter
+from .marks import ScanMarks
+
+States = dict[str, torch.Tensor]
+
+
+class Mixer(nn.Module):
+    """What the three mixers share.
+
+    Args:
+        config: the model's configuration.
+        projections: whether it has its own in and out projections; a tied reverse mixer has not.
+
+    Attributes:
+        kind: name of the mixer, which its states carry.
+    """
+
+    kind = ""
+    conv1d: nn.Conv1d
+
+    def __init__(self, config: SelectiveSSMConfig, projections: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.projections = projections
+        self.backend = config.backend
+        self.inner = config.intermediate_size
+        self.state_size = int(config.state_size or 0)
+        if projections:
+            self.in_proj = nn.Linear(config.hidden_size, self.projection_size(), bias=config.use_bias)
+            self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.use_bias)
+
+    def projection_size(self) -> int:
+        """Width of the input projection."""
+        raise NotImplementedError
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each state tensor of one row."""
+        raise NotImplementedError
+
+    def scan(self, projected: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, States]:
+        """Mix along the sequence.
+
+        Args:
+            projected: `(batch, length, projection_size)`.
+            states: what the last call returned, or None for zeros.
+            marks: real tokens and documents.
+
+        Returns:
+            `(batch, length, intermediate_size)` and the new states.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, hidden: torch.Tensor, states: States | None, marks: ScanMarks, reverse: "Mixer | None" = None
+    ) -> tuple[torch.Tensor, States]:
+        """Project, scan, project back.
+
+        Args:
+            hidden: `(batch, length, hidden_size)`; what is already projected for a mixer without projections.
+            states: what the last call returned, or None for zeros.
+            marks: real tokens and documents.
+            reverse: a mixer without projections that scans the same projected sequence from its end.
+
+        Returns:
+            `(batch, length, hidden_size)`, or `intermediate_size` without projections, and the new states.
+        """
+        if not self.projections:
+            return self.scan(hidden, states, marks)
+        projected = self.in_proj(hidden)
+        mixed, states = self.scan(projected, states, marks)
+        if reverse is not None:
+            mixed = mixed + reverse(projected.flip(1), None, marks.reversed())[0].flip(1)
+        return self.out_proj(mixed.to(hidden.dtype)), states
+
+    def _conv(self, x: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, torch.Tensor]:
+        kernel = self.config.conv_kernel
+        weight, bias = conv_filter(self.conv1d, x.shape[2], kernel)
+        carried = None if states is None else states["conv"]
+        return causal_conv(x, weight, bias, carried, marks.taps, backend=self.backend)
+
+    def _make_conv(self, channels: int) -> nn.Conv1d:
+        kernel, bias = self.config.conv_kernel, self.config.use_conv_bias
+        return nn.Conv1d(channels, channels, kernel, groups=channels, padding=kernel - 1, bias=bias)
+
+
+class S6Mixer(Mixer):
+    """Mamba-1 [1]: a diagonal state a channel, step sizes from a low-rank projection."""
+
+    kind = "mamba1"
+
+    def __init__(self, config: SelectiveSSMConfig, projections: bool = True) -> None:
+        super().__init__(config, projections)
+        self.rank = int(config.time_step_rank or 0)
+        self.conv1d = self._make_conv(self.inner)
+        self.x_proj = nn.Linear(self.inner, self.rank + 2 * self.state_size, bias=False)
+        self.dt_proj = nn.Linear(self.rank, self.inner)
+        self.A_log = nn.Parameter(torch.empty(self.inner, self.state_size))
+        self.D = nn.Parameter(torch.empty(self.inner))
+
+    def projection_size(self) -> int:
+        """Input and gate."""
+        return 2 * self.inner
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The convolution's last inputs and the state, channels last."""
+        return {"conv": (self.config.conv_kernel - 1, self.inner), "ssm": (self.state_size, self.inner)}
+
+    def scan(self, projected: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, States]:
+        """Algorithm 2 of [1] between the projections."""
+        x, z = projected.split(self.inner, dim=-1)
+        x, conv = self._conv(x, states, marks)
+        dt, b, c = self.x_proj(x).split([self.rank, self.state_size, self.state_size], dim=-1)
+        if self.config.mixer_rms_norm:
+            dt, b, c = (F.rms_norm(t, t.shape[-1:], None, self.config.mixer_rms_eps) for t in (dt, b, c))
+        weight, bias = effective_weight(self.dt_proj, self.rank, dt.dtype, dt.device)
+        y, ssm = selective_scan(
+            x,
+            F.linear(dt, weight),
+            -torch.exp(self.A_log.float()),
+            b,
+            c,
+            self.D,
+            z,
+            bias,
+            None if states is None else states["ssm"],
+            marks.mask,
+            marks.starts,
+            backend=self.backend,
+        )
+        return y, {"conv": conv, "ssm": ssm}
+
+
+class SSDMixer(Mixer):
+    """Mamba-2 [2]: one decay a head, a matrix state, a gated norm."""
+
+    kind = "mamba2"
+
+    def __init__(self, config: SelectiveSSMConfig, projections: bool = True) -> None:
+        self.heads, self.groups = config.heads, config.n_groups
+        super().__init__(config, projections)
+        self.conv1d = self._make_conv(self.conv_size())
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.empty(self.heads))
+        self.norm = GatedRMSNorm(self.inner, self.groups, config.layer_norm_epsilon)
+
+    def conv_size(self) -> int:
+        """Channels of the convolution: input, B and C."""
+        return self.config.intermediate_size + 2 * self.groups * int(self.config.state_size or 0)
+
+    def projection_size(self) -> int:
+        """Gate, convolved channels and step sizes."""
+        return self.config.intermediate_size + self.conv_size() + self.heads
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The convolution's last inputs and the state."""
+        conv = (self.config.conv_kernel - 1, self.conv_size())
+        return {"conv": conv, "ssm": (self.heads, self.config.head_dim, self.state_size)}
+
+    def scan(self, projected: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, States]:
+        """Section 7 of [2] between the projections."""
+        z, xbc, dt = projected.split([self.inner, self.conv_size(), self.heads], dim=-1)
+        xbc, conv = self._conv(xbc, states, marks)
+        shared = self.groups * self.state_size
+        x, b, c = xbc.split([self.inner, shared, shared], dim=-1)
+        step = self._step(dt)
+        y, ssm = ssd(
+            x.unflatten(-1, (self.heads, -1)),
+            step,
+            step * -torch.exp(self.A_log.to(step.dtype)),
+            b.unflatten(-1, (self.groups, -1)),
+            c.unflatten(-1, (self.groups, -1)),
+            self.D,
+            None if states is None else states["ssm"],
+            marks.mask,
+            marks.starts,
+            chunk_size=self.config.chunk_size,
+            backend=self.backend,
+        )
+        return self.norm(y.flatten(2), z), {"conv": conv, "ssm": ssm}
+
+    def _step(self, dt: torch.Tensor) -> torch.Tensor:
+        dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
+        step = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
+        limit = self.config.time_step_limit
+        return step if limit is None else step.clamp(float(limit[0]), float(limit[1]))
+
+
+class TrapezoidalMixer(Mixer):
+    """Mamba-3 [3], one input one output: trapezoidal rule, rotating state, decay from the data; no convolution."""
+
+    kind = "mamba3"
+
+    def __init__(self, config: SelectiveSSMConfig, projections: bool = True) -> None:
+        self.heads, self.groups = config.heads, config.n_groups
+        self.angles = int(int(config.state_size or 0) * config.rope_fraction) // 2
+        super().__init__(config, projections)
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.B_bias = nn.Parameter(torch.empty(self.heads, self.state_size))
+        self.C_bias = nn.Parameter(torch.empty(self.heads, self.state_size))
+        self.B_norm = SSMRMSNorm(self.state_size, config.layer_norm_epsilon)
+        self.C_norm = SSMRMSNorm(self.state_size, config.layer_norm_epsilon)
+        self.D = nn.Parameter(torch.empty(self.heads))
+
+    def _sizes(self) -> list[int]:
+        inner, shared = self.config.intermediate_size, self.groups * int(self.config.state_size or 0)
+        return [inner, inner, shared, shared, self.heads, self.heads, self.heads, self.angles]
+
+    def projection_size(self) -> int:
+        """Gate, input, B, C, step, decay, trapezoid and angles."""
+        return sum(self._sizes())
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The rotation so far, the state, and the last token's key and value."""
+        width, heads = self.config.head_dim, self.heads
+        return {
+            "angle": (heads, self.angles),
+            "ssm": (heads, width, self.state_size),
+            "key": (heads, self.state_size),
+            "value": (heads, width),
+        }
+
+    def scan(self, projected: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, States]:
+        """Section 3 of [3] between the projections."""
+        dtype = torch.float64 if projected.dtype == torch.float64 else torch.float32
+        z, x, b, c, dt, decay, trapezoid, angle = projected.split(self._sizes(), dim=-1)
+        x = x.unflatten(-1, (self.heads, -1)).to(dtype)
+        step = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
+        step = step if marks.mask is None else step * marks.mask.unsqueeze(-1)
+        log_decay = step * -F.softplus(decay.to(dtype)).clamp(min=1e-4)
+        share = torch.sigmoid(trapezoid.to(dtype))
+        total = self._rotation(angle.to(dtype), step, states)
+        key = self._rotate(b, self.B_norm, self.B_bias, total)
+        query = self._rotate(c, self.C_norm, self.C_bias, total)
+        late = (1 - share) * step  # what a token gives to its predecessor's contribution
+        first, following = _successors(late, marks)
+        y, ssm = ssd(
+            x,
+            share * step + following,
+            log_decay,
+            key,
+            query,
+            self.D,
+            self._entry(states, first),
+            marks.mask,
+            marks.starts,
+            chunk_size=self.config.chunk_size,
+            backend=self.backend,
+        )
+        y = y - (following * (query * key).sum(-1)).unsqueeze(-1) * x
+        out = y.flatten(2) * F.silu(z.to(dtype))
+        last = {"angle": total[:, -1], "ssm": ssm, "key": _last(key, states, "key", marks)}
+        return out.to(projected.dtype), last | {"value": _last(x, states, "value", marks)}
+
+    def _rotation(self, angle: torch.Tensor, step: torch.Tensor, states: States | None) -> torch.Tensor:
+        """`(batch, length, heads, angles)`: the sum of `π tanh(θ) Δ` so far, modulo 2π."""
+        turn = (torch.tanh(angle).unsqueeze(2) * step.unsqueeze(3) * math.pi).cumsum(1, dtype=torch.float64)
+        turn = turn if states is None else turn + states["angle"].double().unsqueeze(1)
+        return torch.remainder(turn, 2 * math.pi).to(angle.dtype)
+
+    def _rotate(self, raw: torch.Tensor, norm: nn.Module, bias: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+        """Normalise `(batch, length, groups · n)`, give each head its bias, turn pairs: `(batch, length, heads, n)`."""
+        normal = norm(raw.unflatten(-1, (self.groups, -1))).to(angle.dtype)
+        shifted = normal.repeat_interleave(self.heads // self.groups, 2) + bias.to(angle.dtype)
+        turning, rest = shifted.split([2 * self.angles, self.state_size - 2 * self.angles], dim=-1)
+        even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = angle.cos(), angle.sin()
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+        return torch.cat([turned, rest], -1)
+
+    def _entry(self, states: States | None, first: torch.Tensor) -> torch.Tensor | None:
+        """The carried state with the first token's share of its predecessor's contribution added."""
+        if states is None:
+            return None
+        outer = states["value"].unsqueeze(-1) * states["key"].unsqueeze(-2)
+        return states["ssm"] + first[:, :, None, None] * outer
+
+
+def _successors(late: torch.Tensor, marks: ScanMarks) -> tuple[torch.Tensor, torch.Tensor]:
+    """Share of the first real token `(batch, heads)`, and of each token's successor in its document, else 0."""
+    if marks.starts is not None:
+        late = late.masked_fill(marks.starts.unsqueeze(-1), 0.0)
+    padded = F.pad(late, (0, 0, 0, 1))
+    if marks.mask is None:
+        return late[:, 0], padded[:, 1:]
+    following = marks.next_real()
+    begin = torch.where(marks.mask[:, :1], 0, following[:, :1])
+    index = torch.cat([begin, following], 1).unsqueeze(-1).expand(-1, -1, late.shape[2])
+    chosen = padded.gather(1, index)
+    return chosen[:, 0], chosen[:, 1:]
+
+
+def _last(values: torch.Tensor, states: States | None, name: str, marks: ScanMarks) -> torch.Tensor:
+    """Each row's value at its last real token; what was carried in if it has none. `(batch, length, ...)`."""
+    if marks.mask is None:
+        return values[:, -1]
+    places = torch.arange(1, values.shape[1] + 1, device=values.device)
+    index = (marks.mask * places).amax(1)  # 0: no real token
+    before = torch.zeros_like(values[:, 0]) if states is None else states[name].to(values.dtype)
+    rows = torch.cat([before.unsqueeze(1), values], 1)
+    return rows[torch.arange(rows.shape[0], device=rows.device), index]
+
+
+MIXER_CLASSES: dict[str, Any] = {cls.kind: cls for cls in (S6Mixer, SSDMixer, TrapezoidalMixer)}
