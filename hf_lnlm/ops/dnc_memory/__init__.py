@@ -1,0 +1,64 @@
+"""The Differentiable Neural Computer's layer as one operation: controller, allocation, links, reading and writing
+over a whole sequence.
+
+References:
+    [1] Graves et al. 2016, Hybrid computing using a neural network with dynamic external memory, Nature 538, Methods
+
+Backends: `reference` (the equations), `eager` (any device), `cpu` (numba; without the sharpness option). Complexity:
+see each.
+"""
+
+import torch
+
+from ..backend import pick_backend
+from .eager import dnc_memory_eager
+from .layout import DNCOptions, DNCOutputs, DNCState, DNCWeights, check_arguments
+from .reference import dnc_memory_reference
+
+
+def available_backends(options: DNCOptions) -> tuple[str, ...]:
+    """Backends that implement these options.
+
+    Args:
+        options: settings; `sharpness` has no compiled form.
+    """
+    return ("reference", "eager") if options.sharpness else ("reference", "eager", "cpu")
+
+
+def dnc_memory(
+    inputs: torch.Tensor,
+    weights: DNCWeights,
+    state: DNCState,
+    options: DNCOptions,
+    mask: torch.Tensor | None = None,
+    backend: str = "auto",
+    recompute: bool = False,
+) -> DNCOutputs:
+    """Runs one neural computer layer over a sequence.
+
+    Args:
+        inputs: `(B, T, D)`.
+        weights: effective weights of the layer.
+        state: before the first step, as `DNCState` describes.
+        options: settings that change the equations.
+        mask: `(B, T)`, true for real steps; a masked step leaves the whole state unchanged and outputs zero.
+        backend: `auto`, `reference`, `eager` or `cpu`.
+        recompute: keep only every √(2T)-th state for the backward pass (`cpu`; the others ignore it).
+
+    Returns:
+        Outputs `(B, T, H + R·W)` = [h_t ; r_t], the final state, and the addressing of all steps without gradient.
+
+    Raises:
+        ValueError: shapes do not fit each other, or the backend cannot run.
+    """
+    check_arguments(inputs, weights, state, options, mask)
+    chosen = pick_backend(backend, inputs.device, available_backends(options), inputs.dtype)
+    if mask is not None:
+        mask = mask.bool()
+        inputs = inputs.masked_fill(~mask[..., None], 0.0)  # what is masked may be anything, NaN too
+    if chosen == "cpu":
+        from .cpu import dnc_memory_cpu
+
+        return dnc_memory_cpu(inputs, weights, state, options, mask, recompute)
+    run = dnc_memory_eager if chosen == "eager" else dnc_memory_reference
+    return run(inputs, weights, state, options, mask)

@@ -1,0 +1,241 @@
+"""The Differentiable Neural Computer on the processor: the whole sequence, controller included, in one compiled loop
+with a hand-written
+backward.
+
+References:
+    [1] Graves et al. 2016, Hybrid computing using a neural network with dynamic external memory, Nature 538, Methods
+    [2] Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174 (storing every √T-th state)
+
+Links and memories stay in place and are stored every √T steps; backward runs the writes of one chunk at a time
+again. With
+`recompute=True` nothing else is stored either: blocks of about √(2T) steps run forward again in the backward pass.
+
+Deviation: the loop computes in float32 only; a second derivative is an error, never a wrong number.
+
+Complexity: see `cpu_kernels` and `backward_kernels`.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .backward_kernels import Chunk, Gradients, backward_loop, make_rows
+from .cpu_kernels import GROUP, History, Sizes, forward_loop, make_scratch
+from .layout import DNCAddressing, DNCOptions, DNCOutputs, DNCState, DNCWeights, Places, gate_history, places
+
+_INFERENCE_BLOCK = 256  # steps whose history exists at one time when no gradient is wanted
+Tensors = tuple[torch.Tensor, ...]
+
+
+class _Plan(NamedTuple):
+    """How a sequence is run."""
+
+    sizes: Sizes
+    at: Places
+    limits: tuple[float, float]  # interface clip and smallest mask
+    block: int  # steps between stored states; the sequence's length when the history is kept
+    recompute: bool
+
+
+class _Carried(NamedTuple):
+    """The state between blocks, in the loop's layout."""
+
+    hidden: torch.Tensor  # `(B, H + R·W)`
+    cells: torch.Tensor  # `(B, H)`
+    usage: torch.Tensor  # `(B, N)`
+    precedence: torch.Tensor  # `(B, K, N)`
+    write: torch.Tensor  # `(B, K, N)`
+    read: torch.Tensor  # `(B, R, N)`
+    memory: torch.Tensor  # `(B, W, N)`
+    link: torch.Tensor  # `(B, K, N, N)`
+
+
+def _plan(steps: int, state: DNCState, options: DNCOptions, keep: bool, recompute: bool) -> _Plan:
+    """Chooses block lengths for `steps` steps."""
+    block = steps
+    if not keep:
+        block = min(steps, _INFERENCE_BLOCK)
+    elif recompute:
+        block = min(steps, math.ceil(math.sqrt(2 * steps)))
+    every = max(1, math.isqrt(block)) if keep else block
+    sizes = Sizes(
+        state.hidden.shape[1], options.num_read_heads, options.num_write_heads, state.memory.shape[2], every,
+        options.controller == "lstm", options.temporal_links, options.masking, options.deallocation,
+    )  # fmt: skip
+    at = places(options, state.memory.shape[2])
+    return _Plan(sizes, at, (options.interface_clip, options.mask_min), block, recompute)
+
+
+def _arrays(tensors: Any) -> Any:
+    """The same named tuple with numpy views."""
+    return type(tensors)(*[tensor.numpy() for tensor in tensors])
+
+
+def _limits(plan: _Plan) -> Any:
+    """The limits as float32 numbers of numpy."""
+    return tuple(torch.tensor(plan.limits, dtype=torch.float32).numpy())
+
+
+def _start_history(plan: _Plan, x: torch.Tensor, weights: Tensors, state: _Carried) -> History:
+    """Allocates a block's history, with projected inputs and the state before it."""
+    inputs, bias, _, interface, _ = weights
+    batch, steps = x.shape[:2]
+    writes, slots = state.write.shape[1:]
+    linked, reads = state.link.shape[1], state.read.shape[1]
+    chunks = -(-steps // plan.sizes.every)
+    gates = x.new_empty(batch, steps, inputs.shape[0])
+    torch.addmm(bias, x.reshape(batch * steps, -1), inputs.t(), out=gates.view(batch * steps, -1))
+    following = [x.new_empty(batch, steps, linked, reads, slots) for _ in range(2)]
+    tensors = [
+        gates,
+        x.new_empty(batch, steps + 1 if plan.sizes.lstm else 1, plan.sizes.hidden),
+        x.new_empty(batch, steps + 1, state.hidden.shape[1]),
+        x.new_empty(batch, steps, interface.shape[0]),
+        *[x.new_empty(batch, steps + 1, *rows.shape[1:]) for rows in state[2:6]],
+        torch.empty(batch, steps, writes, slots, dtype=torch.int32),
+        *following,
+        x.new_empty(batch, chunks, *state.memory.shape[1:]),
+        x.new_empty(batch, chunks, *state.link.shape[1:]),
+    ]
+    history = History(*tensors)
+    if plan.sizes.lstm:
+        history.cells[:, 0] = state.cells
+    for name in ("hidden", "usage", "precedence", "write", "read"):
+        getattr(history, name)[:, 0] = getattr(state, name)
+    return history
+
+
+def _run_block(
+    plan: _Plan, x: torch.Tensor, mask: torch.Tensor, weights: Tensors, state: _Carried
+) -> tuple[History, _Carried]:
+    """One block forward: its history and the state after it (copies; the given state is left alone)."""
+    history = _start_history(plan, x, weights, state)
+    memory, link = state.memory.clone(), state.link.clone()
+    recurrent, interface = weights[2].t().contiguous(), weights[3].t().contiguous()
+    forward_loop(
+        plan.sizes, plan.at, _arrays(history), memory.numpy(), link.numpy(), mask.numpy(), recurrent.numpy(),
+        interface.numpy(), weights[4].numpy(), _limits(plan), make_scratch(plan.sizes, memory.shape[2], plan.at.end),
+    )  # fmt: skip
+    last = [getattr(history, name)[:, -1] for name in ("hidden", "cells", "usage", "precedence", "write", "read")]
+    return history, _Carried(*[*last, memory, link])
+
+
+def _block_gradients(
+    plan: _Plan, x: torch.Tensor, mask: torch.Tensor, weights: Tensors, history: History, gradients: Gradients,
+    totals: list[torch.Tensor],
+) -> torch.Tensor:  # fmt: skip
+    """One block backward: adds to the weights' `totals`, leaves the state's gradients in place, returns that of
+    `x`."""
+    inputs, _, recurrent, interface, _ = weights
+    slots = gradients.memory.shape[2]
+    shape = (min(GROUP, x.shape[0]), min(plan.sizes.every, x.shape[1]) + 1)
+    chunk = Chunk(x.new_empty(*shape, *gradients.memory.shape[1:]), x.new_empty(*shape, *gradients.link.shape[1:]))
+    backward_loop(
+        plan.sizes, plan.at, _arrays(history), _arrays(gradients), _arrays(chunk), mask.numpy(), recurrent.numpy(),
+        interface.numpy(), _limits(plan), make_scratch(plan.sizes, slots, plan.at.end), make_rows(plan.sizes, slots),
+    )  # fmt: skip
+    d_gates, d_interface = gradients.gates.flatten(0, 1), gradients.interface.flatten(0, 1)
+    first = 0 if plan.sizes.lstm else plan.sizes.hidden
+    totals[0].addmm_(d_gates.t(), x.reshape(d_gates.shape[0], -1))
+    totals[1].add_(d_gates.sum(0))
+    totals[2].addmm_(d_gates.t(), history.hidden[:, :-1, first:].flatten(0, 1))
+    totals[3].addmm_(d_interface.t(), history.hidden[:, 1:, : plan.sizes.hidden].flatten(0, 1))
+    totals[4].add_(d_interface.sum(0))
+    return (d_gates @ inputs).view_as(x)
+
+
+def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The blocks' parts along time."""
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+class _Loop(torch.autograd.Function):
+    """The recurrence: outputs, the carried state but for its first part, and four histories to look at."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, mask: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        weights, state = tensors[:5], _Carried(*tensors[5:])
+        kept: list[torch.Tensor] = []
+        parts: list[list[torch.Tensor]] = [[], [], [], [], []]
+        for start in range(0, x.shape[1], plan.block):
+            part = slice(start, start + plan.block)
+            if plan.recompute:
+                kept += state
+            history, state = _run_block(plan, x[:, part], mask[:, part].contiguous(), weights, state)
+            seen = (history.hidden, history.read, history.write, history.usage)
+            for list_, tensor in zip(parts, [*[rows[:, 1:] for rows in seen], history.interface], strict=True):
+                list_.append(tensor)
+        ctx.plan = plan
+        ctx.save_for_backward(mask, x, *weights, *(kept if plan.recompute else history))
+        outputs, *looks = [_join(part) for part in parts]
+        ctx.mark_non_differentiable(*looks)
+        return outputs, *[tensor.clone() for tensor in state[1:6]], state.memory, state.link, *looks
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: torch.Tensor, *d_rest: torch.Tensor) -> Any:
+        mask, x, *saved = ctx.saved_tensors
+        plan, weights, kept = ctx.plan, tuple(saved[:5]), saved[5:]
+        after = [d_out.new_zeros(d_out.shape[0], 1, d_out.shape[2])]
+        after += [d.clone(memory_format=torch.contiguous_format) for d in d_rest[:7]]
+        totals, d_x = [torch.zeros_like(weight) for weight in weights], torch.empty_like(x)
+        for start in reversed(range(0, x.shape[1], plan.block)):
+            part = slice(start, start + plan.block)
+            x_part, mask_part = x[:, part], mask[:, part].contiguous()
+            if plan.recompute:
+                index = len(_Carried._fields) * (start // plan.block)
+                state = _Carried(*kept[index : index + len(_Carried._fields)])
+                history, _ = _run_block(plan, x_part, mask_part, weights, state)
+            else:
+                history = History(*kept)
+            fresh = torch.empty_like(history.gates), torch.empty_like(history.interface)
+            gradients = Gradients(*[d_out[:, part].contiguous(), *after, *fresh])
+            d_x[:, part] = _block_gradients(plan, x_part, mask_part, weights, history, gradients, totals)
+        return None, None, d_x, *totals, after[0].squeeze(1), *after[1:]
+
+
+def _carry(state: DNCState, lstm: bool) -> list[torch.Tensor]:
+    """The state in the loop's layout, contiguous float32, connected to the graph."""
+    rows = torch.cat([state.hidden, state.reads], -1)
+    cells = state.cells if lstm else state.hidden
+    heads = (state.usage, state.precedence, state.write_weightings, state.read_weightings)
+    return [tensor.float().contiguous() for tensor in (rows, cells, *heads, state.memory.mT, state.link)]
+
+
+def dnc_memory_cpu(
+    inputs: torch.Tensor,
+    weights: DNCWeights,
+    state: DNCState,
+    options: DNCOptions,
+    mask: torch.Tensor | None = None,
+    recompute: bool = False,
+) -> DNCOutputs:
+    """Runs one memory layer over a sequence.
+
+    Args:
+        inputs: `(B, T, D)`, float32.
+        weights: of the layer.
+        state: before the first step.
+        options: settings, without `sharpness`.
+        mask: `(B, T)` bool; a false step leaves the whole state unchanged and outputs zero.
+        recompute: store only every √(2T)-th state for the backward pass and run the steps between again.
+
+    Returns:
+        Outputs `(B, T, H + R·W)`, final state, addressing.
+    """
+    size, steps = state.hidden.shape[1], inputs.shape[1]
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (inputs, *weights, *state))
+    plan = _plan(steps, state, options, keep, keep and recompute)
+    ones = torch.ones(inputs.shape[:2], dtype=torch.uint8) if mask is None else mask.to(torch.uint8)
+    rows = [tensor.float().contiguous() for tensor in (inputs, *weights)]
+    results = _Loop.apply(plan, ones, *rows, *_carry(state, plan.sizes.lstm))
+    outputs, cells, usage, precedence, write, read, memory, link, *looks = results
+    last = outputs[:, -1]
+    cells = cells if plan.sizes.lstm else state.cells
+    after = DNCState(last[:, :size], cells, last[:, size:], memory.mT, usage, precedence, link, write, read)
+    if mask is not None:
+        outputs = outputs.masked_fill(~mask[..., None], 0.0)
+    addressing = DNCAddressing(*looks[:3], *gate_history(looks[3], options, state.memory.shape[2], mask))
+    return DNCOutputs(outputs, after, addressing)

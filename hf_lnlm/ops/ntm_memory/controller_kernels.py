@@ -1,0 +1,112 @@
+"""Compiled controllers for whole-sequence loops: a long short-term memory cell and a feed-forward layer.
+
+Buffers keep one row a sample and step: `gates` (B, T, 4H or H), `cells` (B, T+1, H), `hidden` (B, T+1, H+R·W) = [h_t
+; r_t].
+Gate order is torch's: input, forget, candidate, output.
+
+Complexity: O(H) a sample and step beside the matrix products.
+"""
+
+from typing import Any
+
+from .vector_kernels import ONE, add_product, apply_tanh, compiled, sigmoid_in_place, tanh, tanh_in_place
+
+
+@compiled
+def _cell(gate_in: Any, forget: Any, candidate: Any, before: Any, after: Any) -> None:
+    """c_t = f ∘ c_{t-1} + i ∘ g."""
+    for j in range(before.shape[0]):
+        after[j] = forget[j] * before[j] + gate_in[j] * candidate[j]
+
+
+@compiled
+def _emit(gate_out: Any, cell: Any, hidden: Any) -> None:
+    """h_t = o ∘ tanh(c_t)."""
+    for j in range(cell.shape[0]):
+        hidden[j] = gate_out[j] * tanh(cell[j])
+
+
+@compiled
+def lstm_forward(gates: Any, before: Any, after: Any, hidden: Any) -> None:
+    """One cell; `gates` (4H,) holds the pre-activations and is overwritten with the activations."""
+    size = before.shape[0]
+    sigmoid_in_place(gates[: 2 * size])
+    tanh_in_place(gates[2 * size : 3 * size])
+    sigmoid_in_place(gates[3 * size :])
+    _cell(gates[:size], gates[size : 2 * size], gates[2 * size : 3 * size], before, after)
+    _emit(gates[3 * size :], after, hidden[:size])
+
+
+@compiled
+def _emit_backward(gate_out: Any, cell: Any, d_hidden: Any, d_cell: Any, d_out: Any) -> None:
+    """Through h = o ∘ tanh(c): adds to `d_cell`, sets the output gate's pre-activation gradient."""
+    for j in range(cell.shape[0]):
+        t = tanh(cell[j])
+        o = gate_out[j]
+        d_out[j] = d_hidden[j] * t * o * (ONE - o)
+        d_cell[j] += d_hidden[j] * o * (ONE - t * t)
+
+
+@compiled
+def _product_backward(gate: Any, other: Any, d_cell: Any, out: Any) -> None:
+    """Gradient of a logistic gate that multiplies `other` in the cell."""
+    for j in range(gate.shape[0]):
+        out[j] = d_cell[j] * other[j] * gate[j] * (ONE - gate[j])
+
+
+@compiled
+def _candidate_backward(gate_in: Any, candidate: Any, d_cell: Any, out: Any) -> None:
+    """Gradient of the candidate's pre-activation."""
+    for j in range(candidate.shape[0]):
+        out[j] = d_cell[j] * gate_in[j] * (ONE - candidate[j] * candidate[j])
+
+
+@compiled
+def _cell_backward(forget: Any, d_cell: Any) -> None:
+    """d(c_{t-1}) = f ∘ d(c_t)."""
+    for j in range(forget.shape[0]):
+        d_cell[j] *= forget[j]
+
+
+@compiled
+def lstm_backward(gates: Any, before: Any, after: Any, d_hidden: Any, d_cell: Any, d_gates: Any) -> None:
+    """One cell backward: `d_cell` goes from c_t to c_{t-1}; `d_gates` (4H,) is set."""
+    n = before.shape[0]
+    gate_in, forget, candidate = gates[:n], gates[n : 2 * n], gates[2 * n : 3 * n]
+    _emit_backward(gates[3 * n :], after, d_hidden, d_cell, d_gates[3 * n :])
+    _product_backward(gate_in, candidate, d_cell, d_gates[:n])
+    _product_backward(forget, before, d_cell, d_gates[n : 2 * n])
+    _candidate_backward(gate_in, candidate, d_cell, d_gates[2 * n : 3 * n])
+    _cell_backward(forget, d_cell)
+
+
+@compiled
+def _feedforward_backward(hidden: Any, d_hidden: Any, d_gates: Any) -> None:
+    """Through h = tanh(z)."""
+    for j in range(d_gates.shape[0]):
+        d_gates[j] = d_hidden[j] * (ONE - hidden[j] * hidden[j])
+
+
+@compiled
+def controller_forward(
+    lstm: Any, recurrent: Any, gates: Any, cells: Any, hidden: Any, t: Any, first: Any, last: Any
+) -> None:
+    """Step `t` of the controller for the samples first ≤ b < last; `recurrent` is (H+R·W or R·W, 4H or H)."""
+    size = cells.shape[2]
+    add_product(gates, t, 0, hidden, t, 0 if lstm else size, recurrent, first, last)
+    for b in range(first, last):
+        if lstm:
+            lstm_forward(gates[b, t], cells[b, t], cells[b, t + 1], hidden[b, t + 1])
+        else:
+            apply_tanh(gates[b, t], hidden[b, t + 1, :size])
+
+
+@compiled
+def controller_backward(
+    lstm: Any, gates: Any, cells: Any, hidden: Any, t: Any, d_hidden: Any, d_cells: Any, d_gates: Any, b: Any
+) -> None:
+    """Step `t` backward for sample `b`: from `d_hidden` (H,) of h_t to `d_gates`."""
+    if lstm:
+        lstm_backward(gates[b, t], cells[b, t], cells[b, t + 1], d_hidden, d_cells[b], d_gates[b, t])
+    else:
+        _feedforward_backward(hidden[b, t + 1], d_hidden, d_gates[b, t])

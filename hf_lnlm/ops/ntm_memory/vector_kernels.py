@@ -1,0 +1,524 @@
+"""Small compiled loops that the Turing machine's and the neural computer's processor backends share.
+
+Every loop here works on float32 rows with few distinct arrays, since the compiler vectorises a loop only while it
+can prove
+(with at most eight run-time checks) that its rows do not overlap. `exp` and `log` are polynomials, because the
+scalar library calls
+cannot be vectorised: relative error below 2e-7 on the ranges used here. NaN is passed on by all of them.
+
+Without numba the decorator returns the plain function, so that the module can be imported (and its code carried)
+anywhere; the
+processor backend then reports itself as unavailable.
+
+Complexity: each function is one pass over its rows.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import numba
+    import numpy as np
+    from numba.extending import intrinsic
+except ImportError:  # the optional extra [cpu] is not installed
+    numba = None
+    np = None  # type: ignore[assignment]
+
+# liberties with rounding that leave NaN and infinity alone
+_RELAXED = {"contract", "nsz", "arcp", "reassoc"}
+_OPTIONS: dict[str, Any] = {"fastmath": _RELAXED, "error_model": "numpy", "nogil": True}
+GROUP = 4  # samples that go through time together: their memories stay in the cache while the weights are read once
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a function that only compiled code calls: no wrapper for Python is made, which halves the compiler's work.
+
+    Args:
+        function: plain Python on arrays and scalars.
+
+    Returns:
+        The compiled function, or `function` itself without numba.
+    """
+    if numba is None:
+        return function
+    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
+
+
+def compiled_loop(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a whole-sequence loop, called from Python, and keeps the result on disk where there is a place for it.
+
+    Args:
+        function: plain Python on arrays, named tuples of arrays and scalars.
+
+    Returns:
+        The compiled function, or `function` itself without numba.
+    """
+    if numba is None:
+        return function
+    try:
+        return numba.njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError:  # no directory to keep compiled code in: compile anew in every process
+        return numba.njit(**_OPTIONS)(function)
+
+
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles `function` into its callers, so that loops over it vectorise.
+
+    Args:
+        function: a scalar formula.
+
+    Returns:
+        The function to call from compiled code.
+    """
+    if numba is None:
+        return function
+    return numba.njit(fastmath=_RELAXED, inline="always", error_model="numpy")(function)
+
+
+def _without_count(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    """The value of an array, or of a tuple of arrays, with empty reference counters."""
+    if isinstance(kind, numba.types.Array):
+        view = context.make_array(kind)(context, builder, value=value)
+        for field in ("meminfo", "parent"):
+            setattr(view, field, getattr(view, field).type(None))
+        return view._getvalue()
+    parts = [builder.extract_value(value, i) for i in range(len(kind))]
+    views = [_without_count(context, builder, part_kind, part) for part_kind, part in zip(kind, parts, strict=True)]
+    return context.make_tuple(builder, kind, views)
+
+
+if numba is not None:
+
+    @intrinsic
+    def borrowed(typing_context: Any, arrays: Any) -> Any:
+        """The same array, or tuple of arrays, without reference counts: rows then cost no atomic operation. The
+        caller keeps them alive."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return _without_count(context, builder, signature.args[0], arguments[0])
+
+        return arrays(arrays), generate
+
+
+if np is not None:
+    ZERO, HALF, ONE, TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
+    LOG2_E = np.float32(1.44269504088896341)
+    LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+    EXP_0, EXP_1, EXP_2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+    EXP_3, EXP_4, EXP_5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+    EXP_MIN, EXP_MAX, EXP_ROUND, EXP_BIAS = np.float32(-87.0), np.float32(88.0), np.float32(127.5), np.int32(127)
+    LOG_0, LOG_1, LOG_2 = np.float32(7.0376836292e-2), np.float32(-1.1514610310e-1), np.float32(1.1676998740e-1)
+    LOG_3, LOG_4, LOG_5 = np.float32(-1.2420140846e-1), np.float32(1.4249322787e-1), np.float32(-1.6668057665e-1)
+    LOG_6, LOG_7, LOG_8 = np.float32(2.0000714765e-1), np.float32(-2.4999993993e-1), np.float32(3.3333331174e-1)
+    SQRT_HALF = np.float32(0.707106781186547524)
+
+
+@inlined
+def fast_exp(x: Any) -> Any:
+    """e^x: range reduction by powers of two and a polynomial of degree 5."""
+    x = EXP_MIN if x < EXP_MIN else x
+    x = EXP_MAX if x > EXP_MAX else x
+    biased = np.int32(
+        x * LOG2_E + EXP_ROUND
+    )  # positive, so that truncation rounds; the exponent's bits as they are stored
+    n = np.float32(biased - EXP_BIAS)
+    r = x - n * LN2_HIGH - n * LN2_LOW
+    p = ((((EXP_0 * r + EXP_1) * r + EXP_2) * r + EXP_3) * r + EXP_4) * r + EXP_5
+    y = p * r * r + r + ONE
+    return y * np.int32(biased << np.int32(23)).view(np.float32)
+
+
+@inlined
+def fast_log(x: Any) -> Any:
+    """Natural logarithm of a positive number: exponent and a polynomial of degree 8 in the mantissa."""
+    bits = np.float32(x).view(np.int32)
+    exponent = np.float32((bits >> np.int32(23)) - np.int32(126))
+    m = np.int32((bits & np.int32(0x7FFFFF)) | np.int32(0x3F000000)).view(np.float32)
+    small = m < SQRT_HALF
+    exponent = exponent - (ONE if small else ZERO)
+    m = (m + m - ONE) if small else (m - ONE)
+    z = m * m
+    p = ((((LOG_0 * m + LOG_1) * m + LOG_2) * m + LOG_3) * m + LOG_4) * m + LOG_5
+    y = (((p * m + LOG_6) * m + LOG_7) * m + LOG_8) * m * z + exponent * LN2_LOW - HALF * z
+    value = m + y + exponent * LN2_HIGH
+    return value if x == x else x
+
+
+@inlined
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + e^-x)."""
+    return ONE / (ONE + fast_exp(-x))
+
+
+@inlined
+def tanh(x: Any) -> Any:
+    """Hyperbolic tangent by way of the logistic function."""
+    return TWO * sigmoid(TWO * x) - ONE
+
+
+@inlined
+def softplus(x: Any) -> Any:
+    """log(1 + e^x), without overflow."""
+    return (x if x > ZERO else ZERO) + fast_log(ONE + fast_exp(-abs(x))) + ZERO * x
+
+
+@inlined
+def clamp(x: Any, bound: Any) -> Any:
+    """`x` within ±`bound`; NaN stays NaN."""
+    x = -bound if x < -bound else x
+    return bound if x > bound else x
+
+
+@compiled
+def largest(row: Any) -> Any:
+    """The largest entry of a row, in eight chains, since one alone would wait for itself at every entry."""
+    a = b = c = d = e = f = g = h = row[0]
+    count = row.shape[0]
+    whole = count - count % 8
+    for n in range(0, whole, 8):
+        a, b, c, d = max(a, row[n]), max(b, row[n + 1]), max(c, row[n + 2]), max(d, row[n + 3])
+        e, f, g, h = max(e, row[n + 4]), max(f, row[n + 5]), max(g, row[n + 6]), max(h, row[n + 7])
+    for n in range(whole, count):
+        a = max(a, row[n])
+    return max(max(max(a, b), max(c, d)), max(max(e, f), max(g, h)))
+
+
+@compiled
+def apply_sigmoid(source: Any, target: Any) -> None:
+    """target = sigmoid(source)."""
+    for n in range(source.shape[0]):
+        target[n] = sigmoid(source[n])
+
+
+@compiled
+def apply_tanh(source: Any, target: Any) -> None:
+    """target = tanh(source)."""
+    for n in range(source.shape[0]):
+        target[n] = tanh(source[n])
+
+
+@compiled
+def sigmoid_in_place(row: Any) -> None:
+    """row = sigmoid(row): one array, since two names for one row would look like an overlap and run unvectorised."""
+    for n in range(row.shape[0]):
+        row[n] = sigmoid(row[n])
+
+
+@compiled
+def tanh_in_place(row: Any) -> None:
+    """row = tanh(row)."""
+    for n in range(row.shape[0]):
+        row[n] = tanh(row[n])
+
+
+@compiled
+def dot(x: Any, y: Any) -> Any:
+    """Σ x·y."""
+    total = ZERO
+    for n in range(x.shape[0]):
+        total += x[n] * y[n]
+    return total
+
+
+@compiled
+def add_scaled(target: Any, row: Any, scale: Any) -> None:
+    """target += scale · row."""
+    for n in range(target.shape[0]):
+        target[n] += scale * row[n]
+
+
+@compiled
+def add_four(target: Any, m0: Any, m1: Any, m2: Any, m3: Any, a: Any, b: Any, c: Any, d: Any) -> None:
+    """target += a·m0 + b·m1 + c·m2 + d·m3."""
+    for n in range(target.shape[0]):
+        target[n] += (a * m0[n] + b * m1[n]) + (c * m2[n] + d * m3[n])
+
+
+@compiled
+def add_eight(target: Any, w0: Any, w1: Any, w2: Any, w3: Any, w4: Any, w5: Any, w6: Any, w7: Any, x: Any) -> None:
+    """target += Σ_j x[j] · w_j for eight rows."""
+    a, b, c, d = x[0], x[1], x[2], x[3]
+    e, f, g, h = x[4], x[5], x[6], x[7]
+    for n in range(target.shape[0]):
+        low = (a * w0[n] + b * w1[n]) + (c * w2[n] + d * w3[n])
+        target[n] += low + ((e * w4[n] + f * w5[n]) + (g * w6[n] + h * w7[n]))
+
+
+@compiled
+def add_product(
+    out: Any, out_step: Any, out_first: Any, x: Any, x_step: Any, x_first: Any, w: Any, first: Any, last: Any
+) -> None:
+    """out[b, out_step, out_first:out_first+n] += x[b, x_step, x_first:x_first+K] @ w for the samples first ≤ b < last.
+
+    Eight rows of `w` at a time stay in the first-level cache while all samples of the group use them.
+    """
+    rows, columns = w.shape
+    whole = rows - rows % 8
+    for k in range(0, whole, 8):
+        for b in range(first, last):
+            x_row = x[b, x_step, x_first + k : x_first + k + 8]
+            target = out[b, out_step, out_first : out_first + columns]
+            add_eight(target, w[k], w[k + 1], w[k + 2], w[k + 3], w[k + 4], w[k + 5], w[k + 6], w[k + 7], x_row)
+    for k in range(whole, rows):
+        for b in range(first, last):
+            add_scaled(out[b, out_step, out_first : out_first + columns], w[k], x[b, x_step, x_first + k])
+
+
+@compiled
+def fill_row(row: Any, value: Any) -> None:
+    """row = value."""
+    for n in range(row.shape[0]):
+        row[n] = value
+
+
+@compiled
+def copy_rows(source: Any, target: Any) -> None:
+    """target = source, two dimensions."""
+    for q in range(source.shape[0]):
+        a, b = source[q], target[q]
+        for n in range(a.shape[0]):
+            b[n] = a[n]
+
+
+@compiled
+def add_weighted_rows(matrix: Any, coefficients: Any, scale: Any, out: Any) -> None:
+    """out += scale · coefficients @ matrix, four rows of `matrix` (q, n) at a time."""
+    rows = matrix.shape[0]
+    whole = rows - rows % 4
+    for q in range(0, whole, 4):
+        a, b, c, d = coefficients[q], coefficients[q + 1], coefficients[q + 2], coefficients[q + 3]
+        m0, m1, m2, m3 = matrix[q], matrix[q + 1], matrix[q + 2], matrix[q + 3]
+        add_four(out, m0, m1, m2, m3, scale * a, scale * b, scale * c, scale * d)
+    for q in range(whole, rows):
+        add_scaled(out, matrix[q], scale * coefficients[q])
+
+
+@compiled
+def _add_squares(out: Any, m0: Any, m1: Any, m2: Any, m3: Any) -> None:
+    """out += m0² + m1² + m2² + m3²."""
+    for n in range(out.shape[0]):
+        out[n] += (m0[n] * m0[n] + m1[n] * m1[n]) + (m2[n] * m2[n] + m3[n] * m3[n])
+
+
+@compiled
+def inverse_norms(memory: Any, floor: Any, out: Any) -> None:
+    """out[n] = 1 / sqrt(Σ_q memory[q, n]² + floor): the floor lies inside the root, so that the gradient at zero is
+    finite."""
+    fill_row(out, floor)
+    rows = memory.shape[0]
+    whole = rows - rows % 4
+    for q in range(0, whole, 4):
+        _add_squares(out, memory[q], memory[q + 1], memory[q + 2], memory[q + 3])
+    for q in range(whole, rows):
+        row = memory[q]
+        for n in range(out.shape[0]):
+            out[n] += row[n] * row[n]
+    for n in range(out.shape[0]):
+        out[n] = ONE / math.sqrt(out[n])
+
+
+@compiled
+def _scaled_scores(scores: Any, inverse: Any) -> None:
+    """scores ∘ inverse norms: cosines."""
+    for n in range(scores.shape[0]):
+        scores[n] *= inverse[n]
+
+
+@compiled
+def _shifted_exp(scores: Any, strength: Any, top: Any, out: Any) -> Any:
+    """out = e^(strength·(scores − top)); returns its sum."""
+    total = ZERO
+    for n in range(scores.shape[0]):
+        value = fast_exp(strength * (scores[n] - top))
+        out[n] = value
+        total += value
+    return total
+
+
+@compiled
+def scale_row(row: Any, scale: Any) -> None:
+    """row *= scale."""
+    for n in range(row.shape[0]):
+        row[n] *= scale
+
+
+@compiled
+def content_scores(memory: Any, key: Any, inverse: Any, floor: Any, scores: Any) -> Any:
+    """Cosines of `key` (W,) with every slot of `memory` (W, N); returns the key's inverse norm."""
+    key_inverse = ONE / np.float32(math.sqrt(dot(key, key) + floor))
+    fill_row(scores, ZERO)
+    add_weighted_rows(memory, key, key_inverse, scores)
+    _scaled_scores(scores, inverse)
+    return key_inverse
+
+
+@compiled
+def content_weighting(scores: Any, strength: Any, out: Any) -> None:
+    """out = softmax(strength · scores)."""
+    total = _shifted_exp(scores, strength, largest(scores), out)
+    scale_row(out, ONE / total)
+
+
+@compiled
+def _shifted_exp_in_place(row: Any, strength: Any, top: Any) -> Any:
+    """row = e^(strength·(row − top)); returns its sum."""
+    total = ZERO
+    for n in range(row.shape[0]):
+        value = fast_exp(strength * (row[n] - top))
+        row[n] = value
+        total += value
+    return total
+
+
+@compiled
+def content_weighting_in_place(row: Any, strength: Any) -> None:
+    """row = softmax(strength · row)."""
+    total = _shifted_exp_in_place(row, strength, largest(row))
+    scale_row(row, ONE / total)
+
+
+@compiled
+def _content_terms(weighting: Any, gradient: Any, mean: Any, strength: Any, terms: Any) -> None:
+    """terms = strength · d(scores)."""
+    for n in range(weighting.shape[0]):
+        terms[n] = strength * weighting[n] * (gradient[n] - mean)
+
+
+@compiled
+def _split_terms(terms: Any, scores: Any, inverse: Any, curvature: Any) -> None:
+    """curvature = terms·scores/|m|², then terms /= |m|."""
+    for n in range(terms.shape[0]):
+        value = terms[n] * inverse[n]
+        curvature[n] = value * scores[n] * inverse[n]
+        terms[n] = value
+
+
+@compiled
+def _content_row(row: Any, gradient: Any, terms: Any, curvature: Any, key: Any) -> Any:
+    """Adds the cosine's gradient to one memory row; returns the key entry's numerator."""
+    total = ZERO
+    for n in range(row.shape[0]):
+        total += terms[n] * row[n]
+        gradient[n] += terms[n] * key - curvature[n] * row[n]
+    return total
+
+
+@compiled
+def content_backward(
+    memory: Any, d_memory: Any, key: Any, key_inverse: Any, strength: Any, inverse: Any, scores: Any, weighting: Any,
+    gradient: Any, d_key: Any, terms: Any, curvature: Any,
+) -> Any:  # fmt: skip
+    """Gradient of softmax(strength · cosine): adds to `d_memory`, sets `d_key`, returns that of the strength."""
+    mean = dot(gradient, weighting)
+    _content_terms(weighting, gradient, mean, strength, terms)
+    along_key = dot(terms, scores)
+    _split_terms(terms, scores, inverse, curvature)
+    for q in range(key.shape[0]):
+        unit = key[q] * key_inverse
+        numerator = _content_row(memory[q], d_memory[q], terms, curvature, unit)
+        d_key[q] = (numerator - along_key * unit) * key_inverse
+    d_strength = ZERO
+    for n in range(weighting.shape[0]):
+        d_strength += weighting[n] * (gradient[n] - mean) * scores[n]
+    return d_strength
+
+
+@compiled
+def write_row(row: Any, weighting: Any, erase: Any, add: Any) -> None:
+    """One word position: row = row ∘ (1 − erase·w) + add·w."""
+    for n in range(row.shape[0]):
+        row[n] += weighting[n] * (add - erase * row[n])
+
+
+@compiled
+def keep_row(weightings: Any, erases: Any, position: Any, keep: Any, skip: Any) -> None:
+    """keep = Π_i (1 − e_i·w_i) over the write heads but `skip` (−1: all of them)."""
+    fill_row(keep, ONE)
+    for i in range(weightings.shape[0]):
+        if i != skip:
+            w, e = weightings[i], erases[i, position]
+            for n in range(keep.shape[0]):
+                keep[n] *= ONE - e * w[n]
+
+
+@compiled
+def write_memory(memory: Any, weightings: Any, erases: Any, adds: Any, keep: Any) -> None:
+    """All erases, then all adds, in place: memory (W, N) = memory ∘ Π(1 − w e) + Σ w a."""
+    for q in range(memory.shape[0]):
+        if weightings.shape[0] == 1:
+            write_row(memory[q], weightings[0], erases[0, q], adds[0, q])
+            continue
+        keep_row(weightings, erases, q, keep, -1)
+        for n in range(keep.shape[0]):
+            memory[q, n] *= keep[n]
+        for i in range(weightings.shape[0]):
+            add_scaled(memory[q], weightings[i], adds[i, q])
+
+
+@compiled
+def _write_row_backward(before: Any, d_row: Any, weighting: Any, d_weighting: Any, erase: Any, add: Any) -> Any:
+    """One write head, one word position; returns the gradients of erase and add."""
+    d_erase, d_add = ZERO, ZERO
+    for n in range(weighting.shape[0]):
+        gradient, w = d_row[n], weighting[n]
+        product = gradient * before[n]
+        d_add += gradient * w
+        d_erase -= product * w
+        d_weighting[n] += gradient * add - product * erase
+        d_row[n] = gradient * (ONE - erase * w)
+    return d_erase, d_add
+
+
+@compiled
+def _several_heads_backward(
+    before: Any, d_row: Any, weightings: Any, d_weightings: Any, erases: Any, adds: Any, d_erases: Any, d_adds: Any,
+    q: Any, keep: Any,
+) -> None:  # fmt: skip
+    """Several write heads, word position `q`."""
+    for i in range(weightings.shape[0]):
+        keep_row(weightings, erases, q, keep, i)
+        w, d_w, e, a = weightings[i], d_weightings[i], erases[i, q], adds[i, q]
+        d_erase, d_add = ZERO, ZERO
+        for n in range(keep.shape[0]):
+            gradient = d_row[n]
+            product = gradient * before[n] * keep[n]
+            d_add += gradient * w[n]
+            d_erase -= product * w[n]
+            d_w[n] += gradient * a - product * e
+        d_erases[i, q], d_adds[i, q] = d_erase, d_add
+    keep_row(weightings, erases, q, keep, -1)
+    for n in range(keep.shape[0]):
+        d_row[n] *= keep[n]
+
+
+@compiled
+def write_backward(
+    before: Any, d_memory: Any, weightings: Any, d_weightings: Any, erases: Any, adds: Any, d_erases: Any, d_adds: Any,
+    keep: Any,
+) -> None:  # fmt: skip
+    """Turns d(after) in `d_memory` into d(before); adds to `d_weightings`, sets `d_erases` and `d_adds`."""
+    for q in range(before.shape[0]):
+        if weightings.shape[0] == 1:
+            w, d_w = weightings[0], d_weightings[0]
+            d_erase, d_add = _write_row_backward(before[q], d_memory[q], w, d_w, erases[0, q], adds[0, q])
+            d_erases[0, q], d_adds[0, q] = d_erase, d_add
+        else:
+            _several_heads_backward(
+                before[q], d_memory[q], weightings, d_weightings, erases, adds, d_erases, d_adds, q, keep
+            )
+
+
+@compiled
+def read_memory(memory: Any, weighting: Any, out: Any) -> None:
+    """out (W,) = memory (W, N) @ weighting (N,)."""
+    for q in range(memory.shape[0]):
+        out[q] = dot(memory[q], weighting)
+
+
+@compiled
+def read_backward(memory: Any, d_memory: Any, weighting: Any, d_weighting: Any, gradient: Any) -> None:
+    """Adds the gradients of `read_memory`."""
+    add_weighted_rows(memory, gradient, ONE, d_weighting)
+    for q in range(memory.shape[0]):
+        add_scaled(d_memory[q], weighting, gradient[q])
