@@ -18,10 +18,10 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ...nn.masks import SequenceMarks, sequence_marks
 from ...nn.ragged import RowLayout, gather_rows, scatter_rows
-from ...ops.sparse_attention.attention import repeat_heads, sparse_attention
+from ...ops.sparse_attention.attention import sparse_attention
 from ...ops.sparse_attention.pattern import SparsePattern, logical_positions
 from ...ops.sparse_attention.reference import masked_attention_weights
-from ...ops.sparse_attention.step import attend_cached
+from ...ops.sparse_attention.step import attend_cached_heads, repeat_heads
 from .cache import Extended, SparseAttentionCacheLayer
 
 
@@ -188,7 +188,8 @@ def attend(
     if plan.dense:
         out, weights = _dense(query, key, value, patterns, plan, extended if past else None, scale, dropout)
     elif past and extended is not None:
-        out = _cached(query, extended, patterns, scale, dropout)
+        at = (extended.query_positions, extended.key_positions)
+        out = attend_cached_heads(query, extended.key, extended.value, patterns, *at, scale, dropout)
     else:
         out = _rows(query, key, value, patterns, plan, scale, dropout, backend)
     if layer is not None and not plan.marks.traced:
@@ -249,15 +250,6 @@ def _gather_heads(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Collect `(batch, heads, length, head_dim)` into rows `(rows, heads, row length, head_dim)`."""
     flat = gather_rows(states.transpose(1, 2).flatten(2), index)
     return flat.unflatten(2, states.shape[1::2]).transpose(1, 2)
-
-
-def _cached(
-    query: torch.Tensor, extended: Extended, patterns: tuple[SparsePattern, ...], scale: float, dropout: float
-) -> torch.Tensor:
-    key, value = (repeat_heads(x, query.shape[1]) for x in (extended.key, extended.value))
-    groups = zip(*(x.chunk(len(patterns), dim=1) for x in (query, key, value)), patterns, strict=True)
-    at = (extended.query_positions, extended.key_positions)
-    return torch.cat([attend_cached(q, k, v, p, *at, scale, dropout) for q, k, v, p in groups], dim=1)
 
 
 def _dense(

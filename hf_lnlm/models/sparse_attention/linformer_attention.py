@@ -31,7 +31,7 @@ def attend_slots(
     value: torch.Tensor,
     visible: torch.Tensor | None,
     dropout: float,
-    weights: bool,
+    dense: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Softmax attention over few keys.
 
@@ -41,19 +41,18 @@ def attend_slots(
         value: as `key`.
         visible: bool, broadcastable to `(batch, heads, length, slots)`; None for all. Every query sees at least one.
         dropout: probability of dropping an attention weight.
-        weights: whether the weights are wanted.
+        dense: compute by the eager implementation.
 
     Returns:
-        `(batch, length, heads * head_dim)` and the weights `(batch, heads, length, slots)` if wanted.
+        `(batch, length, heads * head_dim)` and, if dense, the weights `(batch, heads, length, slots)`.
     """
-    found = None
-    if weights:
-        seen = torch.ones((), dtype=torch.bool, device=query.device) if visible is None else visible
-        found = masked_attention_weights(query, key, seen, query.shape[-1] ** -0.5)
-        out = drop(found, dropout, training=dropout > 0.0) @ value
-    else:
+    if not dense:
         out = scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
-    return out.transpose(1, 2).flatten(2), found
+        return out.transpose(1, 2).flatten(2), None
+    seen = torch.ones((), dtype=torch.bool, device=query.device) if visible is None else visible
+    weights = masked_attention_weights(query, key, seen, query.shape[-1] ** -0.5)
+    weights = drop(weights, dropout, training=dropout > 0.0)
+    return (weights @ value).transpose(1, 2).flatten(2), weights
 
 
 class LinformerAttention(nn.Module):
@@ -108,7 +107,8 @@ class LinformerAttention(nn.Module):
             past_key_values: not used: a bidirectional model has no past.
 
         Returns:
-            the same shape, and the weights `(batch, heads, length, slots)` if wanted.
+            the same shape, and if wanted P F `(batch, heads, length, length)`, P the softmax over slots: the factor
+            of each token's value in each output. Its rows need not add up to 1.
         """
         occupied = plan.occupied(hidden_states)
         if self.sharing == "none":
@@ -120,8 +120,42 @@ class LinformerAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         visible = None if filled is None or (plan.real is None and not plan.moved) else filled[:, None, None, :]
         query = self.split(self.query(hidden_states))
-        out, weights = attend_slots(query, slot_keys, slot_values, visible, dropout, plan.weights)
+        out, weights = attend_slots(query, slot_keys, slot_values, visible, dropout, plan.dense)
+        if plan.weights and weights is not None:
+            out, weights = self._through_tokens(weights, hidden_states, occupied, plan, shared)
+        weights = weights if plan.weights else None
         return self.norm(hidden_states + self.dropout(self.dense(out))), weights
+
+    def _through_tokens(
+        self,
+        weights: torch.Tensor,
+        hidden: torch.Tensor,
+        occupied: torch.Tensor,
+        plan: TokenPlan,
+        shared: Projection | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same output from P F and the tokens' values, so that the returned weights are part of the graph."""
+        over_tokens = weights @ self._slot_values_of_tokens(occupied, plan, shared)
+        values = self.split(self.value(hidden))
+        if self.paper_order:
+            return (over_tokens @ values).transpose(1, 2).flatten(2), over_tokens
+        bias = self.split(_bias_of(self.value, hidden).view(1, 1, -1))
+        out = over_tokens @ (values - bias) + weights.sum(-1, keepdim=True) * bias
+        return out.transpose(1, 2).flatten(2), over_tokens
+
+    def _slot_values_of_tokens(
+        self, occupied: torch.Tensor, plan: TokenPlan, shared: Projection | None
+    ) -> torch.Tensor:
+        """F as it applies to this batch: how much of each token's value is in each slot, `(batch, heads or 1,
+        slots, length)`."""
+        batch, length = plan.positions.shape
+        tokens = torch.eye(length, dtype=occupied.dtype, device=occupied.device).expand(batch, -1, -1)
+        tokens = plan.by_position(tokens)
+        if self.sharing == "none":
+            return self.value_projection(tokens.unsqueeze(1), occupied.unsqueeze(1))
+        project: Projection = self.key_projection if shared is None else shared
+        project = self.value_projection if self.sharing == "headwise" else project
+        return project(tokens, occupied).unsqueeze(1)
 
     def _project_shared(
         self, hidden: torch.Tensor, occupied: torch.Tensor, plan: TokenPlan, shared: Projection | None
@@ -174,8 +208,8 @@ class LinformerSegmentAttention(LinformerAttention):
         self.segment = config.segment_size
         heads = config.num_attention_heads if config.sharing == "none" else 1
         sizes = (config.segment_size, config.segment_summaries, heads)
-        self.key_projection = LearnedProjection(*sizes)
-        self.value_projection = LearnedProjection(*sizes)
+        self.segment_key_projection = LearnedProjection(*sizes)
+        self.segment_value_projection = LearnedProjection(*sizes)
 
     def forward(  # type: ignore[override]
         self,
@@ -195,18 +229,18 @@ class LinformerSegmentAttention(LinformerAttention):
         dropout = self.attention_dropout if self.training else 0.0
         if past or plan.dense:
             at = extended.query_positions, extended.key_positions
-            out, weights = self._masked(heads[0], extended.key, extended.value, *at, dropout, plan.weights)
+            out, weights = self._masked(heads[0], extended.key, extended.value, *at, dropout, plan)
         else:
             states = heads[0], heads[1], heads[2]
             rows = in_rows(lambda q, k, v: self._by_segment(q, k, v, dropout), states, plan.marks.layout)
             out, weights = rows.transpose(1, 2).flatten(2), None
-        return self.norm(hidden_states + self.dropout(self.dense(out))), weights
+        return self.norm(hidden_states + self.dropout(self.dense(out))), weights if plan.weights else None
 
     def _summaries(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum up `(batch, heads, segments, segment, head_dim)` as `(batch, heads, segments * summaries, head_dim)`."""
         keys, values = (
             project(x.transpose(1, 2)).transpose(1, 2).flatten(2, 3)
-            for project, x in ((self.key_projection, key), (self.value_projection, value))
+            for project, x in ((self.segment_key_projection, key), (self.segment_value_projection, value))
         )
         return keys, values
 
@@ -236,25 +270,34 @@ class LinformerSegmentAttention(LinformerAttention):
         query_positions: torch.Tensor,
         key_positions: torch.Tensor,
         dropout: float,
-        weights: bool,
+        plan: AttentionPlan,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same by logical positions under one mask: for padding, caches and tracing."""
-        size = self.segment
-        count = -(-key.shape[2] // size)
-        place = torch.where(key_positions < 0, count * size, key_positions)[:, None, :, None].expand_as(key)
-        laid = []
-        for states in (key, value):
-            room = states.new_zeros(*states.shape[:2], count * size + 1, states.shape[3])
-            laid.append(room.scatter(2, place, states)[:, :, :-1].unflatten(2, (count, size)))
-        summaries = self._summaries(laid[0], laid[1])
-        own = query_positions.div(size, rounding_mode="floor").unsqueeze(2)
-        near = key_positions.div(size, rounding_mode="floor").unsqueeze(1) == own
+        count = -(-key.shape[2] // self.segment)
+        summaries = self._summaries(*(self._by_position(x, key_positions, count) for x in (key, value)))
+        own = query_positions.div(self.segment, rounding_mode="floor").unsqueeze(2)
+        near = key_positions.div(self.segment, rounding_mode="floor").unsqueeze(1) == own
         near = near & (key_positions.unsqueeze(1) <= query_positions.unsqueeze(2)) & (key_positions >= 0).unsqueeze(1)
         segment = torch.arange(count, device=query.device).repeat_interleave(summaries[0].shape[2] // count)
         visible = torch.cat([near, (segment < own).expand(near.shape[0], near.shape[1], -1)], dim=2)
         visible = visible | (query_positions < 0).unsqueeze(2)  # padded queries look anywhere: nothing reads them
         keys, values = torch.cat([key, summaries[0]], dim=2), torch.cat([value, summaries[1]], dim=2)
-        return attend_slots(query, keys, values, visible.unsqueeze(1), dropout, weights)
+        out, found = attend_slots(query, keys, values, visible.unsqueeze(1), dropout, plan.dense)
+        if found is not None and plan.weights:
+            entries = key.shape[2]
+            tokens = torch.eye(entries, dtype=key.dtype, device=key.device).expand(*key.shape[:2], -1, -1)
+            tokens = self._by_position(tokens, key_positions, count)
+            found = found[..., :entries] + found[..., entries:] @ self._summaries(tokens, tokens)[1]
+            out = (found @ value).transpose(1, 2).flatten(2)
+        return out, found
+
+    def _by_position(self, states: torch.Tensor, positions: torch.Tensor, count: int) -> torch.Tensor:
+        """Lay entries out as `(batch, heads, count segments, segment, width)` by position; zeros where there is
+        none."""
+        places = count * self.segment
+        index = torch.where(positions < 0, places, positions)[:, None, :, None].expand_as(states)
+        room = states.new_zeros(*states.shape[:2], places + 1, states.shape[3])
+        return room.scatter(2, index, states)[:, :, :-1].unflatten(2, (count, self.segment))
 
 
 class LinformerLayer(GradientCheckpointingLayer):

@@ -22,13 +22,15 @@ class TokenPlan(NamedTuple):
         positions: `(batch, length)` position of each token, for the position embeddings.
         moved: positions differ from the columns, so tokens must be moved to be laid out by position.
         length: number of positions that the layout spans.
-        weights: attention weights are wanted (or the eager implementation is).
+        dense: compute attention by the eager implementation.
+        weights: attention weights are wanted.
     """
 
     real: torch.Tensor | None
     positions: torch.Tensor
     moved: bool
     length: int
+    dense: bool
     weights: bool
 
     def by_position(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -50,6 +52,7 @@ def plan_tokens(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     longest: int,
+    dense: bool,
     weights: bool,
 ) -> TokenPlan:
     """Work out the plan of a batch.
@@ -59,6 +62,7 @@ def plan_tokens(
         attention_mask: `(batch, length)` of zeros and ones; None for no padding.
         position_ids: `(batch, length)`; counted over real tokens if None.
         longest: n, the model's longest input.
+        dense: compute attention by the eager implementation.
         weights: attention weights are wanted.
 
     Raises:
@@ -86,7 +90,7 @@ def plan_tokens(
     moved = traced or not _in_place(positions, columns, real)
     if position_ids is not None and moved and not traced:
         _check_distinct(positions, real)
-    return TokenPlan(real, positions, moved, span if moved else length, weights)
+    return TokenPlan(real, positions, moved, span if moved else length, dense or weights, weights)
 
 
 def _in_place(positions: torch.Tensor, columns: torch.Tensor, real: torch.Tensor | None) -> bool:

@@ -181,7 +181,7 @@ class LinformerModel(LinformerPreTrainedModel):
         if not self.config.is_decoder:
             if past_key_values is not None:
                 raise ValueError("a bidirectional Linformer reads whole sequences: past_key_values must be None")
-            return None, plan_tokens(hidden, attention_mask, position_ids, longest, weights or dense)
+            return None, plan_tokens(hidden, attention_mask, position_ids, longest, dense, weights)
         cache = own_cache(past_key_values, use_cache, self.config)
         plan = plan_attention(hidden, attention_mask, position_ids, None, cache, dense or weights, weights)
         if not plan.marks.traced and int(plan.positions.max()) >= longest:
@@ -216,6 +216,7 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _keys_to_ignore_on_load_unexpected = [r"(key|value|shared)_projection"]
 
     def __init__(self, config: LinformerConfig) -> None:
         if not config.is_decoder:
@@ -282,15 +283,13 @@ class LinformerEncoderHead(LinformerPreTrainedModel):
     """Base of the bidirectional heads: makes the encoder and runs it.
 
     Args:
-        config: the model's configuration, not `is_decoder`.
-
-    Raises:
-        ValueError: the config is causal.
+        config: the model's configuration; `is_decoder` is taken as not set.
     """
 
     def __init__(self, config: LinformerConfig) -> None:
         if config.is_decoder:
-            raise ValueError(f"{type(self).__name__} reads both ways: is_decoder must be False, got True")
+            config = copy.deepcopy(config)
+            config.is_decoder = False
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
         self.model = LinformerModel(config)

@@ -16,6 +16,7 @@ from .dense import dense_is_cheaper, sparse_attention_dense
 from .eager import sparse_attention_eager
 from .pattern import SparsePattern, logical_positions
 from .reference import sparse_attention_reference
+from .step import repeat_heads
 
 BACKENDS = ("reference", "eager")
 """What `backend` may be, beside "auto"."""
@@ -63,11 +64,6 @@ def sparse_attention(
         return attend(query, key, value, patterns[0], mask, scale, dropout)
     groups = zip(*(x.chunk(len(patterns), dim=1) for x in (query, key, value)), patterns, strict=True)
     return torch.cat([attend(q, k, v, pattern, mask, scale, dropout) for q, k, v, pattern in groups], dim=1)
-
-
-def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """Repeats grouped key or value heads `(batch, key_heads, length, head_dim)` to `heads`."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _reference(

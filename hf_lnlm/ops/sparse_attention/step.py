@@ -47,6 +47,28 @@ def attend_cached(
     return out.masked_fill(~some.unsqueeze(1), 0.0)
 
 
+def attend_cached_heads(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    patterns: tuple[SparsePattern, ...],
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    scale: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """`attend_cached` with grouped key heads, and one pattern for all heads or one for each equal group of them."""
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    at = (query_positions, key_positions)
+    groups = zip(*(x.chunk(len(patterns), dim=1) for x in (query, key, value)), patterns, strict=True)
+    return torch.cat([attend_cached(q, k, v, pattern, *at, scale, dropout) for q, k, v, pattern in groups], dim=1)
+
+
+def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Repeat grouped key or value heads `(batch, key_heads, length, head_dim)` to `heads`."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
 def gather_visible(
     key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
