@@ -83,7 +83,9 @@ def plan_heads(plan: Plan, family: Family) -> None:
                 "generates", f"{case}-generates", case, model, folder, also={"tokens": model.generate(ids, **options)}
             )
         for other in family.models:
-            if other != case.auto and not (case.both_ways and other == "AutoModelForCausalLM"):
+            # some masked language models read both ways whatever was asked for
+            both_ways = case.both_ways or getattr(model.config, "reads_both_ways", False)
+            if other != case.auto and not (both_ways and other == "AutoModelForCausalLM"):
                 target = Case(family, other, case.both_ways)
                 name = f"{case}-as-{other}"
                 plan.add("other_head", name, target, build(target), folder, **{"class": target.cls.__name__})

@@ -48,6 +48,7 @@ class Mixer(nn.Module):
 
     Attributes:
         kind: name of the mixer, which its states carry.
+        reverse: a mixer without projections that scans the same projected sequence from its end, or None.
     """
 
     kind = ""
@@ -57,6 +58,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.config = config
         self.projections = projections
+        self.reverse: Mixer | None = None
         self.backend = config.backend
         self.inner = config.intermediate_size
         self.state_size = int(config.state_size or 0)
@@ -85,16 +87,13 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(
-        self, hidden: torch.Tensor, states: States | None, marks: ScanMarks, reverse: "Mixer | None" = None
-    ) -> tuple[torch.Tensor, States]:
+    def forward(self, hidden: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, States]:
         """Project, scan, project back.
 
         Args:
             hidden: `(batch, length, hidden_size)`; what is already projected for a mixer without projections.
             states: what the last call returned, or None for zeros.
             marks: real tokens and documents.
-            reverse: a mixer without projections that scans the same projected sequence from its end.
 
         Returns:
             `(batch, length, hidden_size)`, or `intermediate_size` without projections, and the new states.
@@ -103,8 +102,8 @@ class Mixer(nn.Module):
             return self.scan(hidden, states, marks)
         projected = self.in_proj(hidden)
         mixed, states = self.scan(projected, states, marks)
-        if reverse is not None:
-            mixed = mixed + reverse(projected.flip(1), None, marks.reversed())[0].flip(1)
+        if self.reverse is not None:
+            mixed = mixed + self.reverse(projected.flip(1), None, marks.reversed())[0].flip(1)
         return self.out_proj(mixed.to(hidden.dtype)), states
 
     def _conv(self, x: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,13 +62,14 @@ class SelectiveSSMBlock(GradientCheckpointingLayer):
     def __init__(self, config: SelectiveSSMConfig, layer_idx: int) -> None:
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
-        self.tied = config.bidirectional == "tied"
         self.attends = config.layer_types[layer_idx] == ATTENTION
         self.norm = SSMRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer: Any = SSMSelfAttention(config, layer_idx) if self.attends else MIXER_CLASSES[config.mixer](config)
         self.reverse_mixer: Any = None
-        if config.reads_both_ways and not self.attends:
-            self.reverse_mixer = MIXER_CLASSES[config.mixer](config, projections=not self.tied)
+        if config.bidirectional == "add" and not self.attends:
+            self.reverse_mixer = MIXER_CLASSES[config.mixer](config)
+        if config.bidirectional == "tied" and not self.attends:
+            self.mixer.reverse = MIXER_CLASSES[config.mixer](config, projections=False)
 
     def forward(
         self,
@@ -96,15 +97,10 @@ class SelectiveSSMBlock(GradientCheckpointingLayer):
         if self.attends:
             return residual + self.mixer(normal, attention_mask, past_key_values)[0], None
         if self.reverse_mixer is not None:
-            return residual + self._both_ways(normal, marks), None
+            backwards = self.reverse_mixer(normal.flip(1), None, marks.reversed())[0]
+            return residual + self.mixer(normal, None, marks)[0] + backwards.flip(1), None
         mixed, states = self.mixer(normal, states, marks)
         return residual + mixed, states
-
-    def _both_ways(self, normal: torch.Tensor, marks: ScanMarks) -> torch.Tensor:
-        if self.tied:
-            return self.mixer(normal, None, marks, self.reverse_mixer)[0]
-        backwards = self.reverse_mixer(normal.flip(1), None, marks.reversed())[0]
-        return self.mixer(normal, None, marks)[0] + backwards.flip(1)
 
 
 class SelectiveSSMPreTrainedModel(LNLMPreTrainedModel):
