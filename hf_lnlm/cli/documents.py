@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Text:
 
 def source_name(source: Any) -> str:
     """A source without the folders it lies in."""
+    if source == "stdlib":
+        return "Python's standard library"
     names = source if isinstance(source, list) else [source]
     return ", ".join(Path(str(name)).name for name in names)
 
@@ -111,10 +113,18 @@ def packed(recipe: Recipe, goal: Any, text: Text, tokenizer: Any, model: Any) ->
     from ..data.blocks import PackedBlocks, PackedStream
 
     kind: Any = PackedStream if data.streaming else PackedBlocks
-    options = goal.packing(tokenizer, data.block_size)
+    options = goal.packing(tokenizer, data.block_size) | {"frame": data.frame}
     held = text.documents.validation
     train = kind(text.documents.train, tokenizer, **options)
-    return train, None if held is None else kind(held, tokenizer, **options)
+    return train, None if held is None else _validation(lambda: kind(held, tokenizer, **options))
+
+
+def _validation(make: Callable[[], Any]) -> Any:
+    """What `make` gives; its error says that it is the validation text that doesn't do."""
+    try:
+        return make()
+    except ValueError as error:
+        raise ValueError(f"validation: {error} (data.validation=0 goes without)") from None
 
 
 def _is_purely_recurrent(model: Any) -> bool:
@@ -136,13 +146,19 @@ def _lanes(recipe: Recipe, goal: Any, text: Text, tokenizer: Any, model: Any) ->
         raise UsageProblem(f"data.mode=lanes needs a model that carries state; {model.config.model_type} has none")
     arguments |= {"carry_state": True, "train_sampling_strategy": "sequential", "dataloader_drop_last": True}
     processes = world_size()
-    options = {"boundaries": goal.boundaries} if hasattr(goal, "boundaries") else {}
+    options: dict[str, Any] = {"frame": data.frame}
+    if hasattr(goal, "boundaries"):
+        options["boundaries"] = goal.boundaries
     rows = int(arguments.get("per_device_train_batch_size", 8))
-    train = Lanes(text.documents.train, tokenizer, data.block_size or 0, rows * processes, **options)
-    if text.documents.validation is None:
+    length, held = data.block_size or 0, text.documents.validation
+    train = Lanes(text.documents.train, tokenizer, length, rows * processes, **options)
+    if held is None:
         return train, None
+    # as many lanes as the validation text fills; it may be short
+    windows = len(_validation(lambda: Lanes(held, tokenizer, length, 1, **options)))
+    rows = max(1, min(rows, windows // processes))
     arguments["per_device_eval_batch_size"] = rows
-    return train, Lanes(text.documents.validation, tokenizer, data.block_size or 0, rows * processes, **options)
+    return train, _validation(lambda: Lanes(held, tokenizer, length, rows * processes, **options))
 
 
 def world_size() -> int:

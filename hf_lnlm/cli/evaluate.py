@@ -133,10 +133,10 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     from ..trainer.trainer import LNLMTrainer
 
     goal = goal_class(str(recipe.objective.name))(**recipe.objective.options)
+    config = load_config(recipe.model)
     tokenizer = load_tokenizer(str(recipe.model.checkpoint), recipe.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    config = load_config(recipe.model)
     make = _labelled if isinstance(goal, Task) else _text
     model, dataset, name = make(recipe, goal, tokenizer, config)
     check_vocabulary(tokenizer, model.config)

@@ -135,8 +135,8 @@ def finetuning_parts(recipe: Recipe) -> Parts:
     recipe.training = defaults | recipe.training
     if adapter_settings(str(recipe.model.checkpoint)):
         raise UsageProblem(f"{recipe.model.checkpoint} is an adapter: merge it first (finetune … --lora --merge)")
-    tokenizer = load_tokenizer(recipe.tokenizer.path or str(recipe.model.checkpoint), recipe.model)
     config = load_config(recipe.model)
+    tokenizer = load_tokenizer(recipe.tokenizer.path or str(recipe.model.checkpoint), recipe.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     goal = goal_class(str(recipe.objective.name))(**recipe.objective.options)

@@ -128,7 +128,7 @@ def _load_problem(name: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return f"{name} carries Python code of its own: read it, then allow it with --trust-remote-code"
     if not Path(name).exists() and isinstance(error, OSError):
-        return f"{name} is no folder here, and the Hub can't be asked or has no such model ({text[:160]})"
+        return f"no checkpoint {name!r}: it is no folder here, and the Hub doesn't have it or can't be reached"
     return f"{name} can't be loaded: {text[:300]}"
 
 

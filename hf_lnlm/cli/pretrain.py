@@ -138,8 +138,8 @@ def pretraining_parts(recipe: Recipe) -> Parts:
     goal = objective(str(recipe.objective.name), **recipe.objective.options)
     text = load_text(recipe, int(recipe.training["seed"]))
     if recipe.model.checkpoint is not None:
-        tokenizer = load_tokenizer(recipe.tokenizer.path or recipe.model.checkpoint, recipe.model)
         config = load_config(recipe.model)
+        tokenizer = load_tokenizer(recipe.tokenizer.path or recipe.model.checkpoint, recipe.model)
         recipe.data.block_size = recipe.data.block_size or default_block(config, numbers.block_size)
     else:
         recipe.data.block_size = recipe.data.block_size or numbers.block_size

@@ -57,6 +57,7 @@ class DataSection:
     encoding: str = "utf-8"
     errors: Literal["strict", "replace", "ignore"] = "strict"
     mode: Literal["auto", "blocks", "lanes"] = "auto"
+    frame: Literal["both", "start", "end", "none"] = "both"
     block_size: int | None = None
     limit: int | None = None
     label_column: str = "label"

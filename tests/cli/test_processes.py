@@ -1,0 +1,71 @@
+"""The command as its own process: what it loads, how it ends when interrupted, and several processes under torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_lnlm.cli.recipe import read_recipe
+
+from .running import QUICK, settings
+
+HEAVY = ("datasets", "peft", "matplotlib", "trl", "numba", "triton", "transformers.trainer", "hf_lnlm.trainer")
+COMMAND = [sys.executable, "-m", "hf_lnlm.cli.main"]
+
+
+def words(text_file, folder, *more):
+    return ["pretrain", "--family", "lnlm_rnn", "--data", str(text_file), "--tokenizer", "byte",
+            "--output", str(folder), *settings(*QUICK, "data.block_size=32", *more)]  # fmt: skip
+
+
+def test_help_loads_no_command():
+    code = (
+        "import sys\n"
+        "from hf_lnlm.cli.main import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("[]"), result.stdout[-300:]
+    for command in ("list", "pretrain", "finetune", "evaluate", "generate", "check", "push", "demo"):
+        assert command in result.stdout
+
+
+def test_interrupt_leaves_a_run_that_can_be_resumed(text_file, tmp_path):
+    folder = tmp_path / "run"
+    started = [*COMMAND, *words(text_file, folder, "training.max_steps=100000", "training.save_steps=100000")]
+    process = subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.stdout.readline() and not (folder / "recipe.yaml").exists():
+        pass
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 130, err
+    assert f"hf-lnlm pretrain --resume --output {folder}" in err and "Traceback" not in err
+    [checkpoint] = folder.glob("checkpoint-*")
+    steps = int(checkpoint.name.split("-")[1])
+    again = [*COMMAND, "pretrain", "--resume", "--output", str(folder)]
+    more = settings(f"training.max_steps={steps + 1}")
+    subprocess.run([*again, *more], capture_output=True, check=True, timeout=300)
+    assert (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_processes(text_file, tmp_path):
+    scripts = Path(__file__).resolve().parents[2] / "training"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    more = words(text_file, tmp_path / "two", "training.use_cpu=true", "training.per_device_train_batch_size=2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = [str(scripts / "pretrain.py"), *more[1:]]
+    result = subprocess.run([*launch, *script], capture_output=True, text=True, env=environment, timeout=500)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "two" / "model.safetensors").is_file()
+    assert read_recipe(tmp_path / "two" / "recipe.yaml").training["max_steps"] == 2
+    assert result.stdout.count("saved to") == 1
