@@ -1,4 +1,4 @@
-"""What two processes do under `torchrun -m tests.trainer.distributed FOLDER`; process 0 writes JSON."""
+"""What two processes do under `torchrun -m tests.trainer.distributed FOLDER HEADS`; process 0 writes JSON."""
 
 import json
 import os
@@ -30,9 +30,21 @@ class StopAt(T.TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def loss_scale(folder: str) -> dict[str, Any]:
-    """Return loss and gradient norm of every head, four rows a process."""
-    return {head: scale.loss_and_norm(head, folder, batch=4, accumulation=1) for head in scale.heads()}
+def loss_scale(folder: str, heads: list[str]) -> dict[str, Any]:
+    """Return loss and gradient norm of some heads, four rows a process."""
+    return {head: scale.loss_and_norm(head, folder, batch=4, accumulation=1) for head in heads}
+
+
+def sharing(folder: str) -> dict[str, Any]:
+    """Return what two processes have to agree on besides the loss."""
+    return {
+        "evaluated": evaluated(os.path.join(folder, "evaluated")),
+        "terminated": terminated(os.path.join(folder, "terminated")),
+        "lanes": lanes(os.path.join(folder, "lanes")),
+        "resumed": resumed(DROPPING, os.path.join(folder, "map")),
+        "resumed_stream": resumed({**DROPPING, "data": "stream"}, os.path.join(folder, "stream")),
+        "resumed_lanes": resumed({**LANES, "dropout": 0.2}, os.path.join(folder, "carried")),
+    }
 
 
 def lanes(folder: str) -> list[float]:
@@ -82,16 +94,10 @@ def main() -> None:
     warnings.simplefilter("error")
     T.logging.set_verbosity_error()
     T.logging.disable_progress_bar()
-    folder = sys.argv[1]
-    found = {
-        "evaluated": evaluated(os.path.join(folder, "evaluated")),
-        "terminated": terminated(os.path.join(folder, "terminated")),
-        "lanes": lanes(os.path.join(folder, "lanes")),
-        "resumed": resumed(DROPPING, os.path.join(folder, "map")),
-        "resumed_stream": resumed({**DROPPING, "data": "stream"}, os.path.join(folder, "stream")),
-        "resumed_lanes": resumed({**LANES, "dropout": 0.2}, os.path.join(folder, "carried")),
-        "loss_scale": loss_scale(os.path.join(folder, "scale")),
-    }
+    folder, heads = sys.argv[1], json.loads(sys.argv[2])
+    found = {"loss_scale": loss_scale(os.path.join(folder, "scale"), heads)}
+    if "--sharing" in sys.argv:
+        found |= sharing(folder)
     if int(os.environ["RANK"]) == 0:
         (Path(folder) / "answers.json").write_text(json.dumps(found))
 

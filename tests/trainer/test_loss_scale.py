@@ -16,11 +16,11 @@ from hf_lnlm.trainer.loss_scale import DeclaredParts, HonoursItems, LossProbe, M
 from tests.trainer import families, runs, scale
 
 
-def two_processes(root: Path, folder: Path) -> dict[str, Any]:
+def two_processes(root: Path, folder: Path, heads: list[str], *options: str) -> dict[str, Any]:
     """Return the answers of tests.trainer.distributed under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, "-m", "tests.trainer.distributed", str(folder)],
+        [*command, "-m", "tests.trainer.distributed", str(folder), json.dumps(heads), *options],
         cwd=root,
         capture_output=True,
         text=True,
@@ -31,19 +31,31 @@ def two_processes(root: Path, folder: Path) -> dict[str, Any]:
     return json.loads((folder / "answers.json").read_text())
 
 
-def test_two_processes(repository: Path, tmp_path: Path) -> None:
-    answers = two_processes(repository, tmp_path)
-    for head, found in answers["loss_scale"].items():
-        whole = scale.loss_and_norm(head, str(tmp_path / "one"), batch=8, accumulation=1)
-        cut = scale.loss_and_norm(head, str(tmp_path / "one"), batch=2, accumulation=4)
+def compare(found: dict[str, Any], heads: list[str], folder: Path) -> None:
+    """Compare two processes and four micro-batches with the whole batch at once."""
+    assert list(found) == heads
+    for head in heads:
+        whole = scale.loss_and_norm(head, str(folder / "one"), batch=8, accumulation=1)
+        cut = scale.loss_and_norm(head, str(folder / "one"), batch=2, accumulation=4)
         assert cut == pytest.approx(whole, rel=1e-4), f"{head}: accumulation"
-        assert found == pytest.approx(whole, rel=1e-4), f"{head}: two processes"
-    assert set(answers["loss_scale"]) == set(scale.heads())
+        assert found[head] == pytest.approx(whole, rel=1e-4), f"{head}: two processes"
+
+
+def test_two_processes(repository: Path, tmp_path: Path) -> None:
+    heads = scale.few()
+    answers = two_processes(repository, tmp_path, heads, "--sharing")
+    compare(answers["loss_scale"], heads, tmp_path)
     assert answers["terminated"] == [143, ["checkpoint-3"]]
     for name in ("resumed", "resumed_stream", "resumed_lanes"):
         assert answers[name][0] == answers[name][1], name
     assert answers["lanes"] == pytest.approx(lanes_of_one_process(tmp_path), rel=1e-5)
     assert answers["evaluated"] == pytest.approx(evaluated_by_hand(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_every_head_in_two_processes(repository: Path, tmp_path: Path) -> None:
+    heads = scale.heads()
+    compare(two_processes(repository, tmp_path, heads)["loss_scale"], heads, tmp_path)
 
 
 def lanes_of_one_process(folder: Path) -> list[float]:

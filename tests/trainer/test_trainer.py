@@ -1,8 +1,6 @@
 """What else the Trainer adds: weight decay, non-finite values, launches, epochs, figures, constraints, arguments."""
 
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as T
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
@@ -183,34 +183,21 @@ def test_launches(changed: dict[str, Any], environment: dict[str, str], said: st
     assert (fault is None) if said is None else (said in (fault or ""))
 
 
-def test_accelerates_simple_launcher_is_refused(tmp_path: Path, repository: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(
-        "from tests.trainer import families, scale\n"
-        "model, rows = families.build('BertForMaskedLM')\n"
-        f"scale.step(model, rows, {str(tmp_path)!r}, 4, 1)\n"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
-    done = subprocess.run(
-        [*command, "--mixed_precision", "no", "--dynamo_backend", "no", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        cwd=tmp_path,
-    )
-    assert done.returncode != 0
-    assert "started one process instead of several; use torchrun --nproc_per_node" in done.stderr
+def test_the_simple_launcher_of_accelerate_is_recognised() -> None:
+    given = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "train.py"]
+    arguments = launch_command_parser().parse_args(given)
+    arguments.dynamo_backend = "no"
+    environment = prepare_simple_launcher_cmd_env(arguments)[1]
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        assert name not in environment
+    alone = SimpleNamespace(world_size=1, n_gpu=0, device=torch.device("cpu"), fsdp=False)
+    assert "started one process instead of several; use torchrun" in (launch_fault(alone, environment) or "")
+
+
+def test_a_refused_launch_stops_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(ValueError, match="SLURM_STEP_NUM_TASKS=2, but this process would train alone; use torchrun"):
+        small(tmp_path)
 
 
 # ---- epochs
