@@ -187,7 +187,8 @@ class SelectiveSSMModel(SelectiveSSMPreTrainedModel):
 
     def __init__(self, config: SelectiveSSMConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # No padding row: published models pad with their end-of-text token, whose embedding must learn.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([SelectiveSSMBlock(config, i) for i in range(config.num_hidden_layers)])
         self.norm = SSMRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
