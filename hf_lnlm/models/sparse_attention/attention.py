@@ -137,11 +137,11 @@ def cached_counts(cache: Cache | None) -> torch.Tensor | None:
     return first.counts
 
 
-def own_cache(past_key_values: Cache | None, use_cache: bool | None, config: Any) -> Cache | None:
+def own_cache(past_key_values: Cache | None, use_cache: bool | None, config: Any, batch_size: int) -> Cache | None:
     """Return the cache to use, made if wanted.
 
     Raises:
-        ValueError: `past_key_values` is not of this family and depth.
+        ValueError: `past_key_values` is not of this family and depth, or holds another number of rows.
     """
     if past_key_values is None:
         return DynamicCache(config=config) if use_cache else None
@@ -151,6 +151,9 @@ def own_cache(past_key_values: Cache | None, use_cache: bool | None, config: Any
             f"past_key_values must hold {config.num_hidden_layers} sparse-attention layers, as "
             f"DynamicCache(config=model.config) makes them, got {past_key_values!r}"
         )
+    first: Any = layers[0]
+    if first.batch_size not in (None, batch_size):
+        raise ValueError(f"past_key_values holds {first.batch_size} rows, the input has {batch_size}")
     return past_key_values
 
 

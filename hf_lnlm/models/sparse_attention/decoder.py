@@ -107,7 +107,7 @@ class SparseDecoderModel(SparseDecoderPreTrainedModel):
             ValueError: inputs, mask or cache do not fit each other or the config.
         """
         hidden_states = self._embed(input_ids, inputs_embeds)
-        cache = own_cache(past_key_values, use_cache, self.config)
+        cache = own_cache(past_key_values, use_cache, self.config, hidden_states.shape[0])
         weights = bool(kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)))
         dense = weights or self.config._attn_implementation == "eager"
         plan = plan_attention(hidden_states, attention_mask, position_ids, seq_idx, cache, dense, weights)

@@ -182,7 +182,7 @@ class LinformerModel(LinformerPreTrainedModel):
             if past_key_values is not None:
                 raise ValueError("a bidirectional Linformer reads whole sequences: past_key_values must be None")
             return None, plan_tokens(hidden, attention_mask, position_ids, longest, dense, weights)
-        cache = own_cache(past_key_values, use_cache, self.config)
+        cache = own_cache(past_key_values, use_cache, self.config, hidden.shape[0])
         plan = plan_attention(hidden, attention_mask, position_ids, None, cache, dense or weights, weights)
         if not plan.marks.traced and int(plan.positions.max()) >= longest:
             raise ValueError(
