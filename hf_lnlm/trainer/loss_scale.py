@@ -113,6 +113,12 @@ KNOWN_PARTS: tuple[tuple[Part, ...], ...] = (
 )
 
 
+def labels_that_count(inputs: Inputs) -> int:
+    """Return how many labels of a batch aren't ignored, -1 if it has no tensor of labels."""
+    labels = inputs.get("labels")
+    return int(labels.ne(IGNORED).sum()) if torch.is_tensor(labels) else -1
+
+
 class LossRule:
     """How a model's loss relates to the items of a batch.
 
@@ -263,7 +269,8 @@ class LossProbe:
         self.model = model
         self.inputs = inputs
         self.passes_kwargs = passes_kwargs
-        self.preferred = "labels after the shift" if shifts else "labels" if "labels" in inputs else "rows"
+        self.has_labels = torch.is_tensor(inputs.get("labels"))
+        self.preferred = "rows" if not self.has_labels else "labels after the shift" if shifts else "labels"
 
     def rule(self) -> LossRule:
         """Return the rule; when the measurement decides nothing, the one that the model's kind suggests."""
@@ -289,7 +296,7 @@ class LossProbe:
         parts = _known_parts(self.inputs)
         if parts is not None and self._explains(parts, rows):
             return SumOfParts(parts)
-        if self.passes_kwargs and "labels" in self.inputs:
+        if self.passes_kwargs and self.has_labels:
             counted = self._items_honoured(rows)
             if counted is not None:
                 return HonoursItems(counted)
@@ -297,7 +304,7 @@ class LossProbe:
 
     def _measured_as_it_is(self) -> LossRule:
         """Return the rule without taking the batch apart: whether it honours the number of items, and the usual count."""
-        if self.passes_kwargs and "labels" in self.inputs:
+        if self.passes_kwargs and self.has_labels:
             counted = self._items_honoured([dict(self.inputs)])
             if counted is not None:
                 return HonoursItems(counted)
@@ -331,7 +338,7 @@ class LossProbe:
         return abs(float((sums.cpu() / items.cpu().clamp(min=1)).sum()) - loss) <= 1e-2 * max(abs(loss), 1e-6)
 
     def _candidates(self) -> list[str]:
-        known = [name for name in COUNTERS if name in ("rows", "attended tokens") or "labels" in self.inputs]
+        known = [name for name in COUNTERS if name in ("rows", "attended tokens") or self.has_labels]
         if "input_ids" not in self.inputs:
             known = [name for name in known if name != "attended tokens"]
         return sorted(known, key=lambda name: name != self.preferred)

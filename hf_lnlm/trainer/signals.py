@@ -3,7 +3,8 @@
 The stock callback behind `enable_jit_checkpoint` knows SIGTERM only, waits three seconds on a timer, and may save
 between backward and optimizer step, when the random state is already past the forward pass that the resumed run will
 repeat; such a resume isn't exact. This one keeps its switch and its place and acts only when a step is complete.
-A second signal of the same kind ends the process at once, as without a handler.
+A second signal of the same kind ends the process at once, as without a handler. An evaluation that is due at that step
+or already running is left out: a scheduler's patience (30 seconds under torchrun) is for the checkpoint.
 
 Ctrl-C and schedulers signal whole groups of processes, the workers of a data loader included; a loader that loses a worker
 raises wherever the main process happens to be, in the middle of a step. So workers heed their parent only.

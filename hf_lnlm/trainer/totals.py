@@ -23,6 +23,11 @@ def input_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
     return torch.tensor(first.numel() if torch.is_tensor(first) else 0)
 
 
+def _precise(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float64, where the device has it: counts beyond 2**24 must not lose their units."""
+    return value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+
+
 class TrainingTotals:
     """What was trained since the last log entry: nats, items, bytes, tokens and the time it took."""
 
@@ -48,23 +53,19 @@ class TrainingTotals:
         finally:
             self._started += time.perf_counter() - since
 
-    def add(
-        self, sums: torch.Tensor, items: torch.Tensor, num_bytes: torch.Tensor | None, tokens: torch.Tensor
-    ) -> None:
-        """Add a micro-batch.
+    def add_loss(self, sums: torch.Tensor, items: torch.Tensor) -> None:
+        """Add the loss of a micro-batch: of its first term, summed `sums` `(terms,)`, nats, over `items` `(terms,)`."""
+        self._add(sums.detach()[0], items[0], None, None)
 
-        Args:
-            sums: Summed loss of each term, `(terms,)`, nats.
-            items: Items of each term, `(terms,)`.
-            num_bytes: Bytes of each row, `(rows,)`, or None.
-            tokens: Attended positions, 0-dimensional.
-        """
-        device = sums.device
-        counted = torch.zeros((), device=device) if num_bytes is None else num_bytes.sum()
-        row = [sums.detach()[0], items[0], counted, tokens]
-        precise = torch.float32 if device.type == "mps" else torch.float64
-        found = torch.stack([value.to(device, precise) for value in row])
-        self._sums = found if self._sums is None else self._sums + found
+    def add_batch(self, tokens: torch.Tensor, num_bytes: torch.Tensor | None) -> None:
+        """Add the size of a micro-batch: attended positions, 0-dimensional, and bytes of each row `(rows,)` if known."""
+        self._add(None, None, None if num_bytes is None else num_bytes.sum(), tokens)
+
+    def _add(self, *values: torch.Tensor | None) -> None:
+        device = next(value.device for value in values if value is not None)
+        zero = torch.zeros((), device=device)
+        found = torch.stack([_precise(zero if value is None else value.to(device)) for value in values])
+        self._sums = found if self._sums is None else self._sums + found.to(self._sums.device)
 
     def summary(self, reduce: Reduce, language: bool, per_byte: bool) -> dict[str, float]:
         """Return the figures since the last call and begin again.
@@ -95,12 +96,14 @@ class EvaluationTotals:
         self.items: torch.Tensor | None = None
         self.measured: dict[str, torch.Tensor] = {}
 
-    def add(self, sums: torch.Tensor, items: torch.Tensor, measured: Mapping[str, torch.Tensor]) -> None:
-        """Add a batch: `sums` and `items` `(terms,)`, `measured` scalars by name."""
-        precise = torch.float32 if sums.device.type == "mps" else torch.float64
-        sums, items = sums.detach().to(precise), items.to(sums.device, precise)
+    def add_loss(self, sums: torch.Tensor, items: torch.Tensor) -> None:
+        """Add the loss of a batch: each term's sum and its items, both `(terms,)`."""
+        sums, items = _precise(sums.detach()), _precise(items.to(sums.device))
         self.sums = sums if self.sums is None else self.sums + sums
         self.items = items if self.items is None else self.items + items
+
+    def add_measured(self, measured: Mapping[str, torch.Tensor]) -> None:
+        """Add what the objective measured of a batch: scalars by name."""
         for name, value in measured.items():
             self.measured[name] = self.measured[name] + value if name in self.measured else value
 

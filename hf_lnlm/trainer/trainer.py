@@ -9,7 +9,7 @@ carried across batches (`recurrent_state`), a stop at the first non-finite value
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from .callbacks import Constraints, no_bars
 from .checkpoints import STAGING_NAME, find_fault, newest_complete, publish, rotate, seal, sweep, warn_of
 from .epochs import EndlessEpochs, set_epoch_everywhere
 from .launch import check_launch
-from .loss_scale import IGNORED, LossProbe, LossRule
+from .loss_scale import IGNORED, DeclaredParts, LossProbe, LossRule, labels_that_count
 from .nonfinite import stop
 from .randomness import kept_random_state
 from .recurrent_state import CarriedState, lane_fault, state_file
@@ -60,14 +60,17 @@ class LNLMTrainer(Trainer):
             kwargs["args"] = arguments = LNLMTrainingArguments(output_dir="tmp_trainer")
         check_launch(arguments)
         listens, arguments.enable_jit_checkpoint = arguments.enable_jit_checkpoint, False
-        super().__init__(*args, **kwargs)
-        self.args.enable_jit_checkpoint = listens
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            arguments.enable_jit_checkpoint = listens
         self.objective: Any = objective
         self._signals = StopSignal()
         self._staging: str | None = None
         self._held_push = False
         self._damaged: set[str] = set()
-        self._loss_rule: LossRule | None = None
+        self._loss_rule: LossRule | None = None  # once measured
+        self._current_rule: LossRule | None = None  # of this step; provisional until a step has labels
         self._takes_loss_kwargs = self.model_accepts_loss_kwargs
         self._aside: dict[str, Any] = {}
         self._carried: CarriedState | None = None
@@ -84,6 +87,8 @@ class LNLMTrainer(Trainer):
             return
         if not getattr(self.accelerator.unwrap_model(self.model), "_is_stateful", False):
             raise ValueError(f"carry_state needs a stateful model, got {type(self.model).__name__}")
+        if self.args.auto_find_batch_size:
+            raise ValueError("carry_state needs a fixed number of rows a batch, got auto_find_batch_size=True")
         fault = lane_fault(self.train_dataset, self._train_batch_size, self.args.world_size)
         if self.train_dataset is not None and fault is not None:
             raise ValueError(fault)
@@ -131,24 +136,30 @@ class LNLMTrainer(Trainer):
             self._signals.uninstall()
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
+        """Examine checkpoints on process 0 (every byte is read) and tell the others."""
+        if not wanted:
+            return None
         if wanted is True:
             folder = str(self.args.output_dir)
-            found, faults = newest_complete(folder)
+            found, faults = self._told(newest_complete, folder)
             self._damaged = set(faults)
             if self.is_world_process_zero():
                 warn_of(faults, folder, found)
             if found is None:
                 raise ValueError(f"no complete checkpoint found in output_dir {folder}")
             return found
-        if not wanted:
-            return None
-        fault = find_fault(str(wanted))
+        fault = self._told(find_fault, str(wanted))
         if fault is not None:
             raise ValueError(f"resume_from_checkpoint {wanted} can't be used: {fault}")
         return str(wanted)
 
+    def _told(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return what a function gives on process 0."""
+        found = [function(*args) if self.is_world_process_zero() else None]
+        return (broadcast_object_list(found) if self.args.world_size > 1 else found)[0]
+
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
-        if self._signals.received is None:
+        if not (self.args.enable_jit_checkpoint and self._signals.agreed(self.args)):
             return super()._finalize_training(trial, num_train_samples, start_time)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         raise SystemExit(self._signals.exit_status)
@@ -233,22 +244,22 @@ class LNLMTrainer(Trainer):
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor | float:
         if not self._checks_gradients or self._has_mixed_mesh_grads(model):
             return super()._clip_grad_norm(model)
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not bool(torch.isfinite(norm)):
-            inner = self.accelerator.unwrap_model(self.model)
-            stop("the gradient norm", float(norm), self.state.global_step + 1, inner)
+        norm = self._finite_norm(model)
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
         return norm
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None and self._checks_gradients and not self._has_mixed_mesh_grads(model):
-            limit, self.args.max_grad_norm = self.args.max_grad_norm, float("inf")
-            try:
-                return self._clip_grad_norm(model)
-            finally:
-                self.args.max_grad_norm = limit
+            return self._finite_norm(model)
         return super()._get_grad_norm(model, grad_norm)
+
+    def _finite_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        """Return the norm of all gradients; raises NonFiniteError before clipping could spread a NaN."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if not bool(torch.isfinite(norm)):
+            inner = self.accelerator.unwrap_model(self.model)
+            stop("the gradient norm", float(norm), self.state.global_step + 1, inner)
+        return norm
 
     def training_step(
         self,
@@ -279,29 +290,36 @@ class LNLMTrainer(Trainer):
     @property
     def _scales_loss(self) -> bool:
         """Whether losses are ours to scale: not with a loss function, smoothing or engine that does it itself."""
-        return self.label_smoother is None and self.compute_loss_func is None and not self.is_deepspeed_enabled
+        whole = self.get_cp_size() * self.get_sp_size() == 1 and not self.is_deepspeed_enabled
+        return whole and self.label_smoother is None and self.compute_loss_func is None
 
     def _find_loss_rule(self, batches: list[dict[str, Any]]) -> LossRule:
-        """Measure on a first step how the model's loss is normalised; every process takes process 0's answer."""
-        inputs = max(batches, key=lambda batch: int(batch["labels"].ne(IGNORED).sum()) if "labels" in batch else 0)
+        """Measure on a first step how the model's loss is normalised; every process takes process 0's answer.
+
+        Raises:
+            ValueError: No label of the first step of a training run counts.
+        """
+        inputs = super()._prepare_inputs(_for_the_model(max(batches, key=labels_that_count)))
+        counted = labels_that_count(inputs)
+        if counted == 0 and self._evaluation_totals is None and self.args.world_size == 1:
+            raise ValueError(f"0 of {inputs['labels'].numel()} labels (0 %) of the first step count: all are {IGNORED}")
         model = self.accelerator.unwrap_model(self.model)
-        inputs = super()._prepare_inputs(_for_the_model(inputs))
         probe = LossProbe(model, inputs, self._takes_loss_kwargs, self._loss_shifts_labels)
         with self.compute_loss_context_manager():
             rule = probe.rule()
-        if self.args.world_size > 1 and not hasattr(rule, "model"):
-            rule = broadcast_object_list([rule])[0]
+        if self.args.world_size > 1 and not isinstance(rule, DeclaredParts):
+            rule, counted = broadcast_object_list([rule, counted])
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
+        self._loss_rule = rule if counted else None
         return rule
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Count the items of all micro-batches of a step on all processes, `(terms,)`."""
         if not self._scales_loss or not batch_samples:
             return super()._get_num_items_in_batch(batch_samples, device)
-        if self._loss_rule is None:
-            self._loss_rule = self._find_loss_rule(batch_samples)
-        total = torch.stack([self._loss_rule.count(batch).to(device) for batch in batch_samples]).sum(0)
+        self._current_rule = rule = self._loss_rule or self._find_loss_rule(batch_samples)
+        total = torch.stack([rule.count(batch).to(device) for batch in batch_samples]).sum(0)
         if self.args.average_tokens_across_devices:
             total = self._reduce(total) // self.get_tp_size()
         return total
@@ -326,18 +344,20 @@ class LNLMTrainer(Trainer):
             num_items_in_batch: Items of the step for each term of the loss, `(terms,)`.
         """
         inputs = self._with_state(inputs)
-        rule, total = self._loss_rule, num_items_in_batch
+        rule, total = self._current_rule, num_items_in_batch
         if rule is None or not torch.is_tensor(total) or not total.dim():
-            loss, outputs = super().compute_loss(model, inputs, True, total)
+            loss, outputs = super().compute_loss(model, dict(inputs), True, total)
         else:
-            passed = {**inputs, "num_items_in_batch": total[0]} if rule.passes_num_items else inputs
+            total = total.clamp(min=1)
+            passed = {**inputs, "num_items_in_batch": total[0]} if rule.passes_num_items else dict(inputs)
             loss, outputs = super().compute_loss(model, passed, True)
             sums = rule.sums(loss, outputs, inputs, total)
-            self._add_to_totals(sums, rule.count(inputs), inputs, outputs)
+            self._totals.add_loss(sums, rule.count(inputs))
             if not rule.passes_num_items:
-                loss = (sums / total.to(sums.device, sums.dtype).clamp(min=1)).sum()
+                loss = (sums / total.to(sums.device, sums.dtype)).sum()
             if self.args.average_tokens_across_devices:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        self._measure(inputs, outputs)
         if self._carried is not None:
             self._carried.keep(outputs.get("past_key_values"))
         return (loss, outputs) if return_outputs else loss
@@ -351,16 +371,18 @@ class LNLMTrainer(Trainer):
         cache = self._carried.start(inner, inputs["input_ids"].shape[0], reset)
         return {**inputs, "past_key_values": cache, "use_cache": True}
 
-    def _add_to_totals(self, sums: torch.Tensor, items: torch.Tensor, inputs: dict[str, Any], outputs: Any) -> None:
+    @property
+    def _totals(self) -> TrainingTotals | EvaluationTotals:
+        return self._training_totals if self._evaluation_totals is None else self._evaluation_totals
+
+    def _measure(self, inputs: dict[str, Any], outputs: Any) -> None:
+        """Add what is measured of a batch besides its loss."""
         num_bytes = self._aside.get("num_bytes")
         if self._evaluation_totals is None:
-            self._training_totals.add(sums, items, num_bytes, input_tokens(inputs))
-            return
-        measured: Mapping[str, torch.Tensor] = {}
-        if self.objective is not None and outputs.get("logits") is not None:
+            self._training_totals.add_batch(input_tokens(inputs), num_bytes)
+        elif self.objective is not None and outputs.get("logits") is not None:
             batch = inputs if num_bytes is None else {**inputs, "num_bytes": num_bytes}
-            measured = self.objective.sums(outputs["logits"], batch)
-        self._evaluation_totals.add(sums, items, measured)
+            self._evaluation_totals.add_measured(self.objective.sums(outputs["logits"], batch))
 
     # ---- evaluation and logs ----------------------------------------------------------------------------------------
 
@@ -418,7 +440,11 @@ class LNLMTrainer(Trainer):
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _rows_that_count(self, inputs: dict[str, Any]) -> int | None:
-        """Return how many rows of this process's batch aren't repetitions, None if none is."""
+        """Return how many rows of this process's last batch aren't repetitions, None if all count.
+
+        accelerate fills up the last batch with rows from the start. Their labels are ignored here; terms that count
+        rows or attended tokens instead of labels still see them.
+        """
         gradient_state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not gradient_state.end_of_dataloader or gradient_state.remainder <= 0:
             return None
@@ -447,7 +473,7 @@ class LNLMTrainer(Trainer):
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         failure = self._write_staged(model, trial, staging, run / name)
-        self._agree_on(failure, staging)
+        self._seal_or_stop(failure, staging)
         if self.args.should_save:
             publish(staging / name, run / name)
             shutil.rmtree(staging, ignore_errors=True)
@@ -473,23 +499,23 @@ class LNLMTrainer(Trainer):
             self._staging = None
         return None
 
-    def _agree_on(self, failure: Exception | None, staging: Path) -> None:
+    def _seal_or_stop(self, failure: Exception | None, staging: Path) -> None:
         """Seal the staged folder if every process could write its part, else drop it and stop all of them."""
-        failed = self._reduce(torch.tensor(float(failure is not None), device=self.args.device))
-        if not failed and self.args.should_save:
+        if not self._any(failure) and self.args.should_save:
             try:
                 self._seal(staging)
             except OSError as error:
                 failure = error
-        failed = self._reduce(torch.tensor(float(failure is not None), device=self.args.device))
-        if not failed:
+        if not self._any(failure):
             return
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
-        step = self.state.global_step
-        raise OSError(
-            f"the checkpoint of step {step} couldn't be written; older ones are whole ({failure})"
-        ) from failure
+        what = f"the checkpoint of step {self.state.global_step} couldn't be written; older ones are whole"
+        raise OSError(f"{what} ({failure or 'another process failed'})") from failure
+
+    def _any(self, failure: Exception | None) -> bool:
+        """Whether something failed on any process."""
+        return bool(self._reduce(torch.tensor(float(failure is not None), device=self.args.device)))
 
     def _seal(self, staging: Path) -> None:
         """Correct the one path that the stock code derived from the staging folder, then seal the checkpoint."""

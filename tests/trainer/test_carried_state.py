@@ -150,6 +150,8 @@ def test_saved_and_loaded_state_is_bit_identical(tmp_path: Path) -> None:
 def test_what_cannot_carry_state_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sequential"):
         trainer_of(tmp_path, train_sampling_strategy="random")
+    with pytest.raises(ValueError, match="auto_find_batch_size"):
+        trainer_of(tmp_path, auto_find_batch_size=True)
     with pytest.raises(ValueError, match=r"num_lanes must be batch size x processes = 2 x 1 = 2, got 3"):
         trainer_of(tmp_path, per_device_train_batch_size=2)
     model, rows = families.build("GPT2LMHeadModel")

@@ -187,3 +187,43 @@ def test_label_smoothing_and_loss_functions_stay_stock(tmp_path: Path) -> None:
     model, _ = families.build("BertForMaskedLM")
     whole = scale.step(model, rows, str(tmp_path), 8, 1, label_smoothing_factor=0.1)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(whole.state.log_history[0]["loss"], rel=1e-4)
+
+
+def test_training_on_no_label_at_all_is_refused(tmp_path: Path) -> None:
+    model, rows = families.build("BertForMaskedLM")
+    rows = [{**row, "labels": [-100] * families.LENGTH} for row in rows]
+    with pytest.raises(ValueError, match=r"0 of 48 labels \(0 %\) of the first step count: all are -100"):
+        scale.step(model, rows, str(tmp_path), 4, 1)
+
+
+def test_evaluation_may_begin_without_labels(tmp_path: Path) -> None:
+    model, rows = families.build("BertForMaskedLM")
+    hidden = [{**row, "labels": [-100] * families.LENGTH} for row in rows]
+    trainer = scale.trainer(model, rows, str(tmp_path), 4, 1, per_device_eval_batch_size=4)
+    assert trainer.evaluate(hidden)["eval_loss"] == 0
+    assert trainer._loss_rule is None
+    mixed, plain = trainer.evaluate(hidden[:4] + rows), trainer.evaluate(rows)
+    assert trainer._loss_rule == MeanOfItems("labels")
+    assert mixed["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-6)
+
+
+def test_one_flat_row_of_documents_is_measured_as_it_is() -> None:
+    model, rows = families.build("LlamaForCausalLM")
+    flat = torch.tensor([rows[0]["input_ids"] + rows[1]["input_ids"]])
+    positions = torch.arange(families.LENGTH).repeat(2)[None]
+    starts = torch.tensor([0, families.LENGTH, 2 * families.LENGTH], dtype=torch.int32)
+    batch = {"input_ids": flat, "position_ids": positions, "labels": flat, "cu_seq_lens_q": starts}
+    assert LossProbe(model, batch, True, True).rule() == HonoursItems("labels after the shift")
+    model, rows = families.build("BertForMaskedLM")
+    batch = {name: torch.tensor([rows[5][name]]) for name in rows[5]}
+    assert LossProbe(model, {**batch, "return_dict": True}, True, False).rule() == MeanOfItems("labels")
+
+
+def test_shifted_labels_that_are_given_are_counted() -> None:
+    model, rows = families.build("LlamaForCausalLM")
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    shifted = ids.roll(-1, 1)
+    shifted[:3, 5:] = -100
+    rule = LossProbe(model, {"input_ids": ids, "labels": ids, "shift_labels": shifted}, True, True).rule()
+    assert rule == HonoursItems("labels after the shift")
+    assert rule.count({"labels": ids, "shift_labels": shifted}).tolist() == [int(shifted.ne(-100).sum())]

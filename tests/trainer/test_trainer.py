@@ -285,6 +285,16 @@ def test_evaluation_measures_without_gathering_logits(tmp_path: Path) -> None:
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]), rel=1e-6)
 
 
+def test_label_smoothing_is_measured_too(tmp_path: Path) -> None:
+    found = []
+    for smoothing in (0.0, 0.2):
+        case = {**runs.MAP, "dropout": 0.0}
+        trainer = runs.trainer_of(case, str(tmp_path), label_smoothing_factor=smoothing)
+        found.append(trainer.evaluate(trainer.train_dataset))
+    assert found[1]["eval_perplexity"] == pytest.approx(found[0]["eval_perplexity"], rel=1e-6)
+    assert {"eval_accuracy", "eval_bits_per_byte"} <= set(found[1])
+
+
 def test_classification_has_no_perplexity(tmp_path: Path) -> None:
     entry = scale.step(*families.build("BertForSequenceClassification"), str(tmp_path), 4, 1).state.log_history[0]
     assert "perplexity" not in entry and "tokens_per_second" in entry
