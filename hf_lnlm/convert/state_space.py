@@ -152,7 +152,7 @@ def ssm_to_stock(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: stock has no such model.
     """
-    config = ssm_config_to_stock(model.config)  # type: ignore[arg-type]
+    config = ssm_config_to_stock(model.config)
     head = _is_head(model)
     stock = AutoModelForCausalLM.from_config(config) if head else AutoModel.from_config(config)
     prefixes = ("model.", "backbone.") if head else ("", "")

@@ -15,8 +15,8 @@ Deliberate deviations:
     * States leave a masked token as they entered it; the convolution reads the last *real* tokens. So padding anywhere,
       packed documents, chunks and single tokens give what whole sequences give.
     * The exponential-trapezoidal rule of [3], `h_t = α_t h_{t-1} + β_t k_{t-1} v_{t-1} + γ_t k_t v_t`, is one call of the
-      SSD operation: since `β_t = (1 - λ_t) Δ_t α_t`, a token's own weight is `γ_t + (1 - λ_{t+1}) Δ_{t+1}`, and what its
-      successor's share adds too early to its own output is taken off again.
+      SSD operation: since `β_t = (1 - λ_t) Δ_t α_t`, a token's weight is `γ_t + (1 - λ_{t+1}) Δ_{t+1}`, of which its own
+      output sees the first part only (the operation's `diagonal`).
 
 Complexity: O(length) time; state of O(1) size.
 """
@@ -268,9 +268,11 @@ class TrapezoidalMixer(Mixer):
         query = self._rotate(c, self.C_norm, self.C_bias, total)
         late = (1 - share) * step  # what a token gives to its predecessor's contribution
         first, following = _successors(late, marks)
+        own = share * step
+        weight = own + following
         y, ssm = ssd(
             x,
-            share * step + following,
+            weight,
             log_decay,
             key,
             query,
@@ -278,10 +280,10 @@ class TrapezoidalMixer(Mixer):
             self._entry(states, first),
             marks.mask,
             marks.starts,
+            own / weight.clamp(min=1e-30),
             chunk_size=self.config.chunk_size,
             backend=self.backend,
         )
-        y = y - (following * (query * key).sum(-1)).unsqueeze(-1) * x
         out = y.flatten(2) * F.silu(z.to(dtype))
         last = {"angle": total[:, -1], "ssm": ssm, "key": _last(key, states, "key", marks)}
         return out.to(projected.dtype), last | {"value": _last(x, states, "value", marks)}

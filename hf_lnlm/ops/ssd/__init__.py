@@ -35,6 +35,7 @@ def ssd(
     initial_state: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     reset: torch.Tensor | None = None,
+    diagonal: torch.Tensor | None = None,
     reverse: bool = False,
     chunk_size: int = CHUNK_SIZE,
     backend: str = "auto",
@@ -50,6 +51,7 @@ def ssd(
         initial_state: `(batch, heads, width, states)` or None for zeros. Gradients flow into it.
         mask: `(batch, length)`, 0 at positions that leave the state unchanged, or None.
         reset: `(batch, length)` booleans, true at a real position that begins a document, or None.
+        diagonal: `(batch, length, heads)`, factor of a token's own part in its own output (not in the state), or None.
         reverse: run from the last position to the first; `reset` then marks where documents end.
         chunk_size: tokens that are computed by matrix products at once.
         backend: `auto`, `reference` or `eager`; `cpu` and `gpu` mean `eager`, whose products are the machine's own.
@@ -70,12 +72,12 @@ def ssd(
         reset = None if reset is None else reset & real
     if reverse:
         x, scale, log_decay, B, C = (t.flip(1) for t in (x, scale, log_decay, B, C))
-        reset = None if reset is None else reset.flip(1)
+        reset, diagonal = (None if t is None else t.flip(1) for t in (reset, diagonal))
     if backend == "reference":
-        y, state = ssd_reference(x, scale, log_decay, B, C, D, initial_state, reset)
+        y, state = ssd_reference(x, scale, log_decay, B, C, D, initial_state, reset, diagonal)
         y, state = y.to(x.dtype), state if x.dtype == torch.float64 else state.float()
     else:
-        tensors = (x, scale, log_decay, B, C, D, initial_state, reset)
+        tensors = (x, scale, log_decay, B, C, D, initial_state, diagonal, reset)
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         y, state, _ = ssd_forward(*tensors, chunk_size, save)
     return (y.flip(1) if reverse else y), state

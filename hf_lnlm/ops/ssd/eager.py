@@ -51,6 +51,9 @@ class Chunk:
         self.b = b.to(self.dtype).transpose(1, 2)
         self.c = call["C"][:, first:last].to(self.dtype).transpose(1, 2)
         self._decay(call, first, last)
+        if call["diagonal"] is not None:
+            own = self._per_head(call["diagonal"][:, first:last].to(self.dtype)).permute(0, 2, 3, 1)
+            self.weights.diagonal(dim1=-2, dim2=-1).copy_(own)
         self.scores = self.c @ self.b.mT
 
     def _per_head(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -149,7 +152,7 @@ class Gradients:
             torch.empty_like(call[name], dtype=dtype, memory_format=torch.contiguous_format) for name in ("x", "B", "C")
         )
         self.scale = torch.empty(call["scale"].shape, dtype=dtype, device=call["scale"].device)
-        self.log_decay = torch.empty_like(self.scale)
+        self.log_decay, self.diagonal = torch.empty_like(self.scale), torch.empty_like(self.scale)
 
 
 def ssd_eager_backward(
@@ -176,7 +179,7 @@ def ssd_eager_backward(
         first, last = k * chunk_size, min(length, (k + 1) * chunk_size)
         chunk = Chunk(call, first, last)
         carry = _retreat(chunk, grads, grad_y[:, first:last], _group_state(entries[k], groups), carry, first, last)
-    out = {name: getattr(grads, name) for name in ("x", "scale", "log_decay", "B", "C")}
+    out = {name: getattr(grads, name) for name in ("x", "scale", "log_decay", "B", "C", "diagonal")}
     if call["D"] is not None:
         out["x"].addcmul_(grad_y, call["D"].to(dtype)[:, None])
         out["D"] = (grad_y * call["x"].to(dtype)).sum((0, 1, 3))
@@ -206,6 +209,8 @@ def _retreat(
     grads.B[:, first:last] = (dscores.mT @ chunk.c + by_group(kept) @ carry).transpose(1, 2)
     grads.x[:, first:last] = (dvalues * chunk.scale.unsqueeze(-1)).flatten(2, 3)
     grads.scale[:, first:last] = (dvalues * chunk.x).sum(-1).flatten(2)
+    own = (d_attention * chunk.scores.unsqueeze(2)).diagonal(dim1=-2, dim2=-1)
+    grads.diagonal[:, first:last] = own.permute(0, 3, 1, 2).flatten(2)
     whole = (carry * state).unflatten(2, (chunk.ratio, -1)).sum((3, 4)) * chunk.whole
     slope = _decay_slope(attention * d_attention, (ahead * from_state).sum(-1), (kept * to_state).sum(-1), whole)
     grads.log_decay[:, first:last] = slope.flatten(2)

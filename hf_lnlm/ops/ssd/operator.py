@@ -10,11 +10,11 @@ from ..operator import define_operator, sibling, source_namespace
 from .eager import ssd_eager, ssd_eager_backward
 
 _NAMESPACE = source_namespace(__file__, sibling(__file__, "eager"))
-_INPUTS = ("x", "scale", "log_decay", "B", "C", "D", "initial_state", "reset")
-_LEARNED = _INPUTS[:7]
+_INPUTS = ("x", "scale", "log_decay", "B", "C", "D", "initial_state", "diagonal", "reset")
+_LEARNED = _INPUTS[:8]
 _SCHEMA = (
-    "Tensor x, Tensor scale, Tensor log_decay, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, Tensor? reset,"
-    " int chunk_size"
+    "Tensor x, Tensor scale, Tensor log_decay, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, Tensor? diagonal,"
+    " Tensor? reset, int chunk_size"
 )
 
 

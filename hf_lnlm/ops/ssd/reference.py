@@ -19,6 +19,7 @@ def ssd_reference(
     D: torch.Tensor | None = None,
     initial_state: torch.Tensor | None = None,
     reset: torch.Tensor | None = None,
+    diagonal: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run `h_t = exp(log_decay_t) h_{t-1} + scale_t x_t ⊗ B_t`, `y_t = h_t C_t + D x_t`; arguments as in `ssd`."""
     x, scale, log_decay = x.double(), scale.double(), log_decay.double()
@@ -32,7 +33,9 @@ def ssd_reference(
         if reset is not None:
             decay = torch.where(reset[:, t, None], 0.0, decay)
         source = (scale[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]
-        state = decay[..., None, None] * state + source
-        outputs.append((state * C[:, t, :, None, :]).sum(-1))
+        before = decay[..., None, None] * state
+        state = before + source
+        seen = state if diagonal is None else before + source * diagonal.double()[:, t, :, None, None]
+        outputs.append((seen * C[:, t, :, None, :]).sum(-1))
     y = torch.stack(outputs, 1)
     return (y if D is None else y + x * D.double()[:, None]), state

@@ -76,6 +76,11 @@ def test_masks_resets_and_direction(reverse):
     compare(arguments(), reverse=reverse, **marks(2, 70))
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_diagonal(reverse):
+    compare(arguments() | {"diagonal": torch.rand(2, 70, 4)}, reverse=reverse, **marks(2, 70))
+
+
 @pytest.mark.parametrize("absent", ["D", "initial_state"])
 def test_optional_arguments(absent):
     compare(arguments() | {absent: None})
