@@ -176,7 +176,28 @@ def imports(tree: ast.AST, guarded: bool = False) -> Iterator[tuple[ast.Import |
         yield from imports(node, guarded or isinstance(node, (ast.Try, *(Function.__args__))))
 
 
-def forbidden_imports(path: Path) -> Iterator[str]:
+def imported_module(path: Path, node: ast.ImportFrom) -> Path:
+    """The file that a relative import takes its names from."""
+    place = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+    return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+
+
+def always_imported() -> set[Path]:
+    """Carried modules that a family's import reaches without passing through a `try` or a function."""
+    todo = [path for path in carried_modules() if path.stem.startswith(("modeling_", "configuration_"))]
+    found: set[Path] = set()
+    while todo:
+        path = todo.pop()
+        if path in found:
+            continue
+        found.add(path)
+        relatives = [n for n, late in imports(parsed(path)) if not late and isinstance(n, ast.ImportFrom) and n.level]
+        todo += [imported_module(path, node) for node in relatives]
+    return found
+
+
+def forbidden_imports(path: Path, always: bool) -> Iterator[str]:
+    """Imports that a carried module may not have; compiled kernels, imported in a `try`, may need their compilers."""
     for node, guarded in imports(parsed(path)):
         where = f"{relative(path)}:{node.lineno}"
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -185,21 +206,17 @@ def forbidden_imports(path: Path) -> Iterator[str]:
         for top in {module.split(".")[0] for module in modules}:
             if top == PACKAGE:
                 yield f"{where} imports {top} absolutely"
-            elif top in OPTIONAL and not guarded and not is_optional_module(path):
+            elif top in OPTIONAL and always and not guarded:
                 yield f"{where} needs {top} outside a try"
             elif top not in ALLOWED | OPTIONAL:
                 yield f"{where} imports {top}"
 
 
-def is_optional_module(path: Path) -> bool:
-    """Kernel modules are themselves imported in a `try`: tests/test_import.py runs without their compilers."""
-    return bool(re.search(r"(^|_)(cpu|gpu|kernels?|math|numba|triton)", path.stem)) and "ops" in path.parts
-
-
 def test_import_rule_of_carried_modules():
-    carried = carried_modules()
+    carried, always = carried_modules(), always_imported()
     assert len(carried) >= 8
-    assert not [line for path in carried for line in forbidden_imports(path)]
+    assert always <= set(carried)
+    assert not [line for path in carried for line in forbidden_imports(path, path in always)]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda row: row.name)
