@@ -14,9 +14,9 @@ Affine = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Tell whether `module.weight` and `module.bias` are all there is to a module: an `nn.Linear` without hooks."""
+    """Tell whether weight and bias are all there is to a module: an `nn.Linear` without hooks or a forward of its own."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is nn.Linear and not hooked and not hasattr(module, "_hf_hook")
+    return type(module) is nn.Linear and not hooked and "forward" not in vars(module)  # accelerate puts one there
 
 
 def effective_weight(module: nn.Module, in_features: int, dtype: torch.dtype, device: torch.device) -> Affine:

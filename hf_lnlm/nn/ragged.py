@@ -12,6 +12,7 @@ Complexity: O(batch · length) index arithmetic and one copy in and out. Data-de
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,17 @@ def document_starts(
     if position_ids is not None:
         starts = (position_ids.expand(mask.shape) == 0) & mask
     if seq_idx is not None:
-        change = torch.zeros_like(mask)
-        change[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-        starts = change & mask if starts is None else starts | (change & mask)
+        changes = _document_changes(seq_idx.expand(mask.shape), mask)
+        starts = changes if starts is None else starts | changes
     return starts
+
+
+def _document_changes(seq_idx: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mark the real tokens whose document is not that of the real token before them; masked ones may lie between."""
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    latest = torch.where(mask, columns, -1).cummax(1).values
+    before = pad(latest, (1, 0), value=-1)[:, :-1]
+    return mask & (before >= 0) & (seq_idx != seq_idx.gather(1, before.clamp(min=0)))
 
 
 def row_layout(mask: torch.Tensor, starts: torch.Tensor | None) -> RowLayout | None:

@@ -10,10 +10,17 @@ from functools import cache
 import torch
 
 
+def _missing(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is None
+    except ModuleNotFoundError:  # an import hook forbids it
+        return True
+
+
 @cache
 def numba_reason() -> str | None:
     """Return why numba kernels cannot run here, or None when they can."""
-    if importlib.util.find_spec("numba") is None:
+    if _missing("numba"):
         return "numba is not installed (pip install 'hf_lnlm[cpu]')"
     return None
 
@@ -21,7 +28,7 @@ def numba_reason() -> str | None:
 @cache
 def triton_reason() -> str | None:
     """Return why Triton kernels cannot run here, or None when they can."""
-    if importlib.util.find_spec("triton") is None:
+    if _missing("triton"):
         return "triton is not installed (pip install 'hf_lnlm[gpu]')"
     if not torch.cuda.is_available():
         return "no CUDA device"

@@ -2,6 +2,7 @@
 
 # Copyright 2026 The hf_lnlm authors. Licensed under the Apache License, Version 2.0.
 
+import math
 from typing import Any, ClassVar
 
 from ..base import LNLMConfig, check_choice, strict_config
@@ -106,7 +107,9 @@ class RNNConfig(LNLMConfig):
             raise ValueError(
                 "loss_head='adaptive' has its own projections: tie_word_embeddings must be false, got true"
             )
-        narrowest = int((self.last_hidden_size or self.hidden_size) // self.adaptive_div_value ** len(cutoffs))
+        width, narrowing = self.last_hidden_size or self.hidden_size, self.adaptive_div_value
+        hopeless = math.log2(narrowing) * len(cutoffs) > 64  # asked first: the power might not fit a float
+        narrowest = 0 if hopeless else int(width // narrowing ** len(cutoffs))
         if narrowest < 1:
             raise ValueError(
                 f"adaptive_div_value leaves the last of {len(cutoffs)} clusters no width: it must be smaller or the hidden "

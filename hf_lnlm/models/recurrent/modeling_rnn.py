@@ -40,6 +40,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import capture_outputs
 
+from ...nn.assign import assign
 from ...nn.dropout import EmbeddingDropout, LockedDropout
 from ...nn.effective_weight import effective_weight
 from ...nn.loss_heads import (
@@ -184,13 +185,16 @@ class RNNLayer(GradientCheckpointingLayer):
         self.backwards = RNNDirection(config, *sizes, reverse=True) if config.bidirectional else None
 
     def forward(
-        self, hidden_states: torch.Tensor, states: States | None, marks: SequenceMarks, blocks: RowBlocks | None = None
-    ) -> tuple[torch.Tensor, States]:
-        """Run the layer; see `RNNDirection.forward`. Two directions are concatenated in the last dimension."""
-        outputs, states = self.forwards(hidden_states, states, marks, blocks)
+        self, hidden_states: torch.Tensor, marks: SequenceMarks, blocks: RowBlocks | None, *states: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Run the layer; see `RNNDirection.forward`. Two directions are concatenated in the last dimension.
+
+        States come and go one by one: reentrant checkpointing gives no gradients to tensors inside tuples.
+        """
+        outputs, final = self.forwards(hidden_states, states or None, marks, blocks)
         if self.backwards is not None:
             outputs = torch.cat([outputs, self.backwards(hidden_states, None, marks, blocks)[0]], dim=-1)
-        return outputs, states
+        return outputs, *final
 
 
 class RNNPreTrainedModel(LNLMPreTrainedModel):
@@ -217,21 +221,21 @@ class RNNPreTrainedModel(LNLMPreTrainedModel):
                 init.xavier_uniform_(projection.weight)
 
 
-def _blank(block: torch.Tensor) -> torch.Tensor:
-    """Room for a gate's initial weights, in float32: orthogonalisation has no half precision."""
-    return torch.empty(block.shape, dtype=torch.float32, device=block.device)
-
-
 def _init_gates(direction: RNNDirection) -> None:
-    """Glorot-uniform input weights, orthogonal recurrent weights, gate by gate; zero biases but the forget gate's."""
+    """Glorot-uniform input weights, orthogonal recurrent weights, gate by gate; zero biases but the forget gate's.
+
+    Drawn in float32: orthogonalisation has no half precision.
+    """
     size, gates = direction.hidden_size, NUM_GATES[direction.cell_type]
-    wide, square = direction.input_gates.weight, direction.recurrent_gates.weight
-    init.copy_(wide, torch.cat([init.xavier_uniform_(_blank(block)) for block in wide.chunk(gates)]))
-    init.copy_(square, torch.cat([init.orthogonal_(_blank(block)) for block in square.chunk(gates)]))
-    bias = torch.zeros_like(direction.input_gates.bias)
+    drawn = {"device": direction.input_gates.weight.device, "dtype": torch.float32}
+    wide = [torch.empty(size, direction.input_size, **drawn) for _ in range(gates)]
+    square = [torch.empty(size, size, **drawn) for _ in range(gates)]
+    assign(direction.input_gates.weight, torch.cat([init.xavier_uniform_(block) for block in wide]))
+    assign(direction.recurrent_gates.weight, torch.cat([init.orthogonal_(block) for block in square]))
+    bias = torch.zeros(gates * size, **drawn)
     if direction.cell_type == "lstm":
         bias[size : 2 * size] = direction.forget_bias
-    init.copy_(direction.input_gates.bias, bias)
+    assign(direction.input_gates.bias, bias)
     init.zeros_(direction.recurrent_gates.bias)
 
 
@@ -291,7 +295,7 @@ class RNNModel(RNNPreTrainedModel):
         blocks = None if marks.layout is None else row_blocks(marks.layout, exact=cache is not None)
         for index, layer in enumerate(self.layers):
             states = self._read(cache, index, hidden_states.shape[0])
-            hidden_states, states = layer(hidden_states, states, marks, blocks)
+            hidden_states, *states = layer(hidden_states, marks, blocks, *states)
             if cache is not None:
                 named = dict(zip(STATES[self.config.cell_type], states, strict=True))
                 cache.layers[index].write(self.config.cell_type, named, hidden_states.shape[1])
@@ -332,13 +336,13 @@ class RNNModel(RNNPreTrainedModel):
             )
         return past_key_values
 
-    def _read(self, cache: Cache | None, index: int, batch_size: int) -> States | None:
+    def _read(self, cache: Cache | None, index: int, batch_size: int) -> States:
         if cache is None:
-            return None
+            return ()
         size = self.config.layer_sizes(index)[1]
         names = STATES[self.config.cell_type]
         states = cache.layers[index].read(self.config.cell_type, batch_size, dict.fromkeys(names, (size,)))
-        return None if states is None else tuple(states[name] for name in names)
+        return () if states is None else tuple(states[name] for name in names)
 
 
 class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):

@@ -1,0 +1,21 @@
+"""Initial values computed whole, given to a parameter that may be sharded."""
+
+import torch
+from transformers import initialization as init
+
+
+def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a parameter its initial value, unless it was loaded from a checkpoint.
+
+    Orthogonal matrices, gate-wise blocks and the like can't be drawn shard by shard. Under FSDP2 or tensor parallelism
+    they are computed whole on the first rank and distributed as the parameter is.
+
+    Args:
+        parameter: any shape; a plain tensor or a `DTensor`.
+        value: the same shape, any float type.
+    """
+    if hasattr(parameter, "device_mesh") and not getattr(parameter, "_is_hf_initialized", False):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    init.copy_(parameter, value)
