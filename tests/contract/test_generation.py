@@ -149,6 +149,7 @@ def test_end_token_ends_a_row(case: Case):
     ids = token_ids(2, 6)
     free = generator(case).generate(ids, do_sample=False, **SHORT)
     end = int(free[0, 7])
+    at = 6 + int((free[0, 6:] == end).nonzero()[0])  # a model may say the same token twice
     out = model.generate(ids, do_sample=False, max_new_tokens=6, eos_token_id=end, pad_token_id=0)
-    assert out[0, 7] == end
-    assert (out[0, 8:] == 0).all()
+    assert out[0, at] == end
+    assert (out[0, at + 1 :] == 0).all()

@@ -22,7 +22,7 @@ loss_case = pytest.mark.parametrize("case", cases(loss=True), ids=str)
 
 def all_linear(case: Case) -> dict[str, Any]:
     """LoRA on every linear layer; peft trains a classifier in full and so must not adapt it."""
-    spared = ["classifier", "score", "qa_outputs"] if case.auto != "AutoModelForCausalLM" else None
+    spared = ["classifier", "score", "qa_outputs"] if case.auto in TASKS and not case.causal else None
     return {"target_modules": "all-linear", "exclude_modules": spared}
 
 
