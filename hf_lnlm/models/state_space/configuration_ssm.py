@@ -45,7 +45,8 @@ class SelectiveSSMConfig(LNLMConfig):
         attn_layer_indices: layers whose mixer is causal self-attention without positions, or None.
         num_attention_heads, num_key_value_heads: of those layers; as many key as query heads if None.
         attention_dropout: of those layers.
-        pooling: how sequence classification sums up a text: `last` or `first` real token, `mean` or `max`.
+        pooling: how sequence classification sums up a text: `last` or `first` real token, `mean` or `max`. None means `last`,
+            and `mean` for models that read both ways, whose last token has hardly been read backwards.
         classifier_dropout: dropout before a classifier.
 
     Raises:
@@ -99,7 +100,7 @@ class SelectiveSSMConfig(LNLMConfig):
     num_attention_heads: int = 8
     num_key_value_heads: int | None = None
     attention_dropout: float | int = 0.0
-    pooling: str = "last"
+    pooling: str | None = None
     classifier_dropout: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -114,7 +115,7 @@ class SelectiveSSMConfig(LNLMConfig):
         super().check_bounds()
         check_choice("mixer", self.mixer, MIXERS)
         check_choice("bidirectional", self.bidirectional or "none", DIRECTIONS)
-        check_choice("pooling", self.pooling, POOLINGS)
+        check_choice("pooling", self.pooling or "last", POOLINGS)
         check_choice("time_step_init_scheme", self.time_step_init_scheme, INIT_SCHEMES)
         if isinstance(self.time_step_rank, str) and self.time_step_rank != "auto":
             raise ValueError(f"time_step_rank must be a number, 'auto' or None, got {self.time_step_rank!r}")

@@ -40,7 +40,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ...nn.loss_heads import classification_loss
+from ...nn.loss_heads import classification_loss, next_token_labels
 from ...nn.masks import end_token
 from ...nn.pooling import max_over_time, mean_over_time
 from ..base import LNLMPreTrainedModel
@@ -339,8 +339,10 @@ class SelectiveSSMForCausalLM(SelectiveSSMPreTrainedModel, GenerationMixin):
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        shift_labels: Any = kwargs.get("shift_labels")
+        if labels is not None or shift_labels is not None:
+            targets = next_token_labels(labels, shift_labels)  # type: ignore[arg-type]
+            loss = self.loss_function(logits, None, self.config.vocab_size, shift_labels=targets, **_items(kwargs))
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -459,11 +461,12 @@ class SelectiveSSMForSequenceClassification(SelectiveSSMPreTrainedModel):
 
     def _pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         mask = None if attention_mask is None else attention_mask.bool()
-        if self.config.pooling == "mean":
+        pooling = self.config.pooling or ("mean" if self.config.reads_both_ways else "last")
+        if pooling == "mean":
             return mean_over_time(hidden.mT, mask)
-        if self.config.pooling == "max":
+        if pooling == "max":
             return max_over_time(hidden.mT, mask)
-        return end_token(hidden, mask, first=self.config.pooling == "first")
+        return end_token(hidden, mask, first=pooling == "first")
 
 
 class SelectiveSSMForTokenClassification(SelectiveSSMPreTrainedModel):
