@@ -25,7 +25,25 @@ def default_targets(model: Any) -> tuple[list[str] | str, list[str]]:
         row = family(model_type)
         return list(row.lora_targets), list(row.lora_parameters)
     targets = STOCK.get(model_type, "all-linear")
-    return (targets if isinstance(targets, str) else list(targets)), []
+    return (targets if isinstance(targets, str) else list(targets)), recurrent_parameters(model)
+
+
+def recurrent_parameters(model: Any) -> list[str]:
+    """Names of the weight matrices of every nn.LSTM, nn.GRU and nn.RNN; peft reaches them as raw parameters only."""
+    from torch import nn
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.RNNBase)]
+    return [
+        f"{name}.{key}" for name, module in layers for key, weight in module.named_parameters() if weight.dim() == 2
+    ]
+
+
+def _trained_in_full(model: Any) -> list[str] | None:
+    """Modules that a family trains in full beside its adapters, as far as this model has them."""
+    if not is_ours(model.config.model_type):
+        return None
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    return [name for name in family(model.config.model_type).lora_trained if name in present] or None
 
 
 def add_adapter(model: Any, section: LoraSection, task_type: str) -> Any:
@@ -54,7 +72,7 @@ def add_adapter(model: Any, section: LoraSection, task_type: str) -> Any:
         lora_dropout=section.dropout,
         target_modules=section.targets if section.targets is not None else [],
         target_parameters=section.target_parameters,
-        modules_to_save=section.modules_to_save,
+        modules_to_save=section.modules_to_save or _trained_in_full(model),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's linear layers
     )
     try:

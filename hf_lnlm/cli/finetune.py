@@ -1,4 +1,7 @@
-"""`hf-lnlm finetune`: any checkpoint, ours or stock, on labelled rows or on more text; fully or by LoRA."""
+"""`hf-lnlm finetune`: any checkpoint, ours or stock, on labelled rows or on more text; fully or by LoRA.
+
+A family without a language-model head (a text CNN, say) is trained on labels from scratch, by `--family`.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,25 @@ from ..data.labelled import LabelledRows, Rows, load_rows
 from ..data.readers import FileOptions
 from ..data.tokenizers import check_vocabulary
 from ..objectives import OBJECTIVES, objective
+from ..registry import family as family_row
+from ..registry import is_ours
 from .adapters import add_adapter
 from .documents import load_text, packed, source_name
 from .errors import UsageProblem, unknown_name
-from .models import adapter_settings, check_fields, load_config, load_model, load_tokenizer
+from .models import (
+    adapter_settings,
+    check_fields,
+    load_config,
+    load_model,
+    load_tokenizer,
+    new_config,
+    new_model,
+)
 from .output import check_unchanged, plain_when_piped, prepare_output, warn
-from .pretrain import check_options, check_positions, default_block
+from .pretrain import check_options, check_positions, default_block, new_tokenizer, tokenizer_flag
 from .recipe import RECIPE_FILE, Recipe, load_recipe
 from .run import Parts, output_folder, publish, seed_everything, train
+from .sizes import SIZES, stock_config_class
 from .tasks import TASKS, Task
 
 DEFAULT_SHARE = 0.1
@@ -25,7 +39,7 @@ DEFAULT_SHARE = 0.1
 LONGEST_ROW = 256
 """Tokens of a labelled row, unless data.block_size says otherwise or the model holds fewer."""
 
-TRAINING = {
+TRAINING: dict[str, Any] = {
     "num_train_epochs": 3.0,
     "learning_rate": 1e-4,
     "lr_scheduler_type": "linear",
@@ -52,6 +66,9 @@ LORA_TYPES = {
 def finetune(
     recipe: str | None,
     checkpoint: str | None,
+    family: str | None,
+    size: str | None,
+    tokenizer: str | None,
     task: str | None,
     data: str | None,
     text_column: str | None,
@@ -69,6 +86,9 @@ def finetune(
     plain_when_piped()
     flags = {
         "model.checkpoint": checkpoint,
+        "model.family": family,
+        "model.size": size,
+        **tokenizer_flag(tokenizer),
         "model.trust_remote_code": trust_remote_code or None,
         "objective.name": task,
         "data.source": data,
@@ -83,7 +103,7 @@ def finetune(
         recipe = str(Path(output) / RECIPE_FILE)
     resolved = load_recipe(recipe, flags, list(set or []))
     resolve_task(resolved)
-    name = Path(str(resolved.model.checkpoint)).name
+    name = resolved.model.family or Path(str(resolved.model.checkpoint)).name
     folder = output_folder(resolved, f"runs/{name}_{resolved.objective.name}")
     prepare_output(folder, resume, overwrite)
     parts = finetuning_parts(resolved)
@@ -99,8 +119,8 @@ def resolve_task(recipe: Recipe) -> None:
     Raises:
         UsageProblem: something is missing or unknown.
     """
-    if recipe.model.checkpoint is None:
-        raise UsageProblem("no model: give --checkpoint FOLDER (or a Hub name), or a recipe with model.checkpoint")
+    if recipe.model.checkpoint is None and recipe.model.family is None:
+        raise UsageProblem("no model: give --checkpoint FOLDER (or a Hub name), or --family for one from scratch")
     if recipe.data.source is None:
         raise UsageProblem("no data: give --data FILE, a dataset's name, or `stdlib`")
     if recipe.lora.merge and not recipe.lora.enabled:
@@ -129,24 +149,58 @@ def finetuning_parts(recipe: Recipe) -> Parts:
     Raises:
         ValueError: the parts don't fit each other; names both.
     """
-    defaults = TRAINING | ({"learning_rate": 10 * TRAINING["learning_rate"]} if recipe.lora.enabled else {})  # type: ignore[operator]
+    defaults = dict(TRAINING)
+    if recipe.model.checkpoint is None:
+        defaults["learning_rate"] = SIZES[recipe.model.size or "tiny"].training["learning_rate"]
+    elif recipe.lora.enabled:
+        defaults["learning_rate"] *= 10
     if "max_steps" in recipe.training:
         defaults = {key: value for key, value in defaults.items() if key != "num_train_epochs"}
     recipe.training = defaults | recipe.training
+    goal = goal_class(str(recipe.objective.name))(**recipe.objective.options)
+    make = parts_from_scratch if recipe.model.checkpoint is None else parts_of_checkpoint
+    parts = make(recipe, goal)
+    check_vocabulary(parts.tokenizer, parts.model.config)
+    if recipe.lora.enabled:
+        kind = goal.lora_type if isinstance(goal, Task) else LORA_TYPES.get(goal.auto_class, "FEATURE_EXTRACTION")
+        parts.model = add_adapter(parts.model, recipe.lora, kind)
+    return parts
+
+
+def parts_of_checkpoint(recipe: Recipe, goal: Any) -> Parts:
+    """Parts that go on from the recipe's checkpoint, with its tokenizer."""
     if adapter_settings(str(recipe.model.checkpoint)):
         raise UsageProblem(f"{recipe.model.checkpoint} is an adapter: merge it first (finetune … --lora --merge)")
     config = load_config(recipe.model)
     tokenizer = load_tokenizer(recipe.tokenizer.path or str(recipe.model.checkpoint), recipe.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    goal = goal_class(str(recipe.objective.name))(**recipe.objective.options)
     make = labelled_parts if isinstance(goal, Task) else text_parts
-    parts = make(recipe, goal, tokenizer, config)
-    check_vocabulary(tokenizer, parts.model.config)
-    if recipe.lora.enabled:
-        kind = goal.lora_type if isinstance(goal, Task) else LORA_TYPES.get(goal.auto_class, "FEATURE_EXTRACTION")
-        parts.model = add_adapter(parts.model, recipe.lora, kind)
-    return parts
+    return make(recipe, goal, tokenizer, config)
+
+
+def parts_from_scratch(recipe: Recipe, goal: Any) -> Parts:
+    """Parts for a family without a checkpoint, trained on labels from its first step, its tokenizer built on their text.
+
+    Raises:
+        UsageProblem: the goal needs no labels, or the family has no head for it.
+    """
+    if not isinstance(goal, Task):
+        raise UsageProblem(f"{goal.name!r} from scratch is pre-training: use `hf-lnlm pretrain`")
+    model_type = str(recipe.model.family)
+    recipe.model.size = recipe.model.size or "tiny"
+    numbers, data = SIZES[recipe.model.size], recipe.data
+    ours = is_ours(model_type)
+    require_head(family_row(model_type).config_class() if ours else stock_config_class(model_type)(), goal)
+    rows = read_rows(recipe, goal)
+    reads = "encoder-decoder" if goal.auto_class == "AutoModelForSeq2SeqLM" else "both"
+    tokenizer = new_tokenizer(recipe, "forward" if ours else reads, goal.texts(rows.train, data), numbers.vocab_size)
+    data.block_size = data.block_size or numbers.block_size
+    labels = label_fields(label_order(recipe, goal, rows))
+    config = new_config(recipe.model, tokenizer, data.block_size, reads, goal.auto_class, **labels)
+    check_positions(config, data.block_size)
+    seed_everything(recipe)
+    return with_rows(recipe, goal, tokenizer, new_model(config, goal.auto_class), rows)
 
 
 def text_parts(recipe: Recipe, goal: Any, tokenizer: Any, config: Any) -> Parts:
@@ -164,21 +218,36 @@ def text_parts(recipe: Recipe, goal: Any, tokenizer: Any, config: Any) -> Parts:
 
 def labelled_parts(recipe: Recipe, goal: Task, tokenizer: Any, config: Any) -> Parts:
     """Parts for a task: rows with labels, and a model whose head has the labels' names."""
-    data = recipe.data
     require_head(config, goal)
     rows = read_rows(recipe, goal)
-    names = recipe.model.labels or goal.labels(rows.train, data)
+    names = label_order(recipe, goal, rows)
+    recipe.data.block_size = recipe.data.block_size or default_block(config, LONGEST_ROW)
+    check_positions(config, recipe.data.block_size)
+    check_fields(type(config), recipe.model.config)
+    seed_everything(recipe)
+    options = recipe.model.config | head_options(config, tokenizer, names)
+    return with_rows(recipe, goal, tokenizer, load_model(recipe.model, goal.auto_class, **options), rows)
+
+
+def label_order(recipe: Recipe, goal: Task, rows: LabelledRows) -> list[str]:
+    """Names of the classes in the order of their ids, written into the recipe; empty for a task without classes.
+
+    Raises:
+        UsageProblem: there is one class only.
+    """
+    names = recipe.model.labels or goal.labels(rows.train, recipe.data)
     if len(names) == 1:
         raise UsageProblem(f"the training rows have one label only: {names[0]!r}")
     recipe.model.labels = names or None
-    data.block_size = data.block_size or default_block(config, LONGEST_ROW)
-    check_positions(config, data.block_size)
-    seed_everything(recipe)
-    check_fields(type(config), recipe.model.config)
-    model = load_model(recipe.model, goal.auto_class, **recipe.model.config, **head_options(config, tokenizer, names))
-    datasets = [encoded(goal, part, recipe, tokenizer, model.config) for part in (rows.train, rows.validation)]
+    return names
+
+
+def with_rows(recipe: Recipe, goal: Task, tokenizer: Any, model: Any, rows: LabelledRows) -> Parts:
+    """Parts with `rows` as token ids."""
+    data = recipe.data
+    train, held = (encoded(goal, part, recipe, tokenizer, model.config) for part in (rows.train, rows.validation))
     named = data.validation if isinstance(data.validation, str) else data.source
-    return Parts(model, tokenizer, goal, datasets[0], datasets[1], measured_on=source_name(named))
+    return Parts(model, tokenizer, goal, train, held, measured_on=source_name(named))
 
 
 def require_head(config: Any, goal: Any) -> None:
@@ -206,14 +275,20 @@ def head_options(config: Any, tokenizer: Any, names: list[str] | None) -> dict[s
         tokenizer: its tokenizer, with a pad token.
         names: the classes in the order of their ids; empty for a head without classes.
     """
-    options: dict[str, Any] = {}
+    options = label_fields(names)
     if names:
-        ids = dict(enumerate(names))
-        options = {"num_labels": len(names), "id2label": ids, "label2id": {name: i for i, name in ids.items()}}
         options["ignore_mismatched_sizes"] = True
     if getattr(config, "pad_token_id", None) is None and tokenizer.pad_token_id is not None:
         options["pad_token_id"] = tokenizer.pad_token_id
     return options
+
+
+def label_fields(names: list[str] | None) -> dict[str, Any]:
+    """The config fields that name the classes of a head; empty for a head without classes."""
+    if not names:
+        return {}
+    ids = dict(enumerate(names))
+    return {"num_labels": len(names), "id2label": ids, "label2id": {name: number for number, name in ids.items()}}
 
 
 def read_rows(recipe: Recipe, goal: Task) -> LabelledRows:

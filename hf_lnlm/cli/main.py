@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 Recipe = Annotated[str | None, typer.Argument(metavar="[RECIPE.yaml]", help="The run's recipe; flags override it.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe key.")]
 Size = Annotated[str | None, typer.Option(help="tiny, small or base: sets every other size.")]
+Tokenizer = Annotated[str | None, typer.Option(help="bpe, byte, char, word, protein, or a folder.")]
 Data = Annotated[str | None, typer.Option(help="A file, glob, dataset name or folder, or `stdlib`.")]
 Validation = Annotated[str | None, typer.Option(help="Held-out data: a share such as 0.05, or a file.")]
 TextColumn = Annotated[str | None, typer.Option(help="Column that holds the text.")]
@@ -81,7 +83,7 @@ def pretrain(
     family: Annotated[str | None, typer.Option(help="A row of `hf-lnlm list`, or a stock model type.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Go on from this checkpoint instead.")] = None,
     size: Size = None,
-    tokenizer: Annotated[str | None, typer.Option(help="bpe, byte, character, word, protein, or a folder.")] = None,
+    tokenizer: Tokenizer = None,
     data: Data = None,
     text_column: TextColumn = None,
     validation: Validation = None,
@@ -99,6 +101,9 @@ def pretrain(
 def finetune(
     recipe: Recipe = None,
     checkpoint: Annotated[str | None, typer.Option(help="The checkpoint to start from.")] = None,
+    family: Annotated[str | None, typer.Option(help="Train this family from scratch instead.")] = None,
+    size: Size = None,
+    tokenizer: Tokenizer = None,
     task: Annotated[str | None, typer.Option(help="What is learnt; see `hf-lnlm list`.")] = None,
     data: Data = None,
     text_column: TextColumn = None,
@@ -190,6 +195,19 @@ def demo(
     _call("demo", "demo", locals())
 
 
+def _repeated_settings(words: list[str]) -> list[str]:
+    """`--set a.b=1 c.d=2` as `--set a.b=1 --set c.d=2`."""
+    result: list[str] = []
+    open_list = False
+    for word in words:
+        setting = re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+=.*", word, re.DOTALL) is not None
+        if open_list and setting and result[-1] != "--set":
+            result.append("--set")
+        open_list = word == "--set" or (open_list and setting)
+        result.append(word)
+    return result
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console command.
 
@@ -197,6 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: words after `hf-lnlm`; default: those of the process.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    words = _repeated_settings(words)
     if "--traceback" in words[1:]:  # accepted at the end too, where one adds it
         words.remove("--traceback")
         words.insert(0, "--traceback")

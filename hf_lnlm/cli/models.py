@@ -44,7 +44,9 @@ def special_ids(config_class: Any, tokenizer: Any) -> dict[str, int]:
     return {"vocab_size": len(tokenizer)} | {name: number for name, number in chosen.items() if number is not None}
 
 
-def new_config(section: ModelSection, tokenizer: Any, block_size: int, direction: str, auto_class: str) -> Any:
+def new_config(
+    section: ModelSection, tokenizer: Any, block_size: int, direction: str, auto_class: str, **labels: Any
+) -> Any:
     """The config of a model from scratch.
 
     Args:
@@ -53,6 +55,7 @@ def new_config(section: ModelSection, tokenizer: Any, block_size: int, direction
         block_size: tokens of a training row.
         direction: how the objective needs the model to read: `forward`, `both` or `encoder-decoder`.
         auto_class: the Auto class of the head it needs.
+        labels: fields of the config that say which labels the head has.
 
     Raises:
         UsageProblem: an unknown family or field.
@@ -69,7 +72,7 @@ def new_config(section: ModelSection, tokenizer: Any, block_size: int, direction
         config_class = stock_config_class(model_type)
         fields = stock_fields(config_class, size, block_size)
     check_fields(config_class, section.config)
-    return config_class(**(special_ids(config_class, tokenizer) | fields | section.config))
+    return config_class(**(special_ids(config_class, tokenizer) | fields | labels | section.config))
 
 
 def new_model(config: Any, auto_class: str) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..data.tokenizers import KINDS, build_tokenizer, check_vocabulary
 from ..objectives import OBJECTIVES, objective
 from ..objectives.families import direction_of, has_head
-from .documents import Text, load_text, packed
+from .documents import load_text, packed
 from .errors import UsageProblem, did_you_mean, unknown_name
 from .models import load_config, load_model, load_tokenizer, new_config, new_model
 from .output import check_unchanged, plain_when_piped, prepare_output
@@ -46,7 +47,7 @@ def pretrain(
         "data.validation": validation,
         "objective.name": objective,
         "training.output_dir": output,
-        **_tokenizer_flag(tokenizer),
+        **tokenizer_flag(tokenizer),
     }
     if resume and recipe is None and output is not None:
         recipe = str(Path(output) / RECIPE_FILE)
@@ -62,7 +63,12 @@ def pretrain(
     return publish(resolved)
 
 
-def _tokenizer_flag(tokenizer: str | None) -> dict[str, str | None]:
+def tokenizer_flag(tokenizer: str | None) -> dict[str, str | None]:
+    """The recipe key that `--tokenizer` sets: a kind, or the folder of a saved one.
+
+    Raises:
+        UsageProblem: it is neither.
+    """
     if tokenizer is None or tokenizer in KINDS:
         return {"tokenizer.kind": tokenizer}
     if not Path(tokenizer).is_dir():
@@ -122,7 +128,10 @@ def default_objective(recipe: Recipe) -> str:
     for name, kind in OBJECTIVES.items():
         if kind.direction == direction_of(config) and has_head(config, kind.auto_class):
             return name
-    raise UsageProblem(f"no objective here pre-trains {config.model_type}; see `hf-lnlm list`")
+    raise UsageProblem(
+        f"{config.model_type} has no head that learns from text alone; "
+        f"train it on labels: hf-lnlm finetune --family {config.model_type} --task …"
+    )
 
 
 def pretraining_parts(recipe: Recipe) -> Parts:
@@ -143,7 +152,7 @@ def pretraining_parts(recipe: Recipe) -> Parts:
         recipe.data.block_size = recipe.data.block_size or default_block(config, numbers.block_size)
     else:
         recipe.data.block_size = recipe.data.block_size or numbers.block_size
-        tokenizer = new_tokenizer(recipe, goal, text, numbers.vocab_size)
+        tokenizer = new_tokenizer(recipe, goal.direction, text.samples(), numbers.vocab_size)
         config = new_config(recipe.model, tokenizer, recipe.data.block_size, goal.direction, goal.auto_class)
     goal.check(config, tokenizer)
     check_vocabulary(tokenizer, config)
@@ -157,13 +166,13 @@ def pretraining_parts(recipe: Recipe) -> Parts:
     return Parts(model, tokenizer, goal, *datasets, measured_on=text.name)
 
 
-def new_tokenizer(recipe: Recipe, goal: Any, text: Text, vocab_size: int) -> Any:
+def new_tokenizer(recipe: Recipe, direction: str, texts: Iterable[str], vocab_size: int) -> Any:
     """A tokenizer of the wanted kind, built from the training text; its kind and size are written into the recipe.
 
     Args:
         recipe: its tokenizer section says which.
-        goal: the objective; says which special tokens are needed.
-        text: training text.
+        direction: how the model reads; says which special tokens go around a text.
+        texts: training text.
         vocab_size: bound for a learnt vocabulary where the recipe gives none.
     """
     section = recipe.tokenizer
@@ -174,13 +183,13 @@ def new_tokenizer(recipe: Recipe, goal: Any, text: Text, vocab_size: int) -> Any
         raise unknown_name("tokenizer", section.kind, KINDS)
     if section.kind == "bpe":
         section.vocab_size = section.vocab_size or vocab_size
-    if section.template is None and goal.direction == "both":
+    if section.template is None and direction == "both":
         section.template = "roberta" if str(recipe.model.family).startswith(("roberta", "xlm-roberta")) else "bert"
-    elif section.template is None and goal.direction == "encoder-decoder":
+    elif section.template is None and direction == "encoder-decoder":
         section.template = "t5"
-    sentinels = SENTINELS if goal.direction == "encoder-decoder" else 0
+    sentinels = SENTINELS if direction == "encoder-decoder" else 0
     return build_tokenizer(
-        section.kind, text.samples(), vocab_size=section.vocab_size, sentinels=sentinels, template=section.template
+        section.kind, texts, vocab_size=section.vocab_size, sentinels=sentinels, template=section.template
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,6 +42,15 @@ class Task(ABC):
     def labels(self, rows: Sequence[Row], data: DataSection) -> list[str]:
         """Class names found in `rows`, in the order of their ids; empty for a task without classes."""
         return []
+
+    def texts(self, rows: Sequence[Row], data: DataSection) -> Iterator[str]:
+        """All text of `rows`, for building a tokenizer."""
+        columns = [column for column in self.columns(data) if column not in (data.label_column, data.tags_column)]
+        return (
+            " ".join(_words(row[column])) if _is_list(row[column]) else str(row[column])
+            for row in rows
+            for column in columns
+        )
 
     @abstractmethod
     def encode(
@@ -243,6 +252,10 @@ class TokenClassification(Task):
     def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """`loss` (nats a word), `accuracy`, `macro_f1` over words."""
         return {"loss": float(sums["nll"] / sums["confusion"].sum()), **_class_metrics(sums["confusion"])}
+
+
+def _is_list(value: Any) -> bool:
+    return not isinstance(value, str) and hasattr(value, "__iter__")
 
 
 def _words(value: Any) -> list[str]:

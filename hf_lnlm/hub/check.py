@@ -219,11 +219,11 @@ def _refusal(folder: Folder) -> str | None:
     """Why the config is refused by its own class, or None; nothing is built from it."""
     from transformers import AutoConfig
 
-    assert folder.config is not None
-    for key, value in folder.config.items():
+    config = folder.config or {}
+    for key, value in config.items():
         if _COUNT_KEY.search(key) and isinstance(value, int) and value > 10_000:
             return f"config.json: {shown(key)} = {value}; no model has more than 10,000"
-    if not _known_model_type(folder.config["model_type"]) and not folder.run_code:
+    if not _known_model_type(str(config.get("model_type"))) and not folder.run_code:
         return None
     try:
         with _quiet():

@@ -118,6 +118,7 @@ def test_a_second_run_in_two_parts_equals_one(rnn, tmp_path):
         (["pretrain", "--checkpoint", "runs/none", "--data", "DATA"], "no such checkpoint folder: runs/none"),
         (["pretrain", "nowhere.yaml"], "no such recipe: nowhere.yaml"),
         (["finetune"], "no model: give --checkpoint"),
+        (["finetune", "--family", "gpt2", "--data", "DATA", "--task", "causal"], "use `hf-lnlm pretrain`"),
         (["finetune", "--checkpoint", "RNN", "--data", "DATA"], "no task: give --task"),
         (["finetune", "--checkpoint", "RNN", "--data", "DATA", "--task", "tagging"], "unknown task 'tagging'"),
         (
@@ -191,6 +192,25 @@ def test_finetuning_a_classifier_saves_its_labels(rnn, tmp_path):
     again = tmp_path / "again"
     succeed("finetune", tmp_path / "out" / "recipe.yaml", "--output", again)
     assert digest(again) == digest(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["lnlm_text_cnn", "bert"])
+def test_families_are_trained_on_labels_from_scratch(family, tmp_path):
+    data, out = rows(tmp_path / "rows.jsonl"), tmp_path / "out"
+    words = ["--family", family, "--tokenizer", "byte", "--task", "sequence_classification", "--data", data]
+    succeed("finetune", *words, "--output", out, "--set", *SMALL)
+    assert succeed("check", out)
+    assert json.loads((out / "config.json").read_text())["label2id"] == {"a": 0, "b": 1}
+    metrics = json.loads(succeed("evaluate", out, "--json").out)[0]["metrics"]
+    assert metrics == pytest.approx(json.loads((out / "evaluation.json").read_text())["metrics"])
+
+
+def test_families_without_a_language_head_are_sent_to_finetune(text_file, tmp_path):
+    words = ["--family", "lnlm_text_cnn", "--data", text_file, "--output", tmp_path / "out"]
+    result = run("pretrain", *words)
+    assert result.status == 2 and "hf-lnlm finetune --family lnlm_text_cnn" in result.err
+    result = run("finetune", *words, "--task", "token_classification")
+    assert result.status == 2 and "lnlm_text_cnn has not" in result.err
 
 
 def test_unknown_validation_label(rnn, tmp_path):

@@ -12,9 +12,9 @@ from hf_lnlm.hub.folder import BadFile
 
 CONFIG = {"vocab_size": 20, "hidden_size": 4, "num_hidden_layers": 1}
 RECIPE = """
-model: {family: lnlm_rnn, checkpoint: /home/someone/runs/base}
-data: {source: /home/someone/private/novels.txt}
-training: {output_dir: /home/someone/runs/x, max_steps: 5, hub_token: hf_secret}
+model: {family: lnlm_rnn, checkpoint: /srv/someone/runs/base}
+data: {source: /srv/someone/private/novels.txt}
+training: {output_dir: /srv/someone/runs/x, max_steps: 5, hub_token: hf_secret}
 hub: {repo_id: someone/x, license: mit}
 """
 
@@ -46,7 +46,7 @@ def test_recipe_and_evaluation_are_quoted_without_places_or_secrets(folder):
         {"type": "perplexity", "value": 12.3457, "name": "perplexity"}
     ]
     assert "Trained on novels.txt" in text and "max_steps: 5" in text and "| perplexity | 12.346 |" in text
-    for private in ("/home", "someone/private", "hf_secret", "output_dir"):
+    for private in ("/srv", "someone/private", "hf_secret", "output_dir"):
         assert private not in text
 
 
