@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 @dataclass
 class LNLMTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with three additions and three safer defaults.
+    """`TrainingArguments` with two additions and three safer defaults.
 
     Changed defaults: `enable_jit_checkpoint` is on (SIGTERM and SIGINT save and leave with status 143 or 130),
     `disable_tqdm` follows the terminal (no bars in a pipe or a log file), and `data_seed` is `seed` unless given, so

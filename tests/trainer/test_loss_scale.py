@@ -13,6 +13,7 @@ import transformers as T
 from torch import nn
 
 from hf_lnlm.trainer.loss_scale import DeclaredParts, HonoursItems, LossProbe, MeanOfItems, SumOfParts
+from tests.contract import cases as contract
 from tests.trainer import families, runs, scale
 
 
@@ -187,6 +188,17 @@ def test_label_smoothing_and_loss_functions_stay_stock(tmp_path: Path) -> None:
     model, _ = families.build("BertForMaskedLM")
     whole = scale.step(model, rows, str(tmp_path), 8, 1, label_smoothing_factor=0.1)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(whole.state.log_history[0]["loss"], rel=1e-4)
+
+
+def test_penalties_on_activations_are_part_of_the_mean(tmp_path: Path) -> None:
+    found = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        case = scale.OURS["rnn-ForCausalLM"]
+        model = contract.build(case, use_cache=False, activation_penalty=2.0, temporal_penalty=1.0)
+        entry = scale.step(model, contract.rows_of(case), str(tmp_path), batch, accumulation).state.log_history[0]
+        found.append((entry["loss"], entry["grad_norm"]))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[0][0] > 1.01 * scale.loss_and_norm("rnn-ForCausalLM", str(tmp_path), 8, 1)[0]
 
 
 def test_training_on_no_label_at_all_is_refused(tmp_path: Path) -> None:

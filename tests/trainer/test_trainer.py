@@ -30,7 +30,7 @@ def small(tmp_path: Path, head: str = "BertForMaskedLM", **changed: Any) -> LNLM
 # ---- arguments
 
 
-def test_arguments_keep_the_stock_names_and_add_three(tmp_path: Path) -> None:
+def test_arguments_keep_the_stock_names_and_add_two(tmp_path: Path) -> None:
     stock = set(T.TrainingArguments.__dataclass_fields__)
     assert set(LNLMTrainingArguments.__dataclass_fields__) - stock == {"carry_state", "stop_on_nonfinite"}
     arguments = LNLMTrainingArguments(str(tmp_path), use_cpu=True, seed=5)
