@@ -33,13 +33,12 @@ def test_the_two_commands_stand_as_promised():
     assert {language for language, _ in BLOCKS} <= {"", "bash", "python"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """One folder for all blocks, in order, as a reader has it: the repository's files and what the blocks made."""
-    place = tmp_path_factory.mktemp("readme")
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder as a reader has it. Every block has its own: it stands on what it does itself."""
     for name in ("training", "model_cards"):
-        (place / name).symlink_to(ROOT / name)
-    return place
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -50,7 +49,7 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.xdist_group("readme")
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("number", range(len(RUNNABLE)))
 def test_block_runs(number: int, folder: Path):
     language, text = RUNNABLE[number]
