@@ -2,10 +2,13 @@
 
 import torch
 
+from ..backend import pick_backend
 from .eager import ChunkedLinearCrossEntropy
 from .reference import linear_cross_entropy_reference
 
-__all__ = ["linear_cross_entropy"]
+BACKENDS = ("reference", "eager")
+
+__all__ = ["BACKENDS", "linear_cross_entropy"]
 
 
 def linear_cross_entropy(
@@ -30,7 +33,10 @@ def linear_cross_entropy(
 
     Returns:
         the sum in nats, a scalar.
+
+    Raises:
+        ValueError: there is no such backend.
     """
-    if backend == "reference":
+    if pick_backend(backend, hidden.device, BACKENDS) == "reference":
         return linear_cross_entropy_reference(hidden, weight, bias, labels)
     return ChunkedLinearCrossEntropy.apply(hidden, weight, bias, labels, chunk_size, dtype)

@@ -44,8 +44,8 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Scale the kept gradients."""
-        scaled = [None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors]
+        """Scale the kept gradients; the scale, a scalar, is not rounded to a narrower type of theirs."""
+        scaled = [None if g is None else g * grad_output for g in ctx.saved_tensors]
         return *scaled, None, None, None
 
 

@@ -21,7 +21,8 @@ def recurrence_eager(
         return states[0].unsqueeze(1), states
     hidden = tuple(state.unsqueeze(0) for state in states)
     flat = [weight for weight in weights if weight is not None]
-    common = (flat, weights[2] is not None, 1, 0.0, False, False, True)
+    training = torch.is_grad_enabled()  # else cuDNN keeps nothing for the backward pass, and refuses it
+    common = (flat, weights[2] is not None, 1, 0.0, training, False, True)
     if cell_type == "lstm":
         outputs, h, c = torch.lstm(inputs, hidden, *common)
         return outputs, (h[0], c[0])
@@ -51,7 +52,8 @@ def packed_eager(
     """
     hidden = tuple(state.unsqueeze(0) for state in states)
     flat = [weight for weight in weights if weight is not None]
-    common = (flat, weights[2] is not None, 1, 0.0, False, False)
+    training = torch.is_grad_enabled()  # else cuDNN keeps nothing for the backward pass, and refuses it
+    common = (flat, weights[2] is not None, 1, 0.0, training, False)
     if cell_type == "lstm":
         outputs, h, c = torch.lstm(tokens, batch_sizes, hidden, *common)
         return outputs, (h[0], c[0])
