@@ -21,6 +21,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ..nn.state import RECURRENT_LAYER_TYPE
 
@@ -84,6 +85,12 @@ def check_bound(name: str, value: Any, bound: Bound) -> None:
             raise ValueError(f"{name} must be between {bound[0]} and {bound[1]}, got {number}")
 
 
+def _check_num_labels(value: Any) -> None:
+    if value is not None and type(value) is not int:
+        raise ValueError(f"num_labels must be a whole number between 1 and {MAX_LABELS}, got {value!r}")
+    check_bound("num_labels", value, (1, MAX_LABELS))
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise if `value` is none of `choices`.
 
@@ -143,21 +150,12 @@ class LNLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.check_bounds()
-        check_bound("num_labels", kwargs.get("num_labels"), (1, MAX_LABELS))
-        self._forget_carried_code(kwargs)
+        _check_num_labels(kwargs.get("num_labels"))
+        if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME + "."):
+            # What a loaded config says about code counts only where that code runs. Kept, a stranger's entries would be
+            # followed for heads that the family lacks, and be published with the next save of a model trained from it.
+            kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
-
-    def _forget_carried_code(self, kwargs: dict[str, Any]) -> None:
-        """Drop from a loaded config the `auto_map` entries that a save wrote: they follow from the family."""
-        module = type(self).__module__
-        if not module.startswith(_PACKAGE + ".") or not isinstance(kwargs.get("auto_map"), dict):
-            return
-        stem = module.rpartition("configuration_")[2]
-        ours = (f"configuration_{stem}", f"modeling_{stem}")
-        entries = kwargs.pop("auto_map").items()
-        kept = {auto: name for auto, name in entries if str(name).split("--")[-1].split(".")[0] not in ours}
-        if kept:
-            kwargs["auto_map"] = kept
 
     def check_bounds(self) -> None:
         """Check every numeric field against its bounds. Runs first, before anything derived is built.
