@@ -15,6 +15,8 @@ from .eager import dnc_memory_eager
 from .layout import DNCOptions, DNCOutputs, DNCState, DNCWeights, check_arguments
 from .reference import dnc_memory_reference
 
+SMALL_MEMORY = 16  # slots below which `auto` does not think the compiler's seconds worth while
+
 
 def available_backends(options: DNCOptions) -> tuple[str, ...]:
     """Backends that implement these options.
@@ -42,7 +44,7 @@ def dnc_memory(
         state: before the first step, as `DNCState` describes.
         options: settings that change the equations.
         mask: `(B, T)`, true for real steps; a masked step leaves the whole state unchanged and outputs zero.
-        backend: `auto`, `reference`, `eager` or `cpu`.
+        backend: `auto`, `reference`, `eager` or `cpu`; `auto` takes `eager` for fewer than 16 slots.
         recompute: keep only every √(2T)-th state for the backward pass (`cpu`; the others ignore it).
 
     Returns:
@@ -52,7 +54,8 @@ def dnc_memory(
         ValueError: shapes do not fit each other, or the backend cannot run.
     """
     check_arguments(inputs, weights, state, options, mask)
-    chosen = pick_backend(backend, inputs.device, available_backends(options), inputs.dtype)
+    small = backend == "auto" and state.memory.shape[1] < SMALL_MEMORY
+    chosen = "eager" if small else pick_backend(backend, inputs.device, available_backends(options), inputs.dtype)
     if mask is not None:
         mask = mask.bool()
         inputs = inputs.masked_fill(~mask[..., None], 0.0)  # what is masked may be anything, NaN too

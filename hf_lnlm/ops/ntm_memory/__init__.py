@@ -15,6 +15,7 @@ from .layout import NTMOptions, NTMOutputs, NTMState, NTMWeights, check_argument
 from .reference import ntm_memory_reference
 
 BACKENDS = ("reference", "eager", "cpu")
+SMALL_MEMORY = 16  # slots below which `auto` does not think the compiler's seconds worth while
 
 
 def ntm_memory(
@@ -34,7 +35,7 @@ def ntm_memory(
         state: before the first step, as `NTMState` describes.
         options: settings that change the equations.
         mask: `(B, T)`, true for real steps; a masked step leaves the whole state unchanged and outputs zero.
-        backend: `auto`, `reference`, `eager` or `cpu`.
+        backend: `auto`, `reference`, `eager` or `cpu`; `auto` takes `eager` for fewer than 16 slots.
         recompute: keep only every √(2T)-th state for the backward pass (`cpu`; the others ignore it).
 
     Returns:
@@ -44,7 +45,8 @@ def ntm_memory(
         ValueError: shapes do not fit each other, or the backend cannot run.
     """
     check_arguments(inputs, weights, state, options, mask)
-    chosen = pick_backend(backend, inputs.device, BACKENDS, inputs.dtype)
+    small = backend == "auto" and state.memory.shape[1] < SMALL_MEMORY
+    chosen = "eager" if small else pick_backend(backend, inputs.device, BACKENDS, inputs.dtype)
     if mask is not None:
         mask = mask.bool()
         inputs = inputs.masked_fill(~mask[..., None], 0.0)  # what is masked may be anything, NaN too

@@ -1,0 +1,1 @@
+"""Memory-augmented families: the Neural Turing Machine and the Differentiable Neural Computer."""

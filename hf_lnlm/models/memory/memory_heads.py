@@ -1,0 +1,352 @@
+"""Heads of the memory-augmented models: language model, classifiers, question answering, sequence transduction.
+
+Complexity: one linear map a position beside the body.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
+    ModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from ...nn.loss_heads import classification_loss, next_token_labels, normalised
+from ...nn.masks import end_token
+from .memory_config import MemoryConfig
+from .memory_model import MemoryModel, MemoryPreTrainedModel
+
+IGNORED = -100.0
+
+
+@dataclass
+class SequenceTransductionOutput(ModelOutput):
+    """Output of a sequence transducer.
+
+    Args:
+        loss: mean cross-entropy in nats a labelled bit.
+        logits: `(batch, length, output_size)`.
+        past_key_values: the state.
+        hidden_states: as in transformers.
+        read_weightings, write_weightings, usage, free_gates, allocation_gates, write_gates, read_modes: the addressing.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    read_weightings: tuple[torch.Tensor, ...] | None = None
+    write_weightings: tuple[torch.Tensor, ...] | None = None
+    usage: tuple[torch.Tensor, ...] | None = None
+    free_gates: tuple[torch.Tensor, ...] | None = None
+    allocation_gates: tuple[torch.Tensor, ...] | None = None
+    write_gates: tuple[torch.Tensor, ...] | None = None
+    read_modes: tuple[torch.Tensor, ...] | None = None
+
+
+class MemoryHead(MemoryPreTrainedModel):
+    """What every head has: the family's body and a loss that obeys `num_items_in_batch`."""
+
+    body_class: ClassVar[type[MemoryModel]]
+
+
+class MemoryForCausalLM(MemoryHead, GenerationMixin):
+    """Language model.
+
+    Args:
+        config: the model's configuration, with `bidirectional=False` and without `input_size`.
+
+    Raises:
+        ValueError: the config is bidirectional, or its inputs are not tokens.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MemoryConfig) -> None:
+        if config.bidirectional:
+            raise ValueError(
+                "a causal language model cannot be bidirectional: config.bidirectional must be False, got True"
+            )
+        if config.input_size is not None:
+            raise ValueError(f"a language model reads tokens: input_size must be None, got {config.input_size}")
+        super().__init__(config)
+        self.model = self.body_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Run the model and, given labels, its loss; see `MemoryModel.forward` for the other arguments.
+
+        Args:
+            labels: `(batch, length)`, the input ids; shifted inside. -100 is ignored.
+            logits_to_keep: how many last positions (or which) get logits; 0 for all.
+            kwargs: `shift_labels` `(batch, length)`, labels already shifted, and `num_items_in_batch`, by which the
+                summed loss is divided, as Trainer gives them.
+
+        Returns:
+            loss in nats a token, logits `(batch, kept, vocab_size)` and the state.
+        """
+        shift_labels: Any = kwargs.pop("shift_labels", None)
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            seq_idx=seq_idx,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        given = labels if shift_labels is None else shift_labels
+        if given is not None:
+            targets = next_token_labels(given, shift_labels)
+            items = kwargs.get("num_items_in_batch")
+            loss = self.loss_function(
+                logits, None, self.config.vocab_size, shift_labels=targets, num_items_in_batch=items
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+class MemoryForSequenceClassification(MemoryHead):
+    """Text classifier or regressor: reads the state after the last real token (both ends, if bidirectional).
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self.body_class(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        ends = 2 if config.bidirectional else 1
+        self.classifier = nn.Linear(ends * config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        """Classify texts.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds: as in `MemoryModel.forward`.
+            labels: `(batch,)` class ids, or values as `config.problem_type` wants them.
+
+        Returns:
+            loss and logits `(batch, num_labels)`. A row without any real token is classified from zeros.
+        """
+        kwargs["use_cache"] = False
+        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        mask = None if attention_mask is None else attention_mask.bool()
+        pooled = end_token(outputs.last_hidden_state, mask)
+        if self.config.bidirectional:
+            pooled = torch.cat([pooled, end_token(outputs.last_hidden_state, mask, first=True)], -1)
+        logits = self.classifier(self.dropout(pooled))
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class MemoryForTokenClassification(MemoryHead):
+    """Tagger.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self.body_class(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """Tag tokens.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds: as in `MemoryModel.forward`.
+            labels: `(batch, length)` class ids; -100 is ignored.
+
+        Returns:
+            loss and logits `(batch, length, num_labels)`.
+        """
+        kwargs["use_cache"] = False
+        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=kwargs.get("num_items_in_batch"))
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class MemoryForQuestionAnswering(MemoryHead):
+    """Extractive question answering: first and last token of the answer.
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__(config)
+        self.model = self.body_class(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        """Find answers.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds: as in `MemoryModel.forward`.
+            start_positions, end_positions: `(batch,)` of the answer; outside the length is ignored.
+
+        Returns:
+            loss and start and end logits `(batch, length)`.
+        """
+        kwargs["use_cache"] = False
+        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        start_logits, end_logits = self.qa_outputs(self.dropout(outputs.last_hidden_state)).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+class MemoryForSequenceTransduction(MemoryHead):
+    """From continuous vectors to bits, step by step: the papers' algorithmic tasks.
+
+    Args:
+        config: the model's configuration, with `input_size` (and `output_size`).
+
+    Raises:
+        ValueError: the config has no `input_size`.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: MemoryConfig) -> None:
+        if config.input_size is None:
+            raise ValueError("sequence transduction reads continuous vectors: input_size must be a width, got None")
+        super().__init__(config)
+        self.model = self.body_class(config, continuous=True)
+        width = int(config.output_size or config.hidden_size)
+        self.output = nn.Linear(config.hidden_size, width) if config.residual else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        inputs_embeds: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_addressing: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceTransductionOutput:
+        """Run the model and, given labels, its loss.
+
+        Args:
+            inputs_embeds: `(batch, length, input_size)`.
+            attention_mask, past_key_values, use_cache, output_addressing: as in `MemoryModel.forward`.
+            labels: `(batch, length, output_size)` bits, zero or one; -100 is ignored.
+
+        Returns:
+            loss in nats a labelled bit, logits `(batch, length, output_size)`, the state and the addressing if wanted.
+
+        Raises:
+            ValueError: labels are of another shape.
+        """
+        outputs = self.model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_addressing=output_addressing,
+            **kwargs,
+        )
+        logits = self.output(outputs.last_hidden_state)
+        loss = None if labels is None else bit_loss(logits, labels, kwargs.get("num_items_in_batch"))
+        shared = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return SequenceTransductionOutput(loss=loss, logits=logits, **shared)
+
+
+def bit_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """Return the cross-entropy in nats a labelled bit.
+
+    Args:
+        logits: `(batch, length, bits)`.
+        labels: of the same shape, zero, one or -100 (ignored).
+        num_items_in_batch: labelled bits of the whole accumulated batch, or None.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if labels.shape != logits.shape:
+        raise ValueError(f"labels must have the shape of the logits, {tuple(logits.shape)}, got {tuple(labels.shape)}")
+    counted = labels != IGNORED
+    targets = labels.clamp(min=0).to(logits.dtype)
+    losses = binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
+    return normalised((losses * counted).sum(), counted.sum(), num_items_in_batch)

@@ -1,0 +1,255 @@
+"""Blocks of the memory-augmented families: a cell with its projections, and the layer that runs it, one way or both.
+
+References:
+    [1] Graves, Wayne, Danihelka 2014, Neural Turing Machines, arXiv 1410.5401
+    [2] Graves et al. 2016, Hybrid computing using a neural network with dynamic external memory, Nature 538
+    [3] Franke, Niehues, Waibel 2018, Robust and Scalable Differentiable Neural Computer, arXiv 1807.02658
+
+Glossary: `looks` what the addressing did, for people to look at; x_t `inputs`; [h_t ; r_t] `outputs` of the operation.
+
+Deliberate deviations: the memory's core runs in float32 whatever the model's type (its products of usages and its
+powers leave bfloat16 nothing); layers are residual blocks unless the config says otherwise.
+
+Complexity: that of the operation, O(T) steps a layer.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ...nn.effective_weight import effective_weight
+from ...nn.masks import SequenceMarks
+from ...nn.ragged import RowLayout, batch_state, gather_rows, rows_state, scatter_rows
+from .memory_config import MemoryConfig
+
+States = tuple[torch.Tensor, ...]
+Looks = tuple[torch.Tensor, ...]
+
+
+class Run(NamedTuple):
+    """Results of a cell's operation over whole rows."""
+
+    outputs: torch.Tensor  # `(B, T, controller + reads)`
+    states: States
+    looks: Looks  # `(B, T, ...)` each
+
+
+class Gates(NamedTuple):
+    """Effective weights that every operation takes, in the order of its own weights."""
+
+    inputs: torch.Tensor
+    inputs_bias: torch.Tensor
+    recurrent: torch.Tensor
+    interface: torch.Tensor
+    interface_bias: torch.Tensor
+
+
+def core_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type a memory computes in: float32, or float64 if it is given that.
+
+    Args:
+        dtype: of the inputs.
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class MemoryCell(nn.Module):
+    """Controller and memory of one direction of one layer. Families say what their state is and which operation runs.
+
+    Args:
+        config: the model's configuration.
+        sizes: input and output width.
+        num_interface: length of the interface vector.
+    """
+
+    def __init__(self, config: MemoryConfig, sizes: tuple[int, int], num_interface: int) -> None:
+        super().__init__()
+        size, reads = int(config.controller_size or 0), config.num_read_heads * config.memory_width
+        lstm = config.controller_type == "lstm"
+        gates = 4 * size if lstm else size
+        self.controller_size, self.input_size, self.lstm = size, sizes[0], lstm
+        self.backend, self.recompute = config.backend, config.recompute_states
+        self.recurrent_size = (size if lstm else 0) + reads
+        self.input_proj = nn.Linear(sizes[0], gates)
+        self.recurrent_proj = nn.Linear(self.recurrent_size, gates, bias=False)
+        self.interface_proj = nn.Linear(size, num_interface)
+        self.output_proj = nn.Linear(size + reads, sizes[1])
+        self.output_norm = nn.LayerNorm(size + reads) if config.layer_norm else None
+        self.bypass_dropout = nn.Dropout(config.bypass_dropout)
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each part of a row's state, by name."""
+        raise NotImplementedError
+
+    def initial_states(self, batch_size: int, like: torch.Tensor) -> States:
+        """Return the state before the first step, connected to what of it is learned.
+
+        Args:
+            batch_size: rows.
+            like: a tensor of the wanted type and device.
+        """
+        raise NotImplementedError
+
+    def operate(
+        self, inputs: torch.Tensor, gates: Gates, states: States, mask: torch.Tensor | None, backend: str
+    ) -> Run:
+        """Run the family's operation.
+
+        Args:
+            inputs: `(B, T, D)`.
+            gates: effective weights.
+            states: before the first step.
+            mask: `(B, T)` booleans or None.
+            backend: which implementation.
+        """
+        raise NotImplementedError
+
+    def gates(self, inputs: torch.Tensor) -> Gates:
+        """Return the effective weights, adapters included, in the core's type.
+
+        Args:
+            inputs: of the layer: their type and device count.
+        """
+        found: list[torch.Tensor] = []
+        for module, width in (
+            (self.input_proj, self.input_size),
+            (self.recurrent_proj, self.recurrent_size),
+            (self.interface_proj, self.controller_size),
+        ):
+            weight, bias = effective_weight(module, width, inputs.dtype, inputs.device)
+            found.append(weight)
+            if module is not self.recurrent_proj:
+                found.append(weight.new_zeros(weight.shape[0]) if bias is None else bias)
+        return Gates(*[tensor.to(core_dtype(inputs.dtype)) for tensor in found])
+
+    def forward(
+        self, inputs: torch.Tensor, states: States | None, marks: SequenceMarks, reverse: bool = False
+    ) -> tuple[torch.Tensor, States, Looks]:
+        """Run over a batch.
+
+        Args:
+            inputs: `(B, T, D)`.
+            states: carried state, or None for the initial one.
+            marks: which positions are real and where documents begin.
+            reverse: whether to read from the last position to the first.
+
+        Returns:
+            outputs `(B, T, output width)`, final state, addressing `(B, T, ...)`.
+        """
+        with torch.autocast(inputs.device.type, enabled=False):
+            core = inputs.to(core_dtype(inputs.dtype))
+            initial = self.initial_states(inputs.shape[0], core)
+            states = initial if states is None else tuple(s.to(core.dtype) for s in states)
+            gates = self.gates(inputs)
+            run = self._run(core, gates, states, initial, marks, reverse)
+        outputs = run.outputs.to(inputs.dtype)
+        if self.output_norm is not None:
+            outputs = self.output_norm(outputs)
+        if self.training and self.bypass_dropout.p:
+            hidden, reads = outputs.split([self.controller_size, outputs.shape[-1] - self.controller_size], -1)
+            outputs = torch.cat([self.bypass_dropout(hidden), reads], -1)
+        return self.output_proj(outputs), run.states, run.looks
+
+    def _run(
+        self, inputs: torch.Tensor, gates: Gates, states: States, initial: States, marks: SequenceMarks, reverse: bool
+    ) -> Run:
+        if marks.layout is not None:
+            return self._run_rows(inputs, gates, states, initial, marks.layout, reverse)
+        if marks.traced:
+            return self._run_traced(inputs, gates, states, initial, marks, reverse)
+        run = self.operate(inputs.flip(1) if reverse else inputs, gates, states, None, self.backend)
+        return _flip(run) if reverse else run
+
+    def _run_rows(
+        self, inputs: torch.Tensor, gates: Gates, states: States, initial: States, layout: RowLayout, reverse: bool
+    ) -> Run:
+        """Every document in a row of its own, its real tokens first."""
+        index = layout.reversed_index if reverse else layout.index
+        place = layout.reversed_place if reverse else layout.place
+        if index.shape[0] == 0:
+            return self._run_nothing(inputs, gates, states)
+        mask = torch.arange(index.shape[1], device=inputs.device) < layout.lengths[:, None]
+        begin = tuple(rows_state(s, first[:1], layout) for s, first in zip(states, initial, strict=True))
+        run = self.operate(gather_rows(inputs, index), gates, begin, mask, self.backend)
+        final = tuple(batch_state(new, old, layout) for new, old in zip(run.states, states, strict=True))
+        return Run(scatter_rows(run.outputs, place, layout.mask), final, tuple(_scatter(run.looks, place, layout.mask)))
+
+    def _run_nothing(self, inputs: torch.Tensor, gates: Gates, states: States) -> Run:
+        """A batch without any real token: outputs zero, the state as it was."""
+        run = self.operate(inputs[:, :1], gates, states, torch.zeros_like(inputs[:, :1, 0], dtype=torch.bool), "eager")
+        shapes = [(inputs.shape[0], inputs.shape[1], *look.shape[2:]) for look in run.looks]
+        outputs = run.outputs.expand(-1, inputs.shape[1], -1)
+        return Run(outputs, states, tuple(inputs.new_zeros(shape) for shape in shapes))
+
+    def _run_traced(
+        self, inputs: torch.Tensor, gates: Gates, states: States, initial: States, marks: SequenceMarks, reverse: bool
+    ) -> Run:
+        """Plain torch, step by step where documents begin inside."""
+        mask = marks.mask
+        starts = marks.reversed_starts() if reverse else marks.starts
+        if reverse:
+            inputs, mask = inputs.flip(1), None if mask is None else mask.flip(1)
+        if starts is None:
+            run = self.operate(inputs, gates, states, mask, "eager")
+            return _flip(run) if reverse else run
+        steps = []
+        for t in range(inputs.shape[1]):
+            states = _restart(states, initial, starts[:, t])
+            step = self.operate(
+                inputs[:, t : t + 1], gates, states, mask[:, t : t + 1] if mask is not None else None, "eager"
+            )
+            states = step.states
+            steps.append((step.outputs, *step.looks))
+        outputs, *looks = [torch.cat(parts, 1) for parts in zip(*steps, strict=True)]
+        run = Run(outputs, states, tuple(looks))
+        return _flip(run) if reverse else run
+
+
+def _restart(states: States, initial: States, starts: torch.Tensor) -> States:
+    """The initial state in the rows where `starts` `(B,)` is true."""
+    pairs = zip(initial, states, strict=True)
+    return tuple(torch.where(starts.view(-1, *[1] * (old.dim() - 1)), new, old) for new, old in pairs)
+
+
+def _flip(run: Run) -> Run:
+    """The results in the order of the input."""
+    return Run(run.outputs.flip(1), run.states, tuple(look.flip(1) for look in run.looks))
+
+
+def _scatter(looks: Looks, place: torch.Tensor, mask: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Addressing of rows back to the batch's positions; zero where masked."""
+    for look in looks:
+        yield scatter_rows(look.flatten(2), place, mask).unflatten(2, look.shape[2:])
+
+
+class MemoryLayer(GradientCheckpointingLayer):
+    """One layer: a pre-norm residual block around a cell, or the bare cell of the papers.
+
+    Args:
+        config: the model's configuration.
+        make_cell: builds a cell of the given input and output width.
+        sizes: input and output width.
+    """
+
+    def __init__(
+        self, config: MemoryConfig, make_cell: Callable[[tuple[int, int]], MemoryCell], sizes: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(sizes[0]) if config.residual else None
+        self.forwards = make_cell(sizes)
+        self.backwards = make_cell(sizes) if config.bidirectional else None
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self, hidden_states: torch.Tensor, states: States | None, marks: SequenceMarks
+    ) -> tuple[torch.Tensor, States, Looks]:
+        """Run the layer; see `MemoryCell.forward`. The state and addressing are those of the forward direction."""
+        inputs = hidden_states if self.norm is None else self.norm(hidden_states)
+        outputs, states, looks = self.forwards(inputs, states, marks)
+        if self.backwards is not None:
+            outputs = outputs + self.backwards(inputs, None, marks, reverse=True)[0]
+        outputs = self.dropout(outputs)
+        return outputs if self.norm is None else hidden_states + outputs, states, looks

@@ -1,0 +1,211 @@
+"""The memory-augmented model without a head, for any kind of cell.
+
+Glossary: `looks` what the addressing did; `marks` which positions are real and where documents begin.
+
+Complexity: O(T) steps a layer; O(1) time and memory a generated token, whatever came before.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ...nn.masks import sequence_marks
+from ..base import LNLMPreTrainedModel
+from .memory_config import MemoryConfig
+from .memory_layers import Looks, MemoryCell, MemoryLayer, States
+
+
+@dataclass
+class MemoryModelOutput(BaseModelOutputWithPast):
+    """Output of a memory-augmented model; the addressing, one tensor a layer, only with `output_addressing`.
+
+    Args:
+        read_weightings: `(batch, length, read heads, slots)`.
+        write_weightings: `(batch, length, write heads, slots)`.
+        usage: `(batch, length, slots)`; neural computer only, as all below.
+        free_gates: `(batch, length, read heads)`.
+        allocation_gates, write_gates: `(batch, length, write heads)`.
+        read_modes: `(batch, length, read heads, modes)`: backward along each write head's links, content, forward.
+    """
+
+    read_weightings: tuple[torch.Tensor, ...] | None = None
+    write_weightings: tuple[torch.Tensor, ...] | None = None
+    usage: tuple[torch.Tensor, ...] | None = None
+    free_gates: tuple[torch.Tensor, ...] | None = None
+    allocation_gates: tuple[torch.Tensor, ...] | None = None
+    write_gates: tuple[torch.Tensor, ...] | None = None
+    read_modes: tuple[torch.Tensor, ...] | None = None
+
+
+class MemoryPreTrainedModel(LNLMPreTrainedModel):
+    """Weight initialisation and traits that the memory-augmented models share."""
+
+    config: MemoryConfig
+    _no_split_modules = ["MemoryLayer"]
+    _can_record_outputs = {"hidden_states": MemoryLayer}
+    _is_stateful = True
+    _no_weight_decay: ClassVar[tuple[str, ...]] = (r"initial_", r"bias$", r"norm")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MemoryCell):
+            _init_cell(module)
+        elif isinstance(module, nn.Embedding) and not self.config.residual:
+            init.normal_(module.weight)  # without normalisation the controller hardly hears smaller embeddings
+
+
+def _init_cell(cell: MemoryCell) -> None:
+    """Glorot-uniform weights; zero biases but the forget gate's, which is 1."""
+    for linear in (cell.input_proj, cell.recurrent_proj, cell.interface_proj, cell.output_proj):
+        init.xavier_uniform_(linear.weight)
+        if linear.bias is not None:
+            init.zeros_(linear.bias)
+    if cell.lstm:
+        bias = torch.zeros_like(cell.input_proj.bias)
+        bias[cell.controller_size : 2 * cell.controller_size] = 1.0
+        init.copy_(cell.input_proj.bias, bias)
+
+
+class MemoryModel(MemoryPreTrainedModel):
+    """Embeddings and stacked memory layers. Families name their cell and the state's parts.
+
+    Args:
+        config: the model's configuration.
+        continuous: whether the model is the body of a sequence transducer.
+    """
+
+    cell_class: ClassVar[Any]
+    state_names: ClassVar[tuple[str, ...]]
+    look_names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: MemoryConfig, continuous: bool = False) -> None:
+        super().__init__(config)
+        tokens = config.input_size is None
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id) if tokens else None
+        projected = config.residual and not tokens
+        self.input_projection = nn.Linear(int(config.input_size or 0), config.hidden_size) if projected else None
+        layers = [self._layer(config, i, continuous) for i in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(config.hidden_size) if config.residual else None
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _layer(self, config: MemoryConfig, index: int, continuous: bool) -> MemoryLayer:
+        return MemoryLayer(config, lambda sizes: self.cell_class(config, sizes), config.layer_sizes(index, continuous))
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        """Return the token embeddings; None if the inputs are continuous."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings.
+
+        Args:
+            value: an `nn.Embedding` of width `hidden_size`.
+        """
+        self.embed_tokens = value  # type: ignore[assignment]
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: torch.Tensor | None = None,
+        output_addressing: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MemoryModelOutput:
+        """Run the model.
+
+        Args:
+            input_ids: `(batch, length)`; or give `inputs_embeds` `(batch, length, hidden_size or input_size)`.
+            attention_mask: `(batch, past + length)`, zero at padding, which may lie anywhere.
+            position_ids: `(batch, length)`; position 0 begins a document, with a fresh memory (packed rows).
+            past_key_values: state so far, a `DynamicCache(config=model.config)`; updated and returned.
+            use_cache: whether to return the state.
+            seq_idx: `(batch, length)` document numbers of packed rows.
+            output_addressing: whether to return weightings and gates; as the config says if None.
+
+        Returns:
+            last hidden state `(batch, length, hidden_size)`, the state, and the addressing if wanted.
+
+        Raises:
+            ValueError: inputs, mask or state do not fit each other or the config.
+        """
+        hidden_states = self._embed(input_ids, inputs_embeds)
+        cache = self._cache(past_key_values, use_cache)
+        marks = sequence_marks(hidden_states, attention_mask, position_ids, seq_idx, cache)
+        looks: list[Looks] = []
+        for index, layer in enumerate(self.layers):
+            states = self._read(cache, index, hidden_states.shape[0])
+            hidden_states, states, look = layer(hidden_states, states, marks)
+            looks.append(look)
+            if cache is not None:
+                parts = dict(zip(self.state_names, states, strict=True))
+                cache.layers[index].write(self.config.model_type, parts, hidden_states.shape[1])
+        wanted = self.config.output_addressing if output_addressing is None else output_addressing
+        return MemoryModelOutput(
+            last_hidden_state=hidden_states if self.norm is None else self.norm(hidden_states),
+            past_key_values=cache if use_cache else None,
+            **(dict(zip(self.look_names, zip(*looks, strict=True), strict=True)) if wanted else {}),
+        )
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                "give exactly one of input_ids and inputs_embeds, got " + ("neither", "both")[input_ids is not None]
+            )
+        if inputs_embeds is None:
+            if self.embed_tokens is None:
+                raise ValueError(
+                    "the model reads continuous inputs (input_size is set): give inputs_embeds, not input_ids"
+                )
+            inputs_embeds = self.embed_tokens(input_ids)
+        width = self.config.input_size or self.config.hidden_size
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width:
+            raise ValueError(
+                f"inputs_embeds must have shape (batch, length, {width}), got {tuple(inputs_embeds.shape)}"
+            )
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError(f"the input has no positions: shape {tuple(inputs_embeds.shape[:2])}")
+        if self.input_projection is not None:
+            inputs_embeds = self.input_projection(inputs_embeds)
+        return self.dropout(inputs_embeds)
+
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
+        if self.config.bidirectional:
+            if past_key_values is not None:
+                raise ValueError("a bidirectional model reads whole sequences: past_key_values must be None")
+            return None
+        if past_key_values is None:
+            return DynamicCache(config=self.config) if use_cache else None
+        layers = getattr(past_key_values, "layers", [])
+        if len(layers) != len(self.layers) or not all(hasattr(layer, "read") for layer in layers):
+            raise ValueError(
+                f"past_key_values must hold {len(self.layers)} recurrent states, as DynamicCache(config=model.config) "
+                f"makes them, got {past_key_values!r}"
+            )
+        return past_key_values
+
+    def _read(self, cache: Cache | None, index: int, batch_size: int) -> States | None:
+        if cache is None:
+            return None
+        cell: Any = self.layers[index].forwards
+        shapes = cell.state_shapes()
+        states: dict[str, Any] | None = cache.layers[index].read(self.config.model_type, batch_size, shapes)
+        return None if states is None else tuple(states[name] for name in self.state_names)
