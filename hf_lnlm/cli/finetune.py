@@ -26,7 +26,7 @@ from .models import (
     new_config,
     new_model,
 )
-from .output import check_unchanged, plain_when_piped, prepare_output, warn
+from .output import check_output, check_unchanged, plain_when_piped, warn
 from .pretrain import check_options, check_positions, default_block, new_tokenizer, tokenizer_flag
 from .recipe import RECIPE_FILE, Recipe, load_recipe
 from .run import Parts, output_folder, publish, seed_everything, train
@@ -105,11 +105,11 @@ def finetune(
     resolve_task(resolved)
     name = resolved.model.family or Path(str(resolved.model.checkpoint)).name
     folder = output_folder(resolved, f"runs/{name}_{resolved.objective.name}")
-    prepare_output(folder, resume, overwrite)
+    check_output(folder, resume, overwrite)
     parts = finetuning_parts(resolved)
     if resume:
         check_unchanged(folder, resolved)
-    train(parts, resolved, "finetune", resume, overwrite=False)
+    train(parts, resolved, "finetune", resume)
     return publish(resolved)
 
 

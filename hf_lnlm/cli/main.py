@@ -39,7 +39,7 @@ def _call(module: str, function: str, options: dict[str, Any]) -> None:
     """Load `hf_lnlm.cli.<module>` and run its function; errors become one line and an exit status."""
     try:
         status = getattr(importlib.import_module(f"hf_lnlm.cli.{module}"), function)(**options)
-    except (ValueError, OSError, ImportError, RuntimeError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError, KeyboardInterrupt) as error:
         status = report(error, show_traceback="HF_LNLM_TRACEBACK" in os.environ)
     raise typer.Exit(status or 0)
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from ..registry import family as family_row
 from ..registry import is_ours
 from .errors import UsageProblem, did_you_mean
@@ -72,7 +74,11 @@ def new_config(
         config_class = stock_config_class(model_type)
         fields = stock_fields(config_class, size, block_size)
     check_fields(config_class, section.config)
-    return config_class(**(special_ids(config_class, tokenizer) | fields | labels | section.config))
+    values = special_ids(config_class, tokenizer) | fields | labels | section.config
+    try:
+        return config_class(**values)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UsageProblem(f"model.config: {' '.join(str(error).split())}") from None
 
 
 def new_model(config: Any, auto_class: str) -> Any:

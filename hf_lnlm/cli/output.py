@@ -64,13 +64,13 @@ def warn(text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def prepare_output(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Make sure that a run may write into `folder`.
+def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Make sure that a run may write into `folder`; changes nothing.
 
     Args:
         folder: the output folder.
         resume: go on with the run in it.
-        overwrite: delete the run in it first.
+        overwrite: the run in it will be deleted when training begins.
 
     Raises:
         UsageProblem: it is in use, holds something else than a run, or there is nothing to resume.
@@ -89,13 +89,16 @@ def prepare_output(folder: Path, resume: bool, overwrite: bool) -> None:
         raise UsageProblem(
             f"{folder} holds files already: --resume goes on, --overwrite starts anew, --output elsewhere"
         )
-    if filled and overwrite:
-        if not is_run:
-            raise UsageProblem(
-                f"{folder} was not written by hf-lnlm (no {RECIPE_FILE}); delete it yourself if you mean it"
-            )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if filled and overwrite and not is_run:
+        raise UsageProblem(f"{folder} was not written by hf-lnlm (no {RECIPE_FILE}); delete it yourself if you mean it")
+
+
+def open_output(folder: Path, resume: bool) -> None:
+    """Make `folder`, after deleting an earlier run in it unless that is resumed; comes after `check_output`."""
+    if is_first_process():
+        if not resume and (folder / RECIPE_FILE).is_file():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def check_unchanged(folder: Path, recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ from ..objectives.families import direction_of, has_head
 from .documents import load_text, packed
 from .errors import UsageProblem, did_you_mean, unknown_name
 from .models import load_config, load_model, load_tokenizer, new_config, new_model
-from .output import check_unchanged, plain_when_piped, prepare_output
+from .output import check_output, check_unchanged, plain_when_piped
 from .recipe import RECIPE_FILE, Recipe, field_types, load_recipe, typed_section
 from .run import Parts, output_folder, publish, seed_everything, train
 from .sizes import SHARED_TRAINING, SIZES
@@ -55,11 +55,11 @@ def pretrain(
     resolve_objective(resolved)
     name = resolved.model.family or Path(str(resolved.model.checkpoint)).name
     folder = output_folder(resolved, f"runs/{name}_{resolved.objective.name}")
-    prepare_output(folder, resume, overwrite)
+    check_output(folder, resume, overwrite)
     parts = pretraining_parts(resolved)
     if resume:
         check_unchanged(folder, resolved)
-    train(parts, resolved, "pretrain", resume, overwrite=False)
+    train(parts, resolved, "pretrain", resume)
     return publish(resolved)
 
 
@@ -141,9 +141,8 @@ def pretraining_parts(recipe: Recipe) -> Parts:
         ValueError: the parts don't fit each other; names both.
     """
     numbers = SIZES[recipe.model.size or "tiny"]
-    recipe.training = SHARED_TRAINING | numbers.training | recipe.training
-    if "num_train_epochs" in recipe.training and recipe.training.get("max_steps") == numbers.training["max_steps"]:
-        recipe.training["max_steps"] = -1
+    by_epochs = {"max_steps": -1} if "num_train_epochs" in recipe.training else {}
+    recipe.training = SHARED_TRAINING | numbers.training | by_epochs | recipe.training
     goal = objective(str(recipe.objective.name), **recipe.objective.options)
     text = load_text(recipe, int(recipe.training["seed"]))
     if recipe.model.checkpoint is not None:

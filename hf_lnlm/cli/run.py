@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UsageProblem
-from .output import is_first_process, prepare_output, say, warn, write_recipe
+from .output import is_first_process, open_output, say, warn, write_recipe
 from .recipe import Recipe
 
 _BOOKKEEPING = ("runtime", "per_second", "epoch", "preparation_time", "peak", "alloc")
@@ -87,7 +87,7 @@ def describe(parts: Parts) -> None:
     say(f"objective  {parts.goal.name}")
 
 
-def train(parts: Parts, recipe: Recipe, command: str, resume: bool, overwrite: bool) -> dict[str, float]:
+def train(parts: Parts, recipe: Recipe, command: str, resume: bool) -> dict[str, float]:
     """Train, measure and save; the folder is ready for the Hub afterwards.
 
     Args:
@@ -95,7 +95,6 @@ def train(parts: Parts, recipe: Recipe, command: str, resume: bool, overwrite: b
         recipe: fully resolved; written beside the checkpoint.
         command: `pretrain` or `finetune`.
         resume: go on from the last whole checkpoint.
-        overwrite: delete an earlier run in the output folder first.
 
     Returns:
         Metrics on the validation data; empty without any.
@@ -117,7 +116,7 @@ def train(parts: Parts, recipe: Recipe, command: str, resume: bool, overwrite: b
         processing_class=parts.tokenizer,
         objective=parts.goal,
     )
-    prepare_output(folder, resume, overwrite)
+    open_output(folder, resume)
     describe(parts)
     if is_first_process():
         write_recipe(folder, recipe, command)
@@ -131,9 +130,17 @@ def train(parts: Parts, recipe: Recipe, command: str, resume: bool, overwrite: b
         if is_first_process():
             print(f"stopped; go on with: hf-lnlm {command} --resume --output {folder}", file=sys.stderr)
         raise
-    metrics = {} if parts.validation is None else own_metrics(trainer.evaluate())
+    metrics = {} if parts.validation is None else own_metrics(final_evaluation(trainer))
     save(trainer, parts, recipe, metrics)
     return metrics
+
+
+def final_evaluation(trainer: Any) -> Mapping[str, float]:
+    """The evaluation of the trained model: the one made after the last step if there was one, else a new one."""
+    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
+    if last is not None and last.get("step") == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return {name: value for name, value in last.items() if name != "step"}
+    return trainer.evaluate()
 
 
 def own_metrics(metrics: Mapping[str, float], prefix: str = "eval_") -> dict[str, float]:

@@ -148,13 +148,14 @@ def _examine_config(folder: Folder) -> Iterator[Finding]:
     if not isinstance(model_type, str):
         yield Finding("fail", "config", "config.json has no model_type")
         return
-    outside = list(_outside_references(folder))
+    outside = [*_outside_references(folder), *_foreign_kernels(config)]
     for line in outside:
         yield Finding("fail", "config", line)
     folder.config = config
-    refused = _refusal(folder)
-    if refused:
+    refused = None if outside else _refusal(folder)
+    if refused or outside:
         folder.config = None
+    if refused:
         yield Finding("fail", "config", refused)
     elif not outside:
         yield Finding("ok", "config", f"{shown(model_type)}, {shown(', '.join(_architectures(config)) or 'no head')}")
@@ -178,6 +179,15 @@ def _outside_references(folder: Folder) -> Iterator[str]:
                 yield f"{name}: auto_map names {value}, but {value.split('.')[0]}.py is missing"
 
 
+def _foreign_kernels(value: Any, depth: int = 0) -> Iterator[str]:
+    """Names of kernels on the Hub (`attn_implementation: owner/kernel`), which transformers would fetch and run."""
+    if isinstance(value, dict) and depth < 8:
+        for key, item in value.items():
+            if str(key).endswith(("implementation", "implementation_internal")) and "/" in str(item):
+                yield f"config.json: {shown(key)} {shown(item)} points outside the folder"
+            yield from _foreign_kernels(item, depth + 1)
+
+
 def _auto_map_values(auto_map: Any) -> Iterator[str]:
     values = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
     for value in values:
@@ -189,10 +199,12 @@ def _auto_map_values(auto_map: Any) -> Iterator[str]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence transformers' own reports; `check` says it in its own lines."""
+    from huggingface_hub import constants
     from transformers.utils import logging as reports
 
     previous, bars = logging.root.manager.disable, reports.is_progress_bar_enabled()
     logging.disable(logging.CRITICAL)
+    online, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True  # nothing a config names is fetched
     reports.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -200,6 +212,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
+        constants.HF_HUB_OFFLINE = online
         if bars:
             reports.enable_progress_bar()
 
@@ -315,6 +328,12 @@ def _examine_keys(folder: Folder) -> Iterator[Finding]:
     if not _known_model_type(folder.config["model_type"]) and not folder.run_code:
         yield Finding("warn", "keys", "not compared: this family needs the code it carries (--run-code runs it)")
         return
+    for key, value in folder.config.items():
+        if _COUNT_KEY.search(key) and isinstance(value, int) and value > 100 + 10 * len(folder.tensors):
+            yield Finding(
+                "fail", "keys", f"config.json: {shown(key)} = {value}, the files hold {len(folder.tensors)} tensors"
+            )
+            return
     try:
         with _quiet():
             yield from _load_findings(folder, names[0])

@@ -159,6 +159,17 @@ def test_auto_map_must_stay_inside(folder, value):
     assert "points outside the folder" in failures(folder)["config"]
 
 
+def test_kernels_of_strangers_are_not_fetched(folder):
+    edit_json(folder / "config.json", attn_implementation="someone/kernel", nested={"_attn_implementation": "a/b@c"})
+    assert "points outside the folder" in failures(folder)["config"]
+    assert "keys" not in {f.topic for f in check_folder(folder)}
+
+
+def test_layers_without_tensors_are_not_built(folder):
+    edit_json(folder / "config.json", num_hidden_layers=9000)
+    assert failures(folder)["keys"] == "config.json: num_hidden_layers = 9000, the files hold 9 tensors"
+
+
 def test_auto_map_of_the_tokenizer_too(folder):
     edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "other/repo--tok.Tok"]})
     assert "tokenizer_config.json: auto_map" in failures(folder)["config"]
