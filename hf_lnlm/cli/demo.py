@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .demo_race import Contender, Progress, bits_per_byte
-from .demo_report import HEADER, Claim, compressors, peak_memory, table, write_report
-from .errors import UsageProblem
+from .demo_race import STATE_FILE, Contender, Progress, bits_per_byte
+from .demo_report import HEADER, REPORT_FILE, Claim, compressors, peak_memory, table, write_report
+from .errors import INTERRUPT_STATUS, UsageProblem
 from .output import plain_when_piped, quiet_libraries, say
 
 BLOCK, BATCH, VOCABULARY = 192, 12, 1024
@@ -52,13 +52,13 @@ def demo(all_families: bool, output: str, seconds: float | None, seed: int, resu
         baselines = compressors(text)
         try:
             race(contenders, validation, baselines, settings, resume)
+            samples = {contender.label: sample(contender, settings["seed"]) for contender in contenders}
+            claims = [*race_claims(contenders), *publish_claims(folder, contenders, validation)]
         except KeyboardInterrupt:
             for contender in contenders:
                 contender.stop()
             print(f"stopped; go on with: hf-lnlm demo --resume --output {folder}", file=sys.stderr)
-            return 130
-        samples = {contender.label: sample(contender, settings["seed"]) for contender in contenders}
-        claims = [*race_claims(contenders), *publish_claims(folder, contenders, validation)]
+            return INTERRUPT_STATUS
     facts = {
         "seed": settings["seed"],
         "wall time": f"{time.monotonic() - begun:.0f} s",
@@ -66,6 +66,8 @@ def demo(all_families: bool, output: str, seconds: float | None, seed: int, resu
         "validation text": f"{len(text):,} bytes in files set aside by a hash of their path",
     }
     report = write_report(folder, contenders, baselines, samples, claims, facts)
+    for contender in contenders:  # only now: up to here an interrupted demo needs its checkpoints
+        shutil.rmtree(contender.folder / "run", ignore_errors=True)
     finish(contenders, baselines, samples, claims, facts, report)
     return 0 if all(claim.holds for claim in claims) else 1
 
@@ -80,10 +82,10 @@ def prepare(folder: Path, settings: dict[str, Any], resume: bool, overwrite: boo
     if resume and overwrite:
         raise UsageProblem("--resume goes on with a demo and --overwrite deletes it; give one of them")
     if resume:
-        if not path.is_file():
-            raise UsageProblem(f"nothing to resume in {folder} (no {SETTINGS_FILE})")
-        return json.loads(path.read_text())
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return earlier_settings(folder, settings)
+    if folder.exists() and not folder.is_dir():
+        raise UsageProblem(f"{folder} is a file; --output names a folder")
+    if folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise UsageProblem(f"{folder} holds files already: --resume goes on, --overwrite starts anew")
         if not path.is_file():
@@ -92,6 +94,29 @@ def prepare(folder: Path, settings: dict[str, Any], resume: bool, overwrite: boo
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings))
     return settings
+
+
+def earlier_settings(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the demo in `folder`, which `wanted` must not contradict where it differs from the defaults.
+
+    Raises:
+        UsageProblem: there is no demo to go on with, it is finished, or it was begun with other settings.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        raise UsageProblem(f"nothing to resume in {folder} (no {SETTINGS_FILE})")
+    if (folder / REPORT_FILE).is_file():
+        raise UsageProblem(f"the demo in {folder} is finished, see {REPORT_FILE} there; --overwrite starts anew")
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        raise UsageProblem(f"{path} is damaged, so that nothing can go on; --overwrite starts anew") from None
+    for name, value in wanted.items():
+        if value and value != found.get(name):
+            raise UsageProblem(
+                f"--resume goes on with the settings the demo was begun with ({name} = {found.get(name)}), got {value}"
+            )
+    return found
 
 
 @contextmanager
@@ -236,10 +261,12 @@ def race(
 
     with live_table(contenders, baselines) as show:
         for contender in contenders:
-            if not contender.progress.curve:
-                contender.progress.curve.append((0.0, bits_per_byte(contender.model, validation)))
             run = contender.folder / "run"
-            contender.start(make_trainer, resume and run.is_dir() and bool(list_checkpoints(run)))
+            saved = resume and run.is_dir() and bool(list_checkpoints(run))
+            if not saved:  # progress without its weights is none
+                contender.progress = Progress()
+                contender.progress.curve.append((0.0, bits_per_byte(contender.model, validation)))
+            contender.start(make_trainer, saved)
         show()
         while not all(contender.finished for contender in contenders):
             for contender in contenders:
@@ -251,10 +278,11 @@ def race(
 
 
 def measure(contender: Contender, validation: list[Any]) -> None:
-    """Add a point to the contender's curve and write its progress down."""
+    """Add a point to the contender's curve; write its progress down when its weights are written down too."""
     progress: Progress = contender.progress
     progress.curve.append((progress.seconds, bits_per_byte(contender.model, validation)))
-    progress.save(contender.folder)
+    if contender.finished:
+        progress.save(contender.folder)
 
 
 @contextmanager
@@ -337,13 +365,12 @@ def publish_claims(folder: Path, contenders: list[Contender], validation: list[A
 
     claims = []
     for contender in contenders:
-        shutil.rmtree(contender.folder / "run", ignore_errors=True)
         contender.model.save_pretrained(contender.folder)
         contender.tokenizer.save_pretrained(contender.folder)
         bits = contender.progress.curve[-1][1]
         write_evaluation(contender.folder, {"data": "stdlib", "task": "causal", "metrics": {"bits_per_byte": bits}})
         write_card(contender.folder)
-        findings = check_folder(contender.folder, published=lambda path: not path.endswith("race.json"))
+        findings = check_folder(contender.folder, published=lambda path: not path.startswith(("run/", STATE_FILE)))
         bad = "; ".join(finding.message for finding in findings if finding.level == "fail")
         claims.append(
             Claim(f"{contender.label}: hf-lnlm check finds nothing wrong{': ' + bad if bad else ''}", is_fit(findings))

@@ -125,7 +125,8 @@ class Contender:
             self._handed_back.clear()
             self._go.set()
             self._thread.join(0.05)
-        self.progress.save(self.folder)
+        if self._thread is not None:
+            self.progress.save(self.folder)
 
     def _wait(self) -> None:
         while not self._handed_back.wait(0.2):
@@ -172,8 +173,7 @@ class _Turns(TrainerCallback):
             if not self.contender.finished:
                 self.contender.hand_back()
         if self.contender.stopping or self.contender.finished:
-            control.should_save = self.contender.stopping
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
         self._begun = time.thread_time()
         return control
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from .demo_race import Contender
 
+REPORT_FILE = "REPORT.md"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 """Distinguishable to colour-blind readers (Okabe and Ito), and one more."""
 
@@ -121,6 +122,6 @@ def write_report(
         "\n".join(f"- {name}: {value}" for name, value in facts.items()),
         f"- {versions}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
     ]
-    path = folder / "REPORT.md"
+    path = folder / REPORT_FILE
     path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     return path
