@@ -34,6 +34,7 @@ class Family:
         bidirectional: config fields that make it read both ways, if it can do either.
         lora_targets: module names that LoRA adapts by default.
         lora_parameters: raw parameters that LoRA reaches through `target_parameters`.
+        lora_trained: module names that are trained in full beside the adapters, the classifier aside.
         demo: config fields of its row in the demo's table of causal models, or None to leave it out.
     """
 
@@ -47,6 +48,7 @@ class Family:
     sizes: dict[str, dict[str, Any]]
     lora_targets: tuple[str, ...]
     lora_parameters: tuple[str, ...] = ()
+    lora_trained: tuple[str, ...] = ()
     extra_models: tuple[str, ...] = ()
     bidirectional: dict[str, Any] | None = None
     demo: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -202,6 +204,29 @@ FAMILIES: tuple[Family, ...] = (
         bidirectional={"bidirectional": "tied"},
         lora_targets=("in_proj", "x_proj", "out_proj"),
         demo={"SSM": {}},
+    ),
+    Family(
+        model_type="lnlm_encoder_cnn",
+        title="Encoder + CNN (BERT-CNN)",
+        room="hybrid",
+        name="encoder_cnn",
+        config="EncoderCNNConfig",
+        models={
+            "AutoModel": "EncoderCNNModel",
+            "AutoModelForSequenceClassification": "EncoderCNNForSequenceClassification",
+            "AutoModelForTokenClassification": "EncoderCNNForTokenClassification",
+        },
+        paper="Safaya, Abdullatif and Yuret 2020, BERT-CNN for Offensive Speech Identification; Kim 2014",
+        sizes={
+            "tiny": {"hidden_size": 128, "num_hidden_layers": 2},
+            "small": {"hidden_size": 512, "num_hidden_layers": 4, "mode": "last_n"},
+            "base": {"hidden_size": 768, "num_hidden_layers": 12, "mode": "last_n"},
+        },
+        lora_targets=(
+            *("query", "key", "value", "q_lin", "k_lin", "v_lin", "query_proj", "key_proj", "value_proj", "in_proj"),
+            *("q", "k", "v", "o", "Wqkv", "Wo", "input_gates", "recurrent_gates"),
+        ),
+        lora_trained=("window_head", "layer_mix"),
     ),
 )
 

@@ -58,6 +58,30 @@ def write_code(model_type: str, folder: str | Path) -> list[str]:
     return list(files)
 
 
+def write_inner_code(config: Any, folder: str | Path, place: str) -> list[str]:
+    """Write the code of a model inside another one, if it is ours, and return the names of the files.
+
+    Args:
+        config: the inner model's config.
+        folder: the checkpoint folder of the outer model, whose own code is there.
+        place: dotted name of the outer family's module that says which inner family is carried. Its carried copy is
+            replaced by one that imports the inner family's classes.
+    """
+    if not registry.is_ours(config.model_type):
+        return []
+    row = registry.family(config.model_type)
+    files = write_code(config.model_type, folder)
+    lines = (
+        f'"""The {row.title} classes that this checkpoint carries."""\n',
+        f"from .configuration_{row.name} import {row.config}",
+        f"from .modeling_{row.name} import {row.models['AutoModel']}",
+        f"\nCARRIED = ({row.config}, {row.models['AutoModel']})\n",
+    )
+    name = flat_name(place) + ".py"
+    (Path(folder) / name).write_text("\n".join(lines), encoding="utf-8")
+    return [*files, name]
+
+
 def auto_map(config: Any) -> dict[str, str]:
     """Return the `auto_map` for a config of ours: every head of its family, and what the user registered himself."""
     return {**registry.family(config.model_type).auto_map(), **(getattr(config, "auto_map", None) or {})}

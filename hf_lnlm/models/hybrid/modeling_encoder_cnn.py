@@ -1,0 +1,427 @@
+"""EncoderCNN: convolutions and max-over-time on the hidden states of any encoder (BERT-CNN [1]).
+
+References:
+    [1] Safaya, Abdullatif & Yuret 2020, "KUISAIL at SemEval-2020 Task 12: BERT-CNN for Offensive Speech Identification".
+    [2] Kim 2014, "Convolutional Neural Networks for Sentence Classification".
+    [3] Peters et al. 2018, "Deep contextualized word representations" (scalar mix, eq. 1).
+
+Glossary (paper ↔ here): last four hidden layers as channels ↔ `mode="last_n"`, `num_layers`; k × 768 filters ↔ `windows`;
+γ, s_j of [3] ↔ `LayerMix.scale`, softmax of `LayerMix.weights`.
+
+Deviations: padding never takes part in the maximum, so that scores do not depend on a text's batch (they do in the code of
+[1]), nor where in its row a text stands: rows are left-justified before the encoder. A text shorter than a window is read
+as if zeros followed it. Any number of classes, several labels or regression instead of one sigmoid. Convolving n channels
+of an image of width H is convolving n · H features, and done so.
+
+Complexity: the encoder's, and O(length · Σ k · n · H · maps) multiplications.
+"""
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from ...nn.convolution import Justified, TimeConvolution, check_mask, left_justify, mask_frames, restore
+from ...nn.loss_heads import classification_loss
+from ...nn.pooling import max_over_time
+from ..base import LNLMPreTrainedModel
+from .configuration_encoder_cnn import EncoderCNNConfig
+from .own_encoder import CARRIED
+
+
+class Maps(NamedTuple):
+    """Feature maps of a batch.
+
+    Attributes:
+        aligned: `(batch, frames, features)`, a window's value standing at its middle frame, zero at masked ones.
+        pooled: `(batch, features)`, the maxima over the windows that lie in the text.
+    """
+
+    aligned: torch.Tensor
+    pooled: torch.Tensor
+
+
+def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the model class of an encoder's config: the carried one, else what transformers builds for it.
+
+    Raises:
+        ValueError: there is none, or only one with a decoder.
+    """
+    if CARRIED is not None and CARRIED[0].model_type == config.model_type:  # type: ignore[attr-defined]
+        return CARRIED[1]
+    for mapping in (MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING):
+        found: Any = mapping.get(type(config), None)
+        found = found[0] if isinstance(found, tuple) else found
+        if found is not None and (mapping is MODEL_FOR_TEXT_ENCODING_MAPPING or not config.is_encoder_decoder):
+            return found
+    raise ValueError(f"encoder: transformers has no encoder of its own for the model type {config.model_type!r}")
+
+
+def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build an encoder without the pooling layer that nothing here would use."""
+    cls = encoder_class(config)
+    pools = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
+    return cls._from_config(config, **({"add_pooling_layer": False} if pools else {}))
+
+
+def _selected(hidden: tuple[torch.Tensor | None, ...] | None, shown: bool | int | list[int] | None) -> Any:
+    """The hidden states asked for: all, none, or (None in place of the others) those of some layers."""
+    if hidden is None or shown is None or shown is False:
+        return None
+    if shown is True:
+        return hidden
+    places = {place % len(hidden) for place in ([shown] if isinstance(shown, int) else shown)}
+    return tuple(states if place in places else None for place, states in enumerate(hidden))
+
+
+def _moved(value: Any, order: torch.Tensor) -> Any:
+    """Reorder the positions of an argument `(batch, length[, width])`; anything else is left as it is."""
+    if not isinstance(value, torch.Tensor) or value.shape[:2] != order.shape:
+        return value
+    return value.gather(1, order if value.dim() == 2 else order[:, :, None].expand_as(value))
+
+
+class LayerMix(nn.Module):
+    """Scalar mix of layers ([3], eq. 1): a softmax-weighted sum, times a scale.
+
+    Args:
+        num_layers: layers to mix.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(num_layers))
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, layers: list[torch.Tensor]) -> torch.Tensor:
+        """Mix tensors `(batch, length, width)`."""
+        shares = self.weights.softmax(0) * self.scale
+        return torch.einsum("l,lbtw->btw", shares, torch.stack(layers))
+
+
+class WindowHead(nn.Module):
+    """Convolutions over windows of several sizes and the maximum of each map ([2], as in [1]).
+
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: EncoderCNNConfig) -> None:
+        super().__init__()
+        channels = int(config.num_layers or 1) if config.mode == "last_n" else 1
+        self.windows = nn.ModuleList(
+            TimeConvolution(channels * config.encoder_size, config.num_filters, size, ((size - 1) // 2, size // 2))
+            for size in config.filter_sizes
+        )
+
+    def forward(self, hidden: torch.Tensor, plan: Justified | None) -> Maps:
+        """Convolve and pool.
+
+        Args:
+            hidden: `(batch, frames, width)`, real frames first.
+            plan: how many are real in each row, and their places in the input; None if all are.
+
+        Returns:
+            the maps, in the order of the input.
+        """
+        length = hidden.shape[1]
+        rows = mask_frames(hidden.mT, None if plan is None else plan.mask)
+        lengths = rows.new_full((rows.shape[0],), length, dtype=torch.long) if plan is None else plan.lengths
+        maps = [self._convolve(window, rows) for window in self.windows]
+        pooled = [
+            max_over_time(values, self._inside(window, values, lengths)) for window, values in zip(self.windows, maps)
+        ]
+        aligned = torch.cat([values[:, :, :length] for values in maps], dim=1).relu().mT
+        return Maps(aligned if plan is None else restore(aligned, plan), torch.cat(pooled, dim=1).relu())
+
+    @staticmethod
+    def _convolve(window: Any, rows: torch.Tensor) -> torch.Tensor:
+        return window(F.pad(rows, (0, max(window.kernel_size - rows.shape[2], 0))))
+
+    @staticmethod
+    def _inside(window: Any, values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Which windows lie in the text, by their middle frame; one window if the text is shorter."""
+        size = window.kernel_size
+        first = torch.arange(values.shape[2], device=values.device) - (size - 1) // 2
+        last = (lengths - size).clamp(min=0)
+        return (first >= 0) & (first <= last[:, None]) & (lengths > 0)[:, None]
+
+
+class EncoderCNNPreTrainedModel(LNLMPreTrainedModel):
+    """Traits that the EncoderCNN classes share. Attention implementations are the encoder's."""
+
+    config: EncoderCNNConfig
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_weight_decay = (r"layer_mix\.",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LayerMix):
+            init.zeros_(module.weights)
+            init.ones_(module.scale)
+        elif isinstance(module, TimeConvolution):
+            init.xavier_uniform_(module.projection.weight)
+
+    @classmethod
+    def from_encoder_pretrained(cls, encoder: str | PreTrainedModel, **kwargs: Any) -> "EncoderCNNPreTrainedModel":
+        """Build the model on a pre-trained encoder; the convolutions and the classifier are new.
+
+        Args:
+            encoder: a checkpoint's name or folder, or a model (with or without a head), whose weights are copied.
+            kwargs: fields of `EncoderCNNConfig` (`mode`, `num_labels`, …), and arguments of the encoder's
+                `from_pretrained`, with `encoder_` before their names (`encoder_dtype`, `encoder_revision`, …).
+
+        Returns:
+            the model, in evaluation mode.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of the encoder.
+        """
+        inner = {
+            name.removeprefix("encoder_"): kwargs.pop(name) for name in list(kwargs) if name.startswith("encoder_")
+        }
+        source = AutoModel.from_pretrained(encoder, **inner) if isinstance(encoder, str) else encoder.base_model
+        model = cls(EncoderCNNConfig(encoder=source.config.to_dict(), **kwargs))
+        target = model.base_model.encoder
+        model.to(source.dtype)
+        missing = target.load_state_dict(source.state_dict(), strict=False).missing_keys
+        missing = [name for name in missing if name not in source.all_tied_weights_keys]
+        if missing:
+            raise ValueError(
+                f"encoder: the checkpoint lacks weights of a {type(target).__name__}, got none for {missing[:5]}"
+            )
+        return model.eval()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the encoder's token embeddings."""
+        return self.base_model.encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the encoder's token embeddings."""
+        self.base_model.encoder.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the encoder's token embeddings, as in transformers."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.config.mirror_encoder()
+        return embeddings
+
+
+class EncoderCNNModel(EncoderCNNPreTrainedModel):
+    """An encoder and convolutions over its hidden states.
+
+    Args:
+        config: the model's configuration, with the encoder's.
+    """
+
+    def __init__(self, config: EncoderCNNConfig) -> None:
+        super().__init__(config)
+        self.encoder = build_encoder(config.get_text_config())
+        mixes = config.mode == "scalar_mix"
+        self.layer_mix = LayerMix(config.num_hidden_layers) if mixes else None
+        self.window_head = WindowHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Encode texts.
+
+        Args:
+            input_ids: `(batch, length)`.
+            attention_mask: `(batch, length)`, nonzero at real tokens.
+            inputs_embeds: `(batch, length, width)` instead of `input_ids`, for encoders that take them.
+            token_type_ids: `(batch, length)`, for encoders that take them.
+            kwargs: what else the encoder takes; `output_hidden_states`, `output_attentions`.
+
+        Returns:
+            `last_hidden_state` `(batch, length, features)`, the feature maps (in mode `all_cls` one frame a layer);
+            `pooler_output` `(batch, features)`, their maxima; the encoder's hidden states and attentions if asked for,
+            with every row's real tokens first.
+
+        Raises:
+            ValueError: inputs do not fit together, or the encoder gives no hidden states.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given, got both or none")
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, **kwargs}
+        inputs, plan = self._left_justified(inputs, attention_mask)
+        shown = inputs.pop("output_hidden_states", None)
+        shown = self.config.output_hidden_states if shown is None else shown
+        wanted = shown if self.config.mode == "last" else True
+        outputs = self.encoder(output_hidden_states=wanted, **inputs)
+        maps = self._convolve(outputs, plan)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=maps.aligned,
+            pooler_output=maps.pooled,
+            hidden_states=_selected(outputs.get("hidden_states"), shown),
+            attentions=outputs.get("attentions"),
+        )
+
+    def _left_justified(
+        self, inputs: dict[str, Any], attention_mask: torch.Tensor | None
+    ) -> tuple[dict[str, Any], Justified | None]:
+        """The encoder's arguments with every row's real tokens first: encoders count positions from the first column."""
+        skipped = ("num_items_in_batch", "return_dict")
+        given = {name: value for name, value in inputs.items() if value is not None and name not in skipped}
+        given = {"output_attentions": self.config.output_attentions, **given}
+        shape = given["input_ids" if "input_ids" in given else "inputs_embeds"].shape[:2]
+        if shape[1] == 0:
+            raise ValueError(f"the input must be (batch, length) with length >= 1, got shape {tuple(shape)}")
+        if attention_mask is None or attention_mask.dim() != 2:
+            mask = check_mask(attention_mask, *shape)
+            return {**given, "attention_mask": mask}, None
+        plan = left_justify(check_mask(attention_mask, *shape))  # type: ignore[arg-type]
+        if plan.order is None:
+            return {**given, "attention_mask": attention_mask}, plan
+        moved = {name: _moved(value, plan.order) for name, value in given.items()}
+        return {**moved, "attention_mask": plan.mask.to(attention_mask.dtype)}, plan
+
+    def _convolve(self, outputs: Any, plan: Justified | None) -> Maps:
+        last = outputs.last_hidden_state
+        if self.config.mode == "last":
+            return self.window_head(last, plan)
+        layers = self._layers(outputs)
+        if self.config.mode == "all_cls":
+            return self.window_head(self._first_tokens(layers, plan), None)
+        if self.layer_mix is not None:
+            return self.window_head(self.layer_mix(layers), plan)
+        return self.window_head(torch.cat(layers[-int(self.config.num_layers or 1) :], dim=2), plan)
+
+    def _layers(self, outputs: Any) -> list[torch.Tensor]:
+        """Output of each layer, without the embeddings."""
+        hidden = outputs.get("hidden_states")
+        if hidden is None or len(hidden) != self.config.num_hidden_layers + 1:
+            found = "none" if hidden is None else len(hidden)
+            raise ValueError(
+                f"mode {self.config.mode!r} needs the hidden states of the embeddings and of all "
+                f"{self.config.num_hidden_layers} layers of the encoder, a {type(self.encoder).__name__}, got {found}"
+            )
+        return list(hidden[1:])
+
+    @staticmethod
+    def _first_tokens(layers: list[torch.Tensor], plan: Justified | None) -> torch.Tensor:
+        """State of each row's first real token in all layers, `(batch, layers, width)`; zeros in a row without one."""
+        first = torch.stack([layer[:, 0] for layer in layers], dim=1)
+        return first if plan is None else first.masked_fill((plan.lengths == 0)[:, None, None], 0.0)
+
+
+class EncoderCNNForSequenceClassification(EncoderCNNPreTrainedModel):
+    """EncoderCNN as a classifier or regressor of texts.
+
+    Args:
+        config: the model's configuration, with `num_labels` and `problem_type`.
+    """
+
+    def __init__(self, config: EncoderCNNConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = EncoderCNNModel(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(config.output_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        """Score texts; see `EncoderCNNModel.forward` for the other arguments.
+
+        Args:
+            labels: `(batch,)` ids or values, or `(batch, num_labels)`; see `config.problem_type`.
+
+        Returns:
+            loss (with labels) and logits `(batch, num_labels)`, which do not depend on padding.
+        """
+        outputs = self.model(input_ids, attention_mask, inputs_embeds, token_type_ids, **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class EncoderCNNForTokenClassification(EncoderCNNPreTrainedModel):
+    """EncoderCNN as a tagger: every token is classified from the windows around it.
+
+    Args:
+        config: the model's configuration; not in mode `all_cls`, which sees one token only.
+
+    Raises:
+        ValueError: the mode is `all_cls`.
+    """
+
+    def __init__(self, config: EncoderCNNConfig) -> None:
+        if config.mode == "all_cls":
+            raise ValueError("mode must be last, last_n or scalar_mix to classify tokens, got 'all_cls'")
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = EncoderCNNModel(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(config.output_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """Tag tokens; see `EncoderCNNModel.forward` for the other arguments.
+
+        Args:
+            labels: `(batch, length)` class ids; -100 is ignored.
+
+        Returns:
+            loss (with labels) and logits `(batch, length, num_labels)`.
+        """
+        outputs = self.model(input_ids, attention_mask, inputs_embeds, token_type_ids, **kwargs)
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=kwargs.get("num_items_in_batch"))
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "EncoderCNNForSequenceClassification",
+    "EncoderCNNForTokenClassification",
+    "EncoderCNNModel",
+    "EncoderCNNPreTrainedModel",
+]
