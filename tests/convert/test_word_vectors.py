@@ -1,0 +1,71 @@
+"""Word vectors: the formats, damaged files, and both channels of TextCNN."""
+
+import gzip
+
+import numpy as np
+import pytest
+import torch
+
+from hf_lnlm.convert.word_vectors import load_word_vectors, read_word_vectors
+from hf_lnlm.models.convolutional.configuration_text_cnn import TextCNNConfig
+from hf_lnlm.models.convolutional.modeling_text_cnn import TextCNNForSequenceClassification
+
+TEXT = "the 1 2 3\n. . 0.5 -1 2e-1\ncat 7 8 9\ncat 0 0 0\n"
+WANTED = {"the": [1, 2, 3], ". .": [0.5, -1, 0.2], "cat": [7, 8, 9]}
+
+
+def files(folder):
+    (folder / "glove.txt").write_text(TEXT)
+    (folder / "word2vec.vec").write_text("4 3\n" + TEXT)
+    with gzip.open(folder / "glove.txt.gz", "wt") as file:
+        file.write(TEXT)
+    words, vectors = list(WANTED), np.array(list(WANTED.values()))
+    np.savez(folder / "arrays.npz", words=np.array(words), vectors=vectors)
+    np.save(folder / "plain.npy", vectors)
+    (folder / "plain.txt").write_text("\n".join(words) + "\n")
+    return ["glove.txt", "word2vec.vec", "glove.txt.gz", "arrays.npz", "plain.npy"]
+
+
+def test_every_format_gives_the_same(tmp_path):
+    for name in files(tmp_path):
+        found = read_word_vectors(tmp_path / name)
+        assert {word: pytest.approx(vector.tolist()) for word, vector in found.items()} == WANTED, name
+        assert list(read_word_vectors(tmp_path / name, {"cat", "dog"})) == ["cat"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", "the 1 2 3\ncat 1 x 3\n", "line 2"),
+        ("a.txt", "the 1 2 3\n4 5 6\n", "line 2"),
+        ("a.bin", "", "a.bin"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=says):
+        read_word_vectors(tmp_path / name)
+
+
+def test_words_without_vectors_of_an_array(tmp_path):
+    np.savez(tmp_path / "a.npz", words=np.array(["a", "b"]), vectors=np.ones((3, 2)))
+    with pytest.raises(ValueError, match="2 words"):
+        read_word_vectors(tmp_path / "a.npz")
+
+
+def test_both_channels_are_filled_and_unknown_words_left():
+    torch.manual_seed(0)
+    model = TextCNNForSequenceClassification(TextCNNConfig(vocab_size=6, hidden_size=3, variant="multichannel"))
+    embeddings = model.model.embeddings
+    before = embeddings.embed_tokens.weight.detach().clone()
+    vectors = {"cat": np.array([1.0, 2.0, 3.0], dtype=np.float32)}
+    assert load_word_vectors(model, {"dog": 2, "cat": 4}, vectors) == ["cat"]
+    assert embeddings.embed_tokens.weight[4].tolist() == embeddings.static_tokens.weight[4].tolist() == [1, 2, 3]
+    assert torch.equal(embeddings.embed_tokens.weight[[1, 2, 3, 5]], before[[1, 2, 3, 5]])
+
+
+@pytest.mark.parametrize(("row", "width"), [(2, 4), (9, 3)])
+def test_what_does_not_fit_is_refused(row, width):
+    model = TextCNNForSequenceClassification(TextCNNConfig(vocab_size=6, hidden_size=3))
+    with pytest.raises(ValueError, match=r"\(6, 3\)"):
+        load_word_vectors(model, {"cat": row}, {"cat": np.zeros(width, dtype=np.float32)})
