@@ -107,9 +107,19 @@ class Case:
         """Whether it takes labels."""
         return self.auto != "AutoModel"
 
+    @property
+    def composite(self) -> bool:
+        """Whether a model of another family, perhaps a stock one, is inside: then some rules are that model's."""
+        return is_composite(self.family)
+
     def takes(self, name: str) -> bool:
         """Tell whether `forward` has a parameter."""
         return name in inspect.signature(self.cls.forward).parameters
+
+
+def is_composite(row: Family) -> bool:
+    """Tell whether a family's config holds another family's."""
+    return bool(getattr(row.config_class, "sub_configs_defaults", None))
 
 
 def cases(*, causal: bool = False, loss: bool = False, both_ways: bool = True) -> list[Case]:

@@ -36,8 +36,11 @@ def test_padding_changes_nothing(case: Case, layout: str):
     model = build(case)
     inputs = inputs_of(case, batch=3, length=LENGTH)
     wanted = first_output(model, **inputs)
-    got = first_output(model, **pad(inputs, LAYOUTS[layout]))
-    if wanted.ndim == 3 and wanted.shape[1] == LENGTH:  # an output a token
+    padded = pad(inputs, LAYOUTS[layout])
+    if case.composite:  # a stock encoder counts columns unless it is told which token is where
+        padded["position_ids"] = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    got = first_output(model, **padded)
+    if wanted.ndim > 1 and wanted.shape[1] == LENGTH:  # an output a token
         got = got[:, LAYOUTS[layout]]
     elif wanted.ndim == 3:  # a model that shortens the text: its frames come first
         got = got[:, : wanted.shape[1]]
