@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ..hub.card import RECIPE_FILE, write_card
@@ -29,6 +30,8 @@ def push(
     repo_id, license = _from_recipe(place, repo_id)
     if repo_id is None and not dry_run:
         raise UsageProblem("no repository: give owner/name after the folder, or hub.repo_id in its recipe")
+    if (repo_id is not None and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo_id)) or ".." in str(repo_id):
+        raise UsageProblem(f"a repository is called owner/name, got {repo_id!r}")
     written = False if dry_run else write_card(place, repo_id, license)
     findings = check_folder(place, published=is_published)
     if dry_run and not (place / "README.md").is_file():

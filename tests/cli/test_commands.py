@@ -135,6 +135,7 @@ def test_a_second_run_in_two_parts_equals_one(rnn, tmp_path):
         (["generate", "RNN", "--prompt", "a", "--greedy", "--count", "2"], "--count above 1"),
         (["push", "/nowhere", "a/b"], "/nowhere is not a folder"),
         (["push", "RNN"], "no repository"),
+        (["push", "RNN", "a/b/c"], "a repository is called owner/name, got 'a/b/c'"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
@@ -239,6 +240,17 @@ def test_adapter_base_and_merged_agree(rnn, tmp_path):
     assert adapter == trained
     assert merged["loss"] == pytest.approx(whole["loss"], abs=1e-5)
     assert run("check", folder).status == 0 and run("check", folder / "merged").status == 0
+
+
+def test_an_adapter_of_a_language_model_carries_its_state_and_is_resumed(rnn, text_file, tmp_path):
+    words = ["--checkpoint", rnn, "--task", "causal", "--data", text_file, "--lora", "--output", tmp_path / "out"]
+    succeed("finetune", *words, "--set", *SMALL)
+    assert read_recipe(tmp_path / "out" / "recipe.yaml").data.mode == "lanes"
+    metrics = json.loads((tmp_path / "out" / "evaluation.json").read_text())["metrics"]
+    assert json.loads(succeed("evaluate", tmp_path / "out", "--json").out)[0]["metrics"] == pytest.approx(metrics)
+    assert succeed("generate", tmp_path / "out", "--prompt", "def", "--max-new-tokens", "3").out
+    succeed("finetune", "--resume", "--output", tmp_path / "out", "--set", "training.max_steps=4")
+    assert (tmp_path / "out" / "checkpoint-4").is_dir()
 
 
 def test_evaluation_is_written_and_printed(rnn, text_file, tmp_path):
