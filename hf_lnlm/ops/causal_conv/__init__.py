@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import torch
 
+from ..backend import pick_backend
+from ..operator import runs_directly
 from .operator import causal_conv_forward
 from .reference import causal_conv_reference
+from .step import causal_conv_step
 from .taps import tap_table
 
 BACKENDS = ("reference", "eager", "cpu")
@@ -51,6 +54,10 @@ def causal_conv(
     _check(x, weight, state, taps)
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if x.shape[1] == 1 and taps is None and backend != "reference" and runs_directly(x, weight, bias, state):
+        if backend != "auto":
+            pick_backend(backend, x.device, BACKENDS, x.dtype)
+        return causal_conv_step(x, weight, bias, state, activation)
     if reverse:
         x = x.flip(1)
     if backend == "reference":

@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import torch
 
+from ..backend import pick_backend
+from ..operator import runs_directly
 from .operator import selective_scan_forward
 from .reference import selective_scan_reference
+from .step import selective_scan_step
 
 BACKENDS = ("reference", "eager", "cpu")
 
@@ -65,6 +68,11 @@ def selective_scan(
     _check(u, dt, A, B, C)
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+    alone = u.shape[1] == 1 and mask is None and reset is None and backend != "reference"
+    if alone and runs_directly(u, dt, A, B, C, D, z, dt_bias, initial_state):
+        if backend != "auto":
+            pick_backend(backend, u.device, BACKENDS, u.dtype)
+        return selective_scan_step(u, dt, A, B, C, D, z, dt_bias, initial_state, softplus)
     if reverse:
         u, dt, B, C = (t.flip(1) for t in (u, dt, B, C))
         z, mask, reset = (None if t is None else t.flip(1) for t in (z, mask, reset))

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import torch
 
+from ..operator import runs_directly
 from .operator import ssd_forward
 from .reference import ssd_reference
+from .step import ssd_step
 
 BACKENDS = ("reference", "eager")
 CHUNK_SIZE = 64
@@ -66,6 +68,9 @@ def ssd(
     _check(x, scale, log_decay, B, C, chunk_size)
     if backend not in ("auto", "cpu", "gpu", *BACKENDS):
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+    alone = x.shape[1] == 1 and mask is None and reset is None and backend != "reference"
+    if alone and runs_directly(x, scale, log_decay, B, C, D, initial_state, diagonal):
+        return ssd_step(x, scale, log_decay, B, C, D, initial_state, diagonal)
     if mask is not None:
         real = mask != 0
         scale, log_decay = (t.masked_fill(~real.unsqueeze(-1), 0.0) for t in (scale, log_decay))

@@ -86,7 +86,7 @@ def test_long_memory(backend):
     reference = selective_scan(**{name: value.double() for name, value in call.items()}, backend="eager")
     y, state = selective_scan(**call, backend=backend)
     assert relative(y, reference[0]) <= 5e-6
-    assert relative(state, reference[1]) <= 5e-6
+    assert relative(state, reference[1]) <= 1e-5
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -1,0 +1,228 @@
+"""The state space papers' tasks, learnt through Trainer: `python -m tests.learning.state_space [--only NAME] --json`.
+
+* Induction heads (arXiv 2312.00752, section 4.1.2), the dense variant: the special token comes eight times a row.
+* Selective copying (section 4.1.1): 8 tokens among 64 places, then 8 questions.
+* Multi-query associative recall (arXiv 2312.04927): 4 pairs, then each key once among 64 places.
+* Parity (arXiv 2603.15569, table 5): lengths up to 40, tested at 256; mamba3 beside mamba2.
+
+Every run has a fixed seed and stops when its CPU seconds (process time of training itself, one thread) are spent or its
+accuracy on fresh rows of the training length is reached. `--stock` gives stock Mamba the same seconds on the
+induction task (it takes most of them for a few steps).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+from transformers import MambaConfig, MambaForCausalLM, TrainerCallback
+
+from hf_lnlm import SelectiveSSMConfig, SelectiveSSMForCausalLM
+from hf_lnlm.trainer.arguments import LNLMTrainingArguments
+from hf_lnlm.trainer.trainer import LNLMTrainer
+
+SEEDS = (0, 1, 2)
+IGNORED = -100
+Batch = dict[str, torch.Tensor]
+Draw = Callable[[torch.Generator, int, int], Batch]
+
+
+def asked(ids: torch.Tensor, answers: torch.Tensor) -> Batch:
+    """A batch that asks for `answers` (-100: nothing) at each position; the loss shifts labels, so they move on by one."""
+    return {
+        "input_ids": torch.nn.functional.pad(ids, (0, 1)),
+        "labels": torch.nn.functional.pad(answers, (1, 0), value=IGNORED),
+    }
+
+
+def places(generator: torch.Generator, rows: int, length: int, count: int) -> torch.Tensor:
+    """`count` different places below `length` for each row, ascending."""
+    return torch.rand(rows, length, generator=generator).argsort(1)[:, :count].sort(1).values
+
+
+def induction(generator: torch.Generator, rows: int, length: int) -> Batch:
+    """Noise of 15 tokens; token 15 comes eight times, and what followed it first must follow it always."""
+    ids = torch.randint(15, (rows, length), generator=generator)
+    special = places(generator, rows, length // 2 - 1, 8) * 2
+    followers = ids.gather(1, special[:, :1] + 1)
+    ids.scatter_(1, special, 15).scatter_(1, special + 1, followers.expand(-1, 8))
+    answers = torch.full_like(ids, IGNORED).scatter_(1, special[:, 1:], followers.expand(-1, 7))
+    return asked(ids, answers)
+
+
+def selective_copying(generator: torch.Generator, rows: int, length: int) -> Batch:
+    """Eight tokens (1 to 14) among blanks (0); eight marks (15) then ask for them in order."""
+    tokens = torch.randint(1, 15, (rows, 8), generator=generator)
+    body = torch.zeros(rows, length, dtype=torch.long).scatter_(1, places(generator, rows, length, 8), tokens)
+    ids = torch.cat([body, torch.full((rows, 8), 15)], 1)
+    return asked(ids, torch.cat([torch.full_like(body, IGNORED), tokens], 1))
+
+
+def associative_recall(generator: torch.Generator, rows: int, length: int) -> Batch:
+    """Four pairs of key (1 to 31) and value (32 to 63), then every key once among blanks (0), asking for its value."""
+    keys = torch.rand(rows, 31, generator=generator).argsort(1)[:, :4] + 1
+    values = torch.randint(32, 64, (rows, 4), generator=generator)
+    pairs = torch.stack([keys, values], 2).flatten(1)
+    where = torch.rand(rows, length - 8, generator=generator).argsort(1)[:, :4]
+    rest = torch.zeros(rows, length - 8, dtype=torch.long).scatter_(1, where, keys)
+    answers = torch.full_like(rest, IGNORED).scatter_(1, where, values)
+    return asked(torch.cat([pairs, rest], 1), torch.cat([torch.full_like(pairs, IGNORED), answers], 1))
+
+
+def parity(generator: torch.Generator, rows: int, length: int) -> Batch:
+    """Bits; every position asks for the parity so far."""
+    ids = torch.randint(2, (rows, length), generator=generator)
+    return asked(ids, ids.cumsum(1) % 2)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One proof.
+
+    Attributes:
+        draw: makes batches.
+        lengths: step from which on → training lengths (both ends) in force.
+        tests: test length → accuracy that is asked for there.
+        seconds: CPU seconds of training.
+        fields: of the model's config.
+    """
+
+    name: str
+    draw: Draw
+    lengths: dict[int, tuple[int, int]]
+    tests: dict[int, float]
+    seconds: float
+    rate: float = 3e-3
+    batch: int = 32
+    steps: int = 20_000
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def length(self, step: int, generator: torch.Generator) -> int:
+        low, high = self.lengths[max(first for first in self.lengths if first <= step)]
+        return 8 * int(torch.randint(low // 8, high // 8 + 1, (), generator=generator))
+
+
+SMALL = {"vocab_size": 16, "hidden_size": 64, "num_hidden_layers": 2}
+HEADS = {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16, "state_size": 64}
+RECIPES = (
+    Recipe("induction heads", induction, {0: (64, 64), 150: (64, 256)}, {256: 0.99, 1024: 0.95}, 150, batch=16, fields=SMALL),
+    Recipe("selective copying", selective_copying, {0: (64, 64)}, {64: 0.95}, 300, fields=SMALL),
+    Recipe("associative recall", associative_recall, {0: (64, 64)}, {64: 0.95}, 400, batch=64, fields=HEADS | {"vocab_size": 64, "mixer": "mamba2"}),
+    Recipe("parity, mamba3", parity, {0: (8, 8), 100: (8, 40)}, {40: 0.99, 256: 0.99}, 200, fields=HEADS | {"vocab_size": 2, "mixer": "mamba3", "state_size": 16}),
+    Recipe("parity, mamba2", parity, {0: (8, 8), 100: (8, 40)}, {40: 0.99, 256: 0.99}, 200, fields=HEADS | {"vocab_size": 2, "mixer": "mamba2", "state_size": 16}),
+)  # fmt: skip
+
+
+class Batches(IterableDataset):
+    """Endless batches of a recipe, each one row of the data set."""
+
+    def __init__(self, recipe: Recipe, seed: int) -> None:
+        self.recipe, self.seed = recipe, seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for step in range(self.recipe.steps):
+            yield self.recipe.draw(generator, self.recipe.batch, self.recipe.length(step, generator))
+
+
+@torch.no_grad()
+def accuracy(model: Any, draw: Draw, length: int, rows: int = 32) -> float:
+    """Share of right answers on fresh rows."""
+    training = model.training
+    batch = draw(torch.Generator().manual_seed(10_000 + length), rows, length)
+    answers = batch["labels"][:, 1:]
+    found = model.eval()(batch["input_ids"]).logits[:, :-1].argmax(-1)
+    model.train(training)
+    return (found == answers)[answers != IGNORED].float().mean().item()
+
+
+class Watch(TrainerCallback):
+    """Measures CPU seconds and the learning curve; ends training when all tests are passed or time is up."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.spent, self.curve = recipe, 0.0, []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.spent += time.process_time() - self.begin
+        over = self.spent > self.recipe.seconds
+        if state.global_step % 100 == 0 or over:
+            found = {length: accuracy(model, self.recipe.draw, length) for length in self.recipe.tests}
+            self.curve.append((state.global_step, round(self.spent, 1), {n: round(a, 3) for n, a in found.items()}))
+            margin = {length: (1 + 2 * bar) / 3 for length, bar in self.recipe.tests.items()}
+            control.should_training_stop = over or all(found[n] >= margin[n] for n in found)
+
+
+def train(model: Any, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """One run."""
+    watch = Watch(recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = LNLMTrainingArguments(
+            output_dir=folder, max_steps=recipe.steps, per_device_train_batch_size=1, learning_rate=recipe.rate,
+            lr_scheduler_type="constant_with_warmup", warmup_steps=20, weight_decay=0.0, seed=seed, save_strategy="no",
+            logging_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
+        )  # fmt: skip
+        data = Batches(recipe, seed)
+        trainer = LNLMTrainer(
+            model=model, args=settings, train_dataset=data, data_collator=lambda rows: rows[0], callbacks=[watch]
+        )
+        trainer.train()
+    found = {length: round(accuracy(model, recipe.draw, length, 128), 4) for length in recipe.tests}
+    passed = all(found[length] >= bar for length, bar in recipe.tests.items())
+    return {"seed": seed, "accuracy": found, "passed": passed, "steps": trainer.state.global_step,
+            "cpu_seconds": round(watch.spent, 1), "curve": watch.curve}  # fmt: skip
+
+
+def prove(recipe: Recipe, seeds: tuple[int, ...], stock: bool = False) -> dict[str, Any]:
+    """All seeds of a recipe; passed if all but one are."""
+    runs = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        if stock:
+            model: Any = MambaForCausalLM(MambaConfig(**recipe.fields, use_cache=False))
+        else:
+            model = SelectiveSSMForCausalLM(SelectiveSSMConfig(**recipe.fields, use_cache=False))
+        runs.append(train(model, recipe, seed))
+    return {
+        "name": recipe.name + (", stock Mamba" if stock else ""),
+        "bars": recipe.tests,
+        "limit_cpu_seconds": recipe.seconds,
+        "passed": sum(run["passed"] for run in runs) >= max(1, len(seeds) - 1),
+        "runs": runs,
+    }
+
+
+def main() -> None:
+    """Run the proofs asked for and print the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="run the proofs whose name contains this")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--stock", action="store_true", help="also give stock Mamba the induction task's seconds")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    seeds = tuple(range(given.seeds))
+    rows = [prove(recipe, seeds) for recipe in RECIPES if given.only in recipe.name]
+    if given.stock:
+        rows.append(prove(RECIPES[0], seeds[:1], stock=True))
+    if given.json:
+        stamp = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "python": platform.python_version()}
+        print(json.dumps({**stamp, "rows": rows}, indent=1))
+        return
+    for row in rows:
+        for run in row["runs"]:
+            print(f"{row['name']:<32} seed {run['seed']} {run['accuracy']} {run['cpu_seconds']} s {run['passed']}")
+
+
+if __name__ == "__main__":
+    main()
