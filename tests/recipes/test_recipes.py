@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,11 @@ def test_finetuning(path, pretrained, tmp_path):
     limit = ["data.limit=60"] if recipe.data.limit else []
     succeed("finetune", path, "--checkpoint", base, "--output", folder, *settings(*SMALLER, *limit))
     assert_fit(folder)
+    trained = json.loads((folder / "evaluation.json").read_text())["metrics"]
+    measured = json.loads(succeed("evaluate", folder, "--json").out)[0]["metrics"]
+    assert measured == pytest.approx(trained)
+    if recipe.objective.name in ("causal", "text_to_text"):
+        assert succeed("generate", folder, "--prompt", "def f(x):", "--max-new-tokens", 4).out
     if recipe.lora.enabled:
         assert not (folder / "model.safetensors").exists()
     if recipe.lora.merge:
