@@ -158,11 +158,16 @@ def load_model(section: ModelSection, auto_class: str, **options: Any) -> Any:
     settings = adapter_settings(name)
     base = str(settings["base_model_name_or_path"]) if settings else name
     _check_place(base)
+    if settings and not (Path(name) / "adapter_model.safetensors").is_file():  # peft would load a pickle in its place
+        raise UsageProblem(f"{name} has no adapter_model.safetensors; pickled adapters (.bin) are not loaded")
     common = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     try:
         auto = getattr(transformers, auto_class)
         with quiet_libraries():
-            model, report = auto.from_pretrained(base, output_loading_info=True, **common, **options)
+            # pickles are not even asked for, see SECURITY.md
+            model, report = auto.from_pretrained(
+                base, output_loading_info=True, use_safetensors=True, **common, **options
+            )
             if settings:
                 from peft import PeftModel
 
