@@ -24,7 +24,7 @@ from .harness import Row, at_most, below, cpu_times, faster, peak_growth, run
 
 VOCABULARY, WIDTH, LAYERS = 256, 256, 4
 BACKENDS = ("eager", "cpu")
-TRAINING_BARS = {
+TRAINING_BARS: dict[str, dict[int, tuple]] = {
     "eager": {128: (6, None), 256: (15, None), 512: (30, None)},
     "cpu": {128: (8, 12), 256: (20, 28), 512: (42, 60)},
 }
@@ -117,9 +117,8 @@ def mamba1_rows() -> list[Row]:
     bars = {"eager": (1.8, None), "cpu": (2.7, 4)}
     rows += [faster(f"Mamba-1 forward without gradients, L=512, {b}", times, *bars[b], b) for b in BACKENDS]
     for backend, model in ours.items():
-        times = cpu_times(
-            {"short": training_step(model, 256), "long": training_step(model, 2048), "products": matrix_products(2048)}
-        )
+        steps = {"short": training_step(model, 256), "long": training_step(model, 2048)}
+        times = cpu_times(steps | {"products": matrix_products(2048)})
         slope = math.log(times["long"] / times["short"]) / math.log(8)
         rows.append(below(f"slope of forward and backward, L 256 to 2048, {backend}", slope, 1.1, unit="log-log slope"))
         bar, aim = {"eager": (3, None), "cpu": (1.9, 1.3)}[backend]

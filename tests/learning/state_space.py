@@ -112,13 +112,31 @@ class Recipe:
 
 SMALL = {"vocab_size": 16, "hidden_size": 64, "num_hidden_layers": 2}
 HEADS = {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16, "state_size": 64}
+PARITY = HEADS | {"vocab_size": 2, "state_size": 16}
+GROWING = {0: (8, 8), 100: (8, 40)}
 RECIPES = (
-    Recipe("induction heads", induction, {0: (64, 64), 150: (64, 256)}, {256: 0.99, 1024: 0.95}, 150, batch=16, fields=SMALL),
+    Recipe(
+        "induction heads",
+        induction,
+        {0: (64, 64), 150: (64, 256)},
+        {256: 0.99, 1024: 0.95},
+        150,
+        batch=16,
+        fields=SMALL,
+    ),
     Recipe("selective copying", selective_copying, {0: (64, 64)}, {64: 0.95}, 300, fields=SMALL),
-    Recipe("associative recall", associative_recall, {0: (64, 64)}, {64: 0.95}, 400, batch=64, fields=HEADS | {"vocab_size": 64, "mixer": "mamba2"}),
-    Recipe("parity, mamba3", parity, {0: (8, 8), 100: (8, 40)}, {40: 0.99, 256: 0.99}, 200, fields=HEADS | {"vocab_size": 2, "mixer": "mamba3", "state_size": 16}),
-    Recipe("parity, mamba2", parity, {0: (8, 8), 100: (8, 40)}, {40: 0.99, 256: 0.99}, 200, fields=HEADS | {"vocab_size": 2, "mixer": "mamba2", "state_size": 16}),
-)  # fmt: skip
+    Recipe(
+        "associative recall",
+        associative_recall,
+        {0: (64, 64)},
+        {64: 0.95},
+        400,
+        batch=64,
+        fields=HEADS | {"vocab_size": 64, "mixer": "mamba2"},
+    ),
+    Recipe("parity, mamba3", parity, GROWING, {40: 0.99, 256: 0.99}, 200, fields=PARITY | {"mixer": "mamba3"}),
+    Recipe("parity, mamba2", parity, GROWING, {40: 0.99, 256: 0.99}, 200, fields=PARITY | {"mixer": "mamba2"}),
+)
 
 
 class Batches(IterableDataset):
