@@ -1,6 +1,7 @@
 """hf_lnlm: recurrent, memory, state-space, sparse-attention and convolutional language models for transformers.
 
-Importing the package registers every family of `registry.FAMILIES` with transformers' Auto classes and does nothing else.
+Importing the package registers every family of `registry.FAMILIES` with transformers' Auto classes, and the attention
+implementation `lnlm_sparse`, and does nothing else.
 Config and model classes, and the few functions below, are importable from here and loaded when first used.
 """
 
@@ -18,6 +19,8 @@ _FUNCTIONS = {
     "LNLMTrainingArguments": "hf_lnlm.trainer.arguments",
     "backends": "hf_lnlm.ops.report",
     "build_tokenizer": "hf_lnlm.data.tokenizers",
+    "disable_sparse_attention": "hf_lnlm.models.sparse_attention.stock",
+    "enable_sparse_attention": "hf_lnlm.models.sparse_attention.stock",
     "load_documents": "hf_lnlm.data.sources",
     "objective": "hf_lnlm.objectives",
 }
@@ -37,3 +40,4 @@ def __dir__() -> list[str]:
 
 
 registry.register()
+importlib.import_module("hf_lnlm.models.sparse_attention.stock").register_attention()

@@ -228,6 +228,44 @@ FAMILIES: tuple[Family, ...] = (
         ),
         lora_trained=("window_head", "layer_mix"),
     ),
+    Family(
+        model_type="lnlm_sparse_transformer",
+        title="Sparse Transformer",
+        room="sparse_attention",
+        name="sparse_transformer",
+        config="SparseTransformerConfig",
+        models={
+            "AutoModel": "SparseTransformerModel",
+            "AutoModelForCausalLM": "SparseTransformerForCausalLM",
+            "AutoModelForSequenceClassification": "SparseTransformerForSequenceClassification",
+        },
+        paper="Child, Gray, Radford and Sutskever 2019",
+        sizes={
+            "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+            "small": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8},
+            "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+        },
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
+    ),
+    Family(
+        model_type="lnlm_gpt3",
+        title="GPT-3",
+        room="sparse_attention",
+        name="gpt3",
+        config="GPT3Config",
+        models={
+            "AutoModel": "GPT3Model",
+            "AutoModelForCausalLM": "GPT3ForCausalLM",
+            "AutoModelForSequenceClassification": "GPT3ForSequenceClassification",
+        },
+        paper="Brown et al. 2020",
+        sizes={
+            "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+            "small": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8},
+            "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+        },
+        lora_targets=("c_attn", "c_proj", "c_fc"),
+    ),
 )
 
 

@@ -208,6 +208,8 @@ def _to_ours(state: dict[str, Any], kind: str, head: str, config: Any) -> dict[s
         ours = re.sub(rf"^{kind}\.", "model.", name)
         for pattern, replacement in rules:
             ours = re.sub(pattern, replacement, ours)
+        if head == "ForMultipleChoice":
+            ours = re.sub(r"^classifier\.", "choice.", ours)
         if head == "Model" and ours.startswith("pooler."):
             continue
         if ours.endswith("embed_positions.weight") and isinstance(tensor, torch.Tensor):
@@ -312,8 +314,8 @@ def gpt3_from_gpt_neo(model: PreTrainedModel, **overrides: Any) -> PreTrainedMod
 def _common_fields(config: Any) -> dict[str, Any]:
     names = (
         "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-        "activation_function", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "id2label", "label2id",
-        "problem_type",
+        "activation_function", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id",
+        "tie_word_embeddings", "id2label", "label2id", "problem_type",
     )  # fmt: skip
     return {**{name: getattr(config, name) for name in names}, "layer_norm_epsilon": config.layer_norm_epsilon}
 

@@ -45,9 +45,10 @@ def noisy(model):
 def stock_encoder(kind, auto):
     torch.manual_seed(0)
     offset = 2 if kind == "roberta" else 0
+    labels = 2 if auto is AutoModelForQuestionAnswering else 3
     config = AutoConfig.for_model(
         kind, vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=LENGTH + offset, type_vocab_size=2, num_labels=2 if auto is AutoModelForQuestionAnswering else 3, pad_token_id=1,
+        max_position_embeddings=LENGTH + offset, type_vocab_size=2, num_labels=labels, pad_token_id=1,
     )  # fmt: skip
     return noisy(auto.from_config(config))
 

@@ -4,6 +4,8 @@
 
 from typing import Any, ClassVar
 
+from transformers.activations import ACT2FN
+
 from ...ops.sparse_attention.pattern import SparsePattern
 from ..base import LNLMConfig, check_choice, strict_config
 from .cache import SPARSE_LAYER_TYPE
@@ -21,7 +23,7 @@ class GPT3Config(LNLMConfig):
     Args:
         num_attention_heads: heads of a layer; must divide `hidden_size`.
         intermediate_size: width of the MLP; `4 * hidden_size` if None.
-        max_position_embeddings: longest sequence, in tokens.
+        max_position_embeddings: longest sequence, in tokens, at least 16.
         attention_layers: `dense` or `banded` for each layer; alternating, dense first, if None.
         band_size: keys that a query of a banded layer sees, itself included.
         activation_function: name of the MLP's activation in transformers' ACT2FN.
@@ -39,6 +41,7 @@ class GPT3Config(LNLMConfig):
     _bounds: ClassVar[dict[str, tuple[float, float]]] = {
         "layer_norm_epsilon": (0.0, 1.0),
         "band_size": (1, 2**24),
+        "max_position_embeddings": (16, 2**24),
     }
 
     num_attention_heads: int = 4
@@ -63,6 +66,7 @@ class GPT3Config(LNLMConfig):
     def check_bounds(self) -> None:
         """Check ranges and choices, and what they mean together; see the class for the fields."""
         super().check_bounds()
+        check_choice("activation_function", self.activation_function, tuple(ACT2FN))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads must divide hidden_size ({self.hidden_size}), got {self.num_attention_heads}"

@@ -4,6 +4,8 @@
 
 from typing import Any, ClassVar
 
+from transformers.activations import ACT2FN
+
 from ..base import LNLMConfig, check_bound, check_choice, strict_config
 from .cache import SPARSE_LAYER_TYPE
 
@@ -20,7 +22,7 @@ class LinformerConfig(LNLMConfig):
     Args:
         num_attention_heads: heads of a layer; must divide `hidden_size`.
         intermediate_size: width of the MLP; `4 * hidden_size` if None.
-        max_position_embeddings: n, the longest input, in tokens; shorter ones use the first rows of E and F.
+        max_position_embeddings: n, the longest input, in tokens, at least 16; shorter ones use the first rows of E and F.
         type_vocab_size: number of segment types.
         projected_size: k, the slots that keys and values are projected to: one number, or one for each layer; at most
             n. A quarter of n if None.
@@ -30,8 +32,8 @@ class LinformerConfig(LNLMConfig):
         bias_order: where the key's and value's bias goes: `fairseq` (E x)W + b, cheaper, or `paper` E(xW + b).
         is_decoder: causal; only with `causal_variant`, since a plain E mixes every position into every slot.
         causal_variant: `segment` (exact attention within a segment, learned summaries of the completed ones), or None.
-        segment_size: tokens of a segment of the causal variant.
-        segment_summaries: slots that a completed segment is summed up in.
+        segment_size: tokens of a segment of the causal variant; an eighth of n if None.
+        segment_summaries: slots that a completed segment is summed up in; a quarter of the segment if None.
         hidden_act: name of the MLP's activation in transformers' ACT2FN.
         embedding_dropout, hidden_dropout, attention_dropout: as in BERT.
         classifier_dropout: dropout before the classifiers.
@@ -48,6 +50,7 @@ class LinformerConfig(LNLMConfig):
         "projected_size": (1, 2**24),
         "segment_size": (1, 2**24),
         "segment_summaries": (1, 2**24),
+        "max_position_embeddings": (16, 2**24),
     }
 
     num_attention_heads: int = 4
@@ -60,8 +63,8 @@ class LinformerConfig(LNLMConfig):
     bias_order: str = "fairseq"
     is_decoder: bool = False
     causal_variant: str | None = "segment"
-    segment_size: int = 64
-    segment_summaries: int = 16
+    segment_size: int | None = None
+    segment_summaries: int | None = None
     hidden_act: str = "gelu"
     embedding_dropout: float | int = 0.1
     hidden_dropout: float | int = 0.1
@@ -77,6 +80,7 @@ class LinformerConfig(LNLMConfig):
     def check_bounds(self) -> None:
         """Check ranges and choices, and what they mean together; see the class for the fields."""
         super().check_bounds()
+        check_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
         check_choice("sharing", self.sharing, SHARINGS)
         check_choice("projection", self.projection, PROJECTIONS)
         check_choice("bias_order", self.bias_order, BIAS_ORDERS)
@@ -97,10 +101,9 @@ class LinformerConfig(LNLMConfig):
                 "is_decoder needs causal_variant='segment', got None: a plain Linformer cannot be causal, since every "
                 "projected slot mixes all positions, so no mask over slots hides the future"
             )
-        if self.segment_summaries > self.segment_size:
-            raise ValueError(
-                f"segment_summaries must be at most segment_size ({self.segment_size}), got {self.segment_summaries}"
-            )
+        size, summaries = self.segment
+        if summaries > size:
+            raise ValueError(f"segment_summaries must be at most segment_size ({size}), got {summaries}")
 
     def _check_projection(self) -> None:
         sizes, longest = self.projected_size, self.max_position_embeddings
@@ -125,6 +128,12 @@ class LinformerConfig(LNLMConfig):
         if self.projected_size is None:
             return max(1, self.max_position_embeddings // 4)
         return self.projected_size if isinstance(self.projected_size, int) else self.projected_size[layer]
+
+    @property
+    def segment(self) -> tuple[int, int]:
+        """Tokens of a segment of the causal variant, and the slots that it is summed up in."""
+        size = max(1, self.max_position_embeddings // 8) if self.segment_size is None else self.segment_size
+        return size, max(1, size // 4) if self.segment_summaries is None else self.segment_summaries
 
     @property
     def layer_types(self) -> list[str]:

@@ -18,7 +18,7 @@ class SparseTransformerConfig(LNLMConfig):
         num_attention_heads: heads of a layer; must divide `hidden_size`.
         num_key_value_heads: key and value heads, a divisor of `num_attention_heads`; as many if None.
         intermediate_size: width of the MLP; `4 * hidden_size` if None.
-        max_position_embeddings: longest sequence, in tokens.
+        max_position_embeddings: longest sequence, in tokens, at least 16.
         attention_pattern: `strided` (for data with a period, such as images), `fixed` (text), `local` or `full`.
         combination: `merged` (one softmax over the union), `interleaved` (a step a layer in turn) or `per_head`.
         stride: l of the paper, in tokens; longer than the input makes attention dense.
@@ -43,6 +43,7 @@ class SparseTransformerConfig(LNLMConfig):
         "stride": (1, 2**24),
         "layer_norm_epsilon": (0.0, 1.0),
         "position_shape": (1, 2**24),
+        "max_position_embeddings": (16, 2**24),
     }
 
     tie_word_embeddings: bool = False

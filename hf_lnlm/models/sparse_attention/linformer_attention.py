@@ -205,9 +205,9 @@ class LinformerSegmentAttention(LinformerAttention):
 
     def build(self, config: LinformerConfig) -> None:
         """Make E and F over the positions of a segment; `sharing` "none" has one for each head, else heads share."""
-        self.segment = config.segment_size
+        self.segment, summaries = config.segment
         heads = config.num_attention_heads if config.sharing == "none" else 1
-        sizes = (config.segment_size, config.segment_summaries, heads)
+        sizes = (self.segment, summaries, heads)
         self.segment_key_projection = LearnedProjection(*sizes)
         self.segment_value_projection = LearnedProjection(*sizes)
 

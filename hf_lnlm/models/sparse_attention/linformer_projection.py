@@ -166,6 +166,13 @@ def _interpolated(weight: torch.Tensor, size: int, dim: int) -> nn.Parameter:
     return nn.Parameter(wide.movedim(-1, dim).contiguous(), requires_grad=weight.requires_grad)
 
 
+def resized_embedding(embedding: nn.Embedding, longest: int) -> nn.Embedding:
+    """Stretch position embeddings linearly to `longest` positions."""
+    table = embedding.weight.detach().T.unsqueeze(0)
+    wide = nn.functional.interpolate(table, longest, mode="linear", align_corners=False)[0].T
+    return nn.Embedding.from_pretrained(wide.contiguous(), freeze=not embedding.weight.requires_grad)
+
+
 class WindowProjection(nn.Module):
     """E as windows of n/k positions: their mean, or a convolution with one learned kernel (kernel = stride = n/k).
 

@@ -3,8 +3,7 @@
 References:
     [1] Wang et al. 2020, "Linformer: Self-Attention with Linear Complexity", arXiv 2006.04768.
     [2] Devlin et al. 2019, "BERT"; Liu et al. 2019, "RoBERTa" (blocks and heads).
-    [3] Clark et al. 2020, "ELECTRA" (the discriminator head).
-    [4] Zhu et al. 2021, "Long-Short Transformer" (causality by segments).
+    [3] Clark et al. 2020, "ELECTRA" (the discriminator); [4] Zhu et al. 2021, "Long-Short Transformer" (causality).
 
 Glossary (paper symbol: variable): n: `max_position_embeddings`, k: `projected_size`; E, F: `key_projection`,
 `value_projection`; W^Q, W^K, W^V, W^O: `query`, `key`, `value`, `dense`.
@@ -49,7 +48,14 @@ from .attention import AttentionPlan, check_mask_values, own_cache, plan_attenti
 from .configuration_linformer import LinformerConfig
 from .linformer_attention import LinformerAttention, LinformerLayer
 from .linformer_heads import LinformerPooler, encoder_inputs, label_loss, position_loss
-from .linformer_projection import LearnedProjection, TokenPlan, WindowProjection, build_projection, plan_tokens
+from .linformer_projection import (
+    LearnedProjection,
+    TokenPlan,
+    WindowProjection,
+    build_projection,
+    plan_tokens,
+    resized_embedding,
+)
 
 
 class LinformerPreTrainedModel(LNLMPreTrainedModel):
@@ -80,20 +86,19 @@ class LinformerPreTrainedModel(LNLMPreTrainedModel):
             ValueError: the new n does not fit the projection (fewer than k, or not a multiple where windows need it).
         """
         config = copy.deepcopy(self.config)
-        if not config.is_decoder and config.projected_size is None:
-            config.projected_size = config.projected(0)
+        config.projected_size = config.projected(0) if config.projected_size is None else config.projected_size
+        config.segment_size, config.segment_summaries = config.segment
         config.max_position_embeddings = new_num_position_embeddings
         config.check_bounds()
         for module in self.modules():
             if isinstance(module, LinformerModel):
                 module.resize_to(new_num_position_embeddings)
-        self.config.projected_size = config.projected_size
-        self.config.max_position_embeddings = new_num_position_embeddings
+        for name in ("projected_size", "segment_size", "segment_summaries", "max_position_embeddings"):
+            setattr(self.config, name, getattr(config, name))
 
     def get_position_embeddings(self) -> nn.Embedding:
         """Return the position embeddings."""
-        base: Any = self.base_model
-        return base.embed_positions
+        return self.base_model.embed_positions
 
 
 class LinformerModel(LinformerPreTrainedModel):
@@ -127,6 +132,7 @@ class LinformerModel(LinformerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        seq_idx: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the model.
@@ -139,6 +145,7 @@ class LinformerModel(LinformerPreTrainedModel):
             position_ids: `(batch, length)`, all different within a row; counted over real tokens if None.
             past_key_values: the causal variant's past, a `DynamicCache(config=model.config)`.
             use_cache: whether the causal variant returns its cache.
+            seq_idx: `(batch, length)` document numbers of packed rows; the causal variant keeps them apart.
 
         Returns:
             last hidden state `(batch, length, hidden_size)` and, if causal, the cache.
@@ -150,7 +157,9 @@ class LinformerModel(LinformerPreTrainedModel):
         dense = self.config._attn_implementation == "eager"
         weights = bool(kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)))
         check_mask_values(attention_mask)
-        cache, plan = self._plan(hidden, attention_mask, position_ids, past_key_values, use_cache, dense, weights)
+        cache, plan = self._plan(
+            hidden, attention_mask, (position_ids, seq_idx), past_key_values, use_cache, dense, weights
+        )
         types = torch.zeros_like(plan.positions) if token_type_ids is None else token_type_ids
         hidden = hidden + self.embed_positions(plan.positions) + self.embed_types(types)
         hidden = self.embedding_dropout(self.embedding_norm(hidden))
@@ -171,19 +180,21 @@ class LinformerModel(LinformerPreTrainedModel):
         self,
         hidden: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
+        markers: tuple[torch.Tensor | None, torch.Tensor | None],
         past_key_values: Cache | None,
         use_cache: bool | None,
         dense: bool,
         weights: bool,
     ) -> tuple[Cache | None, AttentionPlan | TokenPlan]:
-        longest = self.config.max_position_embeddings
+        longest, (position_ids, seq_idx) = self.config.max_position_embeddings, markers
         if not self.config.is_decoder:
             if past_key_values is not None:
                 raise ValueError("a bidirectional Linformer reads whole sequences: past_key_values must be None")
+            if seq_idx is not None:
+                raise ValueError("a bidirectional Linformer reads one text a row: seq_idx must be None")
             return None, plan_tokens(hidden, attention_mask, position_ids, longest, dense, weights)
         cache = own_cache(past_key_values, use_cache, self.config, hidden.shape[0])
-        plan = plan_attention(hidden, attention_mask, position_ids, None, cache, dense or weights, weights)
+        plan = plan_attention(hidden, attention_mask, position_ids, seq_idx, cache, dense or weights, weights)
         if not plan.marks.traced and int(plan.positions.max()) >= longest:
             raise ValueError(
                 f"max_position_embeddings is {longest}, the input needs position {int(plan.positions.max())}"
@@ -193,11 +204,7 @@ class LinformerModel(LinformerPreTrainedModel):
     def resize_to(self, longest: int) -> None:
         """Interpolate position embeddings and projections to `longest` positions; `resize_position_embeddings`
         checks."""
-        embedding = nn.Embedding(longest, self.config.hidden_size).to(self.embed_positions.weight)
-        table = self.embed_positions.weight.detach().T.unsqueeze(0)
-        wide = nn.functional.interpolate(table, longest, mode="linear", align_corners=False)[0].T
-        embedding.weight.data.copy_(wide)
-        self.embed_positions = embedding
+        self.embed_positions = resized_embedding(self.embed_positions, longest)
         if self.config.is_decoder:
             return
         for module in self.modules():
@@ -209,7 +216,7 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
     """Language model on the segment-causal variant: exact within a segment, summaries of the completed ones.
 
     Args:
-        config: the model's configuration; `is_decoder` is taken as set.
+        config: the model's configuration; the head sets its `is_decoder`.
 
     Raises:
         ValueError: `causal_variant` is None: a plain Linformer cannot be causal.
@@ -219,10 +226,8 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
     _keys_to_ignore_on_load_unexpected = [r"(key|value|shared)_projection"]
 
     def __init__(self, config: LinformerConfig) -> None:
-        if not config.is_decoder:
-            config = copy.deepcopy(config)
-            config.is_decoder = True
-            config.check_bounds()
+        config.is_decoder = True
+        config.check_bounds()
         super().__init__(config)
         self.model = LinformerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -240,6 +245,7 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        seq_idx: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model and, given labels, its loss; see `LinformerModel.forward` for the other arguments.
@@ -261,6 +267,7 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            seq_idx=seq_idx,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -283,13 +290,11 @@ class LinformerEncoderHead(LinformerPreTrainedModel):
     """Base of the bidirectional heads: makes the encoder and runs it.
 
     Args:
-        config: the model's configuration; `is_decoder` is taken as not set.
+        config: the model's configuration; the head unsets its `is_decoder`.
     """
 
     def __init__(self, config: LinformerConfig) -> None:
-        if config.is_decoder:
-            config = copy.deepcopy(config)
-            config.is_decoder = False
+        config.is_decoder = False
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
         self.model = LinformerModel(config)
@@ -383,8 +388,11 @@ class LinformerForSequenceClassification(LinformerEncoderHead):
         inputs = encoder_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         outputs = self.encode(inputs, kwargs)
         logits = self.classifier(self.dropout(self.pooler(outputs.last_hidden_state, attention_mask)))
-        items = kwargs.get("num_items_in_batch")
-        loss = None if labels is None else classification_loss(logits, labels, self.config, items)
+        loss = (
+            None
+            if labels is None
+            else classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
+        )
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -468,8 +476,7 @@ class LinformerForQuestionAnswering(LinformerEncoderHead):
         start, end = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            both = position_loss(start, start_positions, kwargs) + position_loss(end, end_positions, kwargs)
-            loss = both / 2
+            loss = (position_loss(start, start_positions, kwargs) + position_loss(end, end_positions, kwargs)) / 2
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start,
@@ -489,7 +496,7 @@ class LinformerForMultipleChoice(LinformerEncoderHead):
     def __init__(self, config: LinformerConfig) -> None:
         super().__init__(config)
         self.pooler = LinformerPooler(config)
-        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.choice = nn.Linear(config.hidden_size, 1)
         self.post_init()
 
     @can_return_tuple
@@ -530,7 +537,7 @@ class LinformerForMultipleChoice(LinformerEncoderHead):
         }
         outputs = self.encode(flat, kwargs)
         pooled = self.pooler(outputs.last_hidden_state, flat["attention_mask"])
-        logits = self.classifier(self.dropout(pooled)).view(given.shape[0], given.shape[1])
+        logits = self.choice(self.dropout(pooled)).view(given.shape[0], given.shape[1])
         loss = None if labels is None else label_loss(logits, labels, kwargs)
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -587,13 +594,7 @@ class LinformerForPreTraining(LinformerEncoderHead):
 
 
 __all__ = [
-    "LinformerForCausalLM",
-    "LinformerForMaskedLM",
-    "LinformerForMultipleChoice",
-    "LinformerForPreTraining",
-    "LinformerForQuestionAnswering",
-    "LinformerForSequenceClassification",
-    "LinformerForTokenClassification",
-    "LinformerModel",
-    "LinformerPreTrainedModel",
-]
+    "LinformerForCausalLM", "LinformerForMaskedLM", "LinformerForMultipleChoice", "LinformerForPreTraining",
+    "LinformerForQuestionAnswering", "LinformerForSequenceClassification", "LinformerForTokenClassification",
+    "LinformerModel", "LinformerPreTrainedModel",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Linformer: every way of sharing, projecting and biasing against the equations; padding, causality, lengths, bad inputs."""
+"""Linformer against its equations in every variant; padding, causality, lengths, bad inputs."""
 
 import itertools
 
@@ -198,7 +198,7 @@ def test_resizing_keeps_slots_and_makes_room():
         assert model.get_position_embeddings().num_embeddings == model.config.max_position_embeddings == 64
         if sums is not None:
             assert torch.allclose(after.weight.sum(-1 if projection == "convolution" else 0), sums)
-        with pytest.raises(ValueError, match="projected_size"):
+        with pytest.raises(ValueError, match="max_position_embeddings must be"):
             model.resize_position_embeddings(4)
 
 
