@@ -119,7 +119,9 @@ def train(
             best, kept = found, {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(kept)
     seconds = time.process_time() - began
-    return {"dev": best, "test": accuracy(model, examples["test"]), "cpu_seconds": round(seconds, 1)}
+    found = {"dev": best, "test": accuracy(model, examples["test"]), "cpu_seconds": round(seconds, 1)}
+    print(f"  {json.dumps(found)}", file=sys.stderr, flush=True)
+    return found
 
 
 def _step(model: nn.Module, batch: dict, optimizer: torch.optim.Optimizer, parameters: list, clip: float) -> None:
