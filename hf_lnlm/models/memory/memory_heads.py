@@ -139,7 +139,7 @@ class MemoryForCausalLM(MemoryHead, GenerationMixin):
 
 
 class MemoryForSequenceClassification(MemoryHead):
-    """Text classifier or regressor: reads the state after the last real token (both ends, if bidirectional).
+    """Text classifier or regressor: reads the last real token's output (and adds the first one's, if bidirectional).
 
     Args:
         config: the model's configuration.
@@ -150,8 +150,7 @@ class MemoryForSequenceClassification(MemoryHead):
         self.num_labels = config.num_labels
         self.model = self.body_class(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        ends = 2 if config.bidirectional else 1
-        self.classifier = nn.Linear(ends * config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -177,7 +176,7 @@ class MemoryForSequenceClassification(MemoryHead):
         mask = None if attention_mask is None else attention_mask.bool()
         pooled = end_token(outputs.last_hidden_state, mask)
         if self.config.bidirectional:
-            pooled = torch.cat([pooled, end_token(outputs.last_hidden_state, mask, first=True)], -1)
+            pooled = pooled + end_token(outputs.last_hidden_state, mask, first=True)
         logits = self.classifier(self.dropout(pooled))
         loss = None
         if labels is not None:

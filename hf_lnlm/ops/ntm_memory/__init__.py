@@ -46,7 +46,9 @@ def ntm_memory(
     """
     check_arguments(inputs, weights, state, options, mask)
     small = backend == "auto" and state.memory.shape[1] < SMALL_MEMORY
-    chosen = "eager" if small else pick_backend(backend, inputs.device, BACKENDS, inputs.dtype)
+    chosen = "eager" if small else backend
+    if chosen not in ("reference", "eager"):  # these run anywhere; a traced call must not ask what is installed
+        chosen = pick_backend(backend, inputs.device, BACKENDS, inputs.dtype)
     if mask is not None:
         mask = mask.bool()
         inputs = inputs.masked_fill(~mask[..., None], 0.0)  # what is masked may be anything, NaN too
