@@ -45,8 +45,8 @@ class SelectiveSSMConfig(LNLMConfig):
         attn_layer_indices: layers whose mixer is causal self-attention without positions, or None.
         num_attention_heads, num_key_value_heads: of those layers; as many key as query heads if None.
         attention_dropout: of those layers.
-        pooling: how sequence classification sums up a text: `last` or `first` real token, `mean` or `max`. None means `last`,
-            and `mean` for models that read both ways, whose last token has hardly been read backwards.
+        pooling: how sequence classification sums up a text: `last` or `first` real token, `mean` or `max`. None means
+            `last`, and `mean` for models that read both ways, whose last token has hardly been read backwards.
         classifier_dropout: dropout before a classifier.
 
     Raises:
