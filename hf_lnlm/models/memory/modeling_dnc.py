@@ -15,6 +15,7 @@ Complexity: see ops/dnc_memory; the state of a row holds memory_size² numbers a
 from typing import ClassVar
 
 import torch
+from transformers.generation import GenerationMixin
 
 from ...ops.dnc_memory import dnc_memory
 from ...ops.dnc_memory.layout import DNCAddressing, DNCOptions, DNCState, DNCWeights, num_interface
@@ -91,7 +92,7 @@ class DNCModel(DNCPreTrainedModel, MemoryModel):
     look_names: ClassVar[tuple[str, ...]] = DNCAddressing._fields
 
 
-class DNCForCausalLM(DNCPreTrainedModel, MemoryForCausalLM):
+class DNCForCausalLM(DNCPreTrainedModel, MemoryForCausalLM, GenerationMixin):
     """Language model over neural computers; see `MemoryForCausalLM`."""
 
     config: DNCConfig

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.generation import GenerationMixin
 
 from ...ops.ntm_memory import ntm_memory
 from ...ops.ntm_memory.layout import NTMOptions, NTMState, NTMWeights, num_interface
@@ -133,7 +134,7 @@ class NTMModel(NTMPreTrainedModel, MemoryModel):
     look_names: ClassVar[tuple[str, ...]] = ("read_weightings", "write_weightings")
 
 
-class NTMForCausalLM(NTMPreTrainedModel, MemoryForCausalLM):
+class NTMForCausalLM(NTMPreTrainedModel, MemoryForCausalLM, GenerationMixin):
     """Language model over Turing machines; see `MemoryForCausalLM`."""
 
     config: NTMConfig
