@@ -54,7 +54,6 @@ class LNLMTrainer(Trainer):
     model_accepts_loss_kwargs: bool
     label_smoother: Any
     control: TrainerControl
-    label_smoother: Any
 
     def __init__(self, *args: Any, objective: Any = None, **kwargs: Any) -> None:
         arguments = kwargs.get("args", args[1] if len(args) > 1 else None)
