@@ -45,7 +45,7 @@ def demo(all_families: bool, output: str, seconds: float | None, seed: int, resu
     plain_when_piped()
     os.environ["HF_HUB_OFFLINE"] = "1"
     folder = Path(output)
-    settings = {"all": all_families, "seconds": seconds, "seed": seed}
+    settings: dict[str, Any] = {"all": all_families, "seconds": seconds, "seed": seed}
     settings = prepare(folder, settings, resume, overwrite)
     with one_thread(), quiet_libraries():
         contenders, validation, text = assemble(folder, settings)
@@ -167,8 +167,9 @@ def assemble(folder: Path, settings: dict[str, Any]) -> tuple[list[Contender], l
         home.mkdir(exist_ok=True)
         rate = float(fields.get("learning_rate", 4e-3))
         contenders.append(Contender(label, model, tokenizer, data, rate, home, budget))
-    held = documents.validation["text"]
-    blocks = PackedBlocks(documents.validation, tokenizer, BLOCK, overlap=1)
+    validation_files: Any = documents.validation
+    held = validation_files["text"]
+    blocks = PackedBlocks(validation_files, tokenizer, BLOCK, overlap=1)
     step = max(1, len(blocks) // 96)
     validation = [blocks[index] for index in range(0, len(blocks), step)]
     return contenders, validation, "\n".join(held).encode()

@@ -1,9 +1,9 @@
 """The demo's race: several models, one Trainer each, trained in turns until each has had the same CPU time.
 
-Every contender runs `LNLMTrainer.train` in a thread of its own, but only one thread runs at a time: a callback at the end
-of each step hands the processor back once the turn is used up. So the race is the package's real Trainer, checkpoints and all,
-and yet one table can show all contenders moving together. CPU time is the thread's own (`time.thread_time`), evaluation
-and saving excluded.
+Every contender runs `LNLMTrainer.train` in a thread of its own, but only one thread runs at a time: a callback at the
+end of each step hands the processor back once the turn is used up. So the race is the package's real Trainer, checkpoints
+and all, and yet one table can show all contenders moving together. CPU time is the thread's own (`time.thread_time`),
+evaluation and saving excluded.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ def strict_config(cls: type[Config]) -> type[Config]:
     Returns:
         The same class.
     """
-    cls = strict(cls)  # type: ignore[type-var]
-    original: Callable[..., None] = cls.__init__  # type: ignore[misc]
+    checked: Any = strict(cls)
+    original: Callable[..., None] = checked.__init__
 
     @wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -62,8 +62,8 @@ def strict_config(cls: type[Config]) -> type[Config]:
         except StrictDataclassError as error:
             raise ConfigError(f"{type(self).__name__}: {error}") from error
 
-    cls.__init__ = __init__  # type: ignore[misc]
-    return cls
+    checked.__init__ = __init__
+    return checked
 
 
 def check_bound(name: str, value: Any, bound: Bound) -> None:

@@ -15,7 +15,9 @@ def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
         value: the same shape, any float type.
     """
     if hasattr(parameter, "device_mesh") and not getattr(parameter, "_is_hf_initialized", False):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
+        if not isinstance(parameter, DTensor):
+            raise ValueError(f"a sharded parameter must be a DTensor, got {type(parameter).__name__}")
         value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     init.copy_(parameter, value)

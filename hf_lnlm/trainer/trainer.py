@@ -52,7 +52,6 @@ class LNLMTrainer(Trainer):
 
     train_dataset: Any
     model_accepts_loss_kwargs: bool
-    label_smoother: Any
     control: TrainerControl
 
     def __init__(self, *args: Any, objective: Any = None, **kwargs: Any) -> None:
@@ -73,9 +72,10 @@ class LNLMTrainer(Trainer):
         self._loss_rule: LossRule | None = None  # once measured
         self._current_rule: LossRule | None = None  # of this step; provisional until a step has labels
         self._takes_loss_kwargs = self.model_accepts_loss_kwargs
-        if self.label_smoother is not None and self._loss_shifts_labels:
+        smoother: Any = getattr(self, "label_smoother", None)
+        if smoother is not None and self._loss_shifts_labels:
             # transformers shifts for the causal models that it knows by name; others would learn to copy the input
-            self.label_smoother = partial(self.label_smoother, shift_labels=True)
+            self.label_smoother = partial(smoother, shift_labels=True)
         self._aside: dict[str, Any] = {}
         self._carried: CarriedState | None = None
         self._training_totals = TrainingTotals()

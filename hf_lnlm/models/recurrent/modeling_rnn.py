@@ -62,9 +62,9 @@ from .configuration_rnn import RNNConfig
 States = tuple[torch.Tensor, ...]
 
 EMBEDDING_STD = {"lstm": 1.0, "gru": 0.25}
-"""Standard deviation of initial embeddings. Smaller ones leave an LSTM's gates blind to their input for a long time (after
-120 steps on Python sources, 160 wide, tied: 4.78 nats a token at 1.0, 5.07 at 0.25, 5.60 at 0.1); a GRU's output has no gate
-to shrink it, so that tied logits start too large (5.15 at 1.0, 4.35 at 0.25, 4.44 at 0.1)."""
+"""Standard deviation of initial embeddings. Smaller ones leave an LSTM's gates blind to their input for a long time
+(after 120 steps on Python sources, 160 wide, tied: 4.78 nats a token at 1.0, 5.07 at 0.25, 5.60 at 0.1); a GRU's output
+has no gate to shrink it, so that tied logits start too large (5.15 at 1.0, 4.35 at 0.25, 4.44 at 0.1)."""
 
 
 @dataclass
@@ -227,7 +227,7 @@ def _init_gates(direction: RNNDirection) -> None:
     Drawn in float32: orthogonalisation has no half precision.
     """
     size, gates = direction.hidden_size, NUM_GATES[direction.cell_type]
-    drawn = {"device": direction.input_gates.weight.device, "dtype": torch.float32}
+    drawn: Any = {"device": direction.input_gates.weight.device, "dtype": torch.float32}
     wide = [torch.empty(size, direction.input_size, **drawn) for _ in range(gates)]
     square = [torch.empty(size, size, **drawn) for _ in range(gates)]
     assign(direction.input_gates.weight, torch.cat([init.xavier_uniform_(block) for block in wide]))
@@ -463,7 +463,8 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
     def _loss_without_logits(self, hidden: torch.Tensor, targets: torch.Tensor, items: Any) -> torch.Tensor:
         flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(hidden.device)
         if self.config.loss_head == "adaptive":
-            total = self.lm_head.summed_loss(flat, labels)
+            adaptive: Any = self.lm_head
+            total = adaptive.summed_loss(flat, labels)
         else:
             dtype = getattr(torch, self.config.loss_dtype)
             total = chunked_loss(self.lm_head, flat, labels, self.config.loss_chunk_size, dtype)
