@@ -2,13 +2,19 @@ from __future__ import annotations
 
 import pytest
 
-from .running import QUICK, settings, small_library, succeed
+from .running import QUICK, copy_library, settings, small_library, succeed
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    with small_library(tmp_path_factory.mktemp("library")) as folder:
-        yield folder
+    """A few modules of the standard library, in a folder."""
+    return copy_library(tmp_path_factory.mktemp("library"))
+
+
+@pytest.fixture(autouse=True)
+def _small_stdlib(library):
+    with small_library(library):
+        yield
 
 
 @pytest.fixture(scope="session")

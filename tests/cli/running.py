@@ -49,18 +49,21 @@ def settings(*values: str) -> list[str]:
     return [word for value in values for word in ("--set", value)]
 
 
-@contextmanager
-def small_library(folder: Path):
-    """Make `stdlib` mean a few modules, copied into `folder`."""
+def copy_library(folder: Path) -> Path:
+    """Copy a few modules of the standard library into `folder`."""
     source = Path(sysconfig.get_paths()["stdlib"])
     for name in MODULES:
-        if (folder / name).exists():
-            continue
         if (source / name).is_dir():
             ignored = shutil.ignore_patterns("__pycache__", "test*")
             shutil.copytree(source / name, folder / name, ignore=ignored)
         else:
             shutil.copy(source / name, folder / name)
+    return folder
+
+
+@contextmanager
+def small_library(folder: Path):
+    """Make `stdlib` mean the modules in `folder`, as long as the block lasts: other tests share the process."""
     paths = {**sysconfig.get_paths(), "stdlib": str(folder)}
     with mock.patch.object(sys.modules["sysconfig"], "get_paths", lambda *arguments, **options: paths):
         yield folder

@@ -10,7 +10,7 @@ import pytest
 from hf_lnlm.cli import demo as demo_module
 from hf_lnlm.cli import demo_race
 
-from .running import run
+from .running import run, small_library
 
 LABELS = ["RNN-LSTM", "RNN-GRU", "GPT-2 (stock)"]
 FOLDERS = ["rnn-lstm", "rnn-gru", "gpt-2-stock"]
@@ -39,7 +39,7 @@ def interrupted(library, tmp_path_factory):
         if contender.finished:
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
+    with small_library(library), pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_module, "measure", press)
         result = run("demo", "--seconds", 1, "--output", folder)
     written = {name: sorted(path.name for path in (folder / "models" / name / "run").iterdir()) for name in FOLDERS}
@@ -47,12 +47,12 @@ def interrupted(library, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def resumed(interrupted):
+def resumed(interrupted, library):
     """The same demo, gone on with to the end; and the bits per byte of each model measured again at the end."""
     folder, again = interrupted[0], {}
     sample = demo_module.sample
 
-    with pytest.MonkeyPatch.context() as patch:
+    with small_library(library), pytest.MonkeyPatch.context() as patch:
         finished = {}
 
         def remember(contender, seed):

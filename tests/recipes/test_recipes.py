@@ -10,7 +10,7 @@ import pytest
 from hf_lnlm.cli.recipe import read_recipe
 from hf_lnlm.hub.check import check_folder, is_fit
 
-from ..cli.running import QUICK, settings, small_library, succeed
+from ..cli.running import QUICK, copy_library, settings, small_library, succeed
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "training" / "recipes").glob("*.yaml"))
 FINETUNING = [path for path in RECIPES if read_recipe(path).model.checkpoint]
@@ -21,8 +21,13 @@ SMALLER = [*QUICK, "training.per_device_train_batch_size=2", "data.limit=24", "d
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    with small_library(tmp_path_factory.mktemp("library")) as folder:
-        yield folder
+    return copy_library(tmp_path_factory.mktemp("library"))
+
+
+@pytest.fixture(autouse=True)
+def _small_stdlib(library):
+    with small_library(library):
+        yield
 
 
 @pytest.fixture(scope="module")

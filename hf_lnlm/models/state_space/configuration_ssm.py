@@ -117,6 +117,8 @@ class SelectiveSSMConfig(LNLMConfig):
         check_choice("bidirectional", self.bidirectional or "none", DIRECTIONS)
         check_choice("pooling", self.pooling or "last", POOLINGS)
         check_choice("time_step_init_scheme", self.time_step_init_scheme, INIT_SCHEMES)
+        if self.rope_fraction not in (0.5, 1):
+            raise ValueError(f"rope_fraction must be 0.5 or 1, got {self.rope_fraction}")
         if isinstance(self.time_step_rank, str) and self.time_step_rank != "auto":
             raise ValueError(f"time_step_rank must be a number, 'auto' or None, got {self.time_step_rank!r}")
         self._check_time_steps()
@@ -148,8 +150,6 @@ class SelectiveSSMConfig(LNLMConfig):
             )
         if heads % self.n_groups:
             raise ValueError(f"n_groups must divide the number of heads ({heads}), got {self.n_groups}")
-        if self.mixer == "mamba3" and self.rope_fraction not in (0.5, 1, 1.0):
-            raise ValueError(f"rope_fraction must be 0.5 or 1, got {self.rope_fraction}")
         if self.mixer == "mamba3" and self.state_size is not None and self.state_size * self.rope_fraction < 2:
             raise ValueError(
                 f"state_size must be at least {2 / self.rope_fraction:.0f} for mamba3, got {self.state_size}"
