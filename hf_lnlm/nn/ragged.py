@@ -160,7 +160,7 @@ def batch_state(final: torch.Tensor, state: torch.Tensor, layout: RowLayout) -> 
     return torch.where(seen, final[layout.last_row.clamp(min=0)], state)
 
 
-MOST_BLOCKS = 6
+MOST_BLOCKS = 4
 MOST_EXACT_BLOCKS = 8
 
 
