@@ -152,7 +152,8 @@ class LinformerAttention(nn.Module):
         tokens = torch.eye(length, dtype=occupied.dtype, device=occupied.device).expand(batch, -1, -1)
         tokens = plan.by_position(tokens)
         if self.sharing == "none":
-            return self.value_projection(tokens.unsqueeze(1), occupied.unsqueeze(1))
+            heads = tokens.unsqueeze(1).expand(-1, self.num_heads, -1, -1)
+            return self.value_projection(heads, occupied.unsqueeze(1))
         project: Projection = self.key_projection if shared is None else shared
         project = self.value_projection if self.sharing == "headwise" else project
         return project(tokens, occupied).unsqueeze(1)

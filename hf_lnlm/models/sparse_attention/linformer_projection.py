@@ -147,7 +147,10 @@ class LearnedProjection(nn.Module):
     def forward(self, tokens: torch.Tensor, occupied: torch.Tensor | None = None) -> torch.Tensor:
         """Project `(batch, [heads,] positions, width)` to `(batch, [heads,] slots, width)`; `occupied` is not
         needed."""
-        return self.weight[..., : tokens.shape[-2], :].transpose(-1, -2) @ tokens
+        rows = self.weight[..., : tokens.shape[-2], :].transpose(-1, -2)
+        # Expanded here: left to itself, torch.matmul folds the batch or not by which operand needs a gradient, and a
+        # model whose weights are frozen would round differently.
+        return rows.expand(*tokens.shape[:-2], -1, -1) @ tokens
 
     def filled(self, occupied: torch.Tensor) -> torch.Tensor | None:
         """Return None: every slot mixes all positions, so none is ever empty."""
