@@ -25,6 +25,7 @@ def little():
         patch.setattr(demo_module, "VOCABULARY", 300)
         patch.setattr(demo_module, "ROUNDS", 3)
         patch.setitem(demo_module.STOCK["GPT-2 (stock)"], "n_layer", 2)
+        patch.setitem(demo_module.STOCK["GPT-2 (stock)"], "width_step", 3)
         yield
 
 
