@@ -3,8 +3,8 @@
 LoRA, quantisation, offloading and parametrisations wrap `nn.Linear` modules. A fused kernel that reads `.weight` around
 them computes something else, silently. Whatever the wrapper, it still is an affine map, and an affine map is known
 completely by its values on the unit vectors: `f(e_i) - f(0)` are the columns of its weight. So a module that is anything
-but a plain `nn.Linear` is applied to the identity, which is exact, differentiable, and costs one product of
-`in_features` rows.
+but a plain `nn.Linear` is applied to the identity, which is differentiable and costs one product of `in_features` rows.
+A bias that is added and subtracted again would round small weights; long unit vectors keep it below their last digit.
 """
 
 import torch
@@ -12,11 +12,19 @@ from torch import nn
 
 Affine = tuple[torch.Tensor, torch.Tensor | None]
 
+_LONG = 2.0**32  # a power of two: multiplying and dividing by it changes no digit
+
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Tell whether weight and bias are all there is to a module: an `nn.Linear` without hooks or a forward of its own."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module) is nn.Linear and not hooked and "forward" not in vars(module)  # accelerate puts one there
+
+
+def _unit_length(module: nn.Module, dtype: torch.dtype, device: torch.device) -> float:
+    """Return how long the vectors may be: 1 wherever half precision may be at work inside, which would overflow."""
+    ranges_wide = dtype is not torch.float16 and not torch.is_autocast_enabled(device.type)
+    return _LONG if type(module) is nn.Linear and ranges_wide else 1.0  # a quantiser's own precision isn't known
 
 
 def effective_weight(module: nn.Module, in_features: int, dtype: torch.dtype, device: torch.device) -> Affine:
@@ -32,7 +40,8 @@ def effective_weight(module: nn.Module, in_features: int, dtype: torch.dtype, de
     """
     if is_plain_linear(module):
         return module.weight, module.bias  # type: ignore[return-value]
-    basis = torch.eye(in_features + 1, in_features, dtype=dtype, device=device)  # the last row is zero: the bias
-    values = module(basis)
-    bias = values[in_features]
-    return (values[:in_features] - bias).mT.contiguous(), bias
+    length = _unit_length(module, dtype, device)
+    basis = torch.eye(in_features + 1, in_features, dtype=dtype, device=device)
+    values = module(basis * length)
+    bias = values[in_features]  # the last row is zero
+    return ((values[:in_features] - bias) / length).mT.contiguous(), bias

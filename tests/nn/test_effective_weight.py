@@ -88,6 +88,29 @@ def test_offloaded_weights():
     torch.testing.assert_close(nn.functional.linear(inputs, weight, bias), wanted)
 
 
+def test_a_large_bias_costs_the_weight_no_digit():
+    module = nn.Linear(6, 4)
+    nn.init.constant_(module.bias, 3.0)
+    wanted, gradient = module.weight.detach().clone(), torch.randn(4, 6)
+    module.register_forward_hook(lambda module, inputs, output: None)
+    weight, bias = effective_weight(module, 6, torch.float32, torch.device("cpu"))
+    (weight * gradient).sum().backward()
+    assert torch.equal(weight, wanted)
+    assert torch.equal(bias, module.bias)
+    assert torch.equal(module.weight.grad, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_overflow(dtype):
+    module = nn.Linear(6, 4)
+    module.register_forward_hook(lambda module, inputs, output: None)
+    with torch.autocast("cpu", dtype=dtype):
+        under_autocast, _ = effective_weight(module, 6, torch.float32, torch.device("cpu"))
+    halved, _ = effective_weight(module.to(dtype), 6, dtype, torch.device("cpu"))
+    for weight in (under_autocast, halved):
+        torch.testing.assert_close(weight.float(), module.weight.float(), rtol=0.02, atol=0.01)
+
+
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_quantised_weights():
