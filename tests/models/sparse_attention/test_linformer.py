@@ -144,6 +144,17 @@ def causal(**fields):
     return build(LinformerForCausalLM, **{**own, **fields})
 
 
+def test_frozen_weights_round_the_same():
+    """A merged adapter's model is frozen, the same model reloaded is not: both must give the same digits."""
+    torch.manual_seed(0)
+    project = LearnedProjection(8, 4)
+    torch.nn.init.normal_(project.weight)
+    segments = torch.randn(3, 3, 2, 8, 8).transpose(1, 2)
+    trained = project(segments)
+    assert torch.equal(project.requires_grad_(False)(segments), trained)
+    assert torch.equal(project(segments.clone().requires_grad_()), trained)
+
+
 @pytest.mark.parametrize("sharing", ["headwise", "none"])
 def test_causal_variant_every_way(sharing):
     model, ids = causal(sharing=sharing), tokens(40)
