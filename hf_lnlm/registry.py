@@ -104,7 +104,7 @@ FAMILIES: tuple[Family, ...] = (
             "base": {"hidden_size": 1150, "embedding_size": 400, "num_hidden_layers": 3},
         },
         bidirectional={"bidirectional": True},
-        lora_targets=("input_gates", "recurrent_gates"),
+        lora_targets=("input_gates", "recurrent_gates", "embedding_projection", "output_projection"),
         demo={"RNN-LSTM": {"cell_type": "lstm"}, "RNN-GRU": {"cell_type": "gru"}},
     ),
     Family(
