@@ -69,12 +69,11 @@ def test_auto_classes_build_the_registered_classes(family: Family):
 
 @every_family
 def test_lora_targets_name_modules(family: Family):
-    case = Case(family, list(family.models)[-1])
-    model = build(case)
-    names = [name for name, _ in model.named_modules()]
+    models = [build(Case(family, auto_class)) for auto_class in family.models]
+    names = [name for model in models for name, _ in model.named_modules()]  # a target may belong to one head
     found = [any(name == target or name.endswith(f".{target}") for name in names) for target in family.lora_targets]
     assert any(found) if is_composite(family) else all(found)  # the model inside may be of many kinds
-    parameters = [name for name, _ in model.named_parameters()]
+    parameters = [name for model in models for name, _ in model.named_parameters()]
     for target in family.lora_parameters:
         assert any(name.endswith(target) for name in parameters), target
 

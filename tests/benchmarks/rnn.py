@@ -199,7 +199,9 @@ def decoding_rows() -> list[Row]:
     marks, inputs = SequenceMarks(None), torch.randn(4, 1, 256)
     states, hidden = (torch.zeros(4, 256),) * 2, (torch.zeros(1, 4, 256),) * 2
     with torch.no_grad():
-        step = cpu_times({"ours": lambda: layer(inputs, marks, None, *states), "peer": lambda: peer(inputs, hidden)}, 9, 300)
+        step = cpu_times(
+            {"ours": lambda: layer(inputs, marks, None, *states), "peer": lambda: peer(inputs, hidden)}, 9, 300
+        )
     return [faster("decode step of a layer / nn.LSTM at T=1, B4 H256", step, 2.0, 2.5), flatness_row()]
 
 
