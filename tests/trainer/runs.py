@@ -175,7 +175,7 @@ def train(case: Case, folder: str, resume: bool = False, die_at: int | None = No
 
 def resumes_exactly(case: Case) -> dict[str, Any]:
     """Compare the end of a run that was killed in mid-epoch and resumed with that of one that wasn't."""
-    with tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as root:
         straight, killed = os.path.join(root, "straight"), os.path.join(root, "killed")
         statuses = [wait(forked(lambda: train(case, straight)))]
         statuses.append(wait(forked(lambda: train(case, killed, die_at=STEPS - 3))))
@@ -195,7 +195,7 @@ def survives_kills(number: int, seed: int) -> dict[str, Any]:
     settings = {"max_steps": 10 * number + 20, "save_steps": 2, "save_total_limit": 3, "logging_steps": 1000}
     generator = random.Random(seed)
     found = {"hits": 0, "damaged": 0, "lost": 0}
-    with tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as root:
         folder, progress = os.path.join(root, "run"), os.path.join(root, "progress")
         for _ in range(number):
             before = done_in(progress)
@@ -264,7 +264,7 @@ class Full(T.TrainerCallback):
 
 def fills_the_disk() -> dict[str, Any]:
     """Return what is left when the second checkpoint of a run can't be written, and how the run goes on."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
 
         def run() -> None:
             trainer = trainer_of(MAP, folder)
@@ -283,7 +283,7 @@ def fills_the_disk() -> dict[str, Any]:
 def stops_on(number: int, while_evaluating: bool = False, workers: int = 0) -> dict[str, Any]:
     """Send a signal to a run and its workers, after some steps or in an evaluation, and finish the run afterwards."""
     case = {**MAP, "workers": workers}
-    with tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as root:
         folder, straight, progress = (os.path.join(root, name) for name in ("run", "straight", "progress"))
         settings: dict[str, Any] = {"save_steps": 1000, "max_steps": 60, "lr_scheduler_type": "constant"}
 
