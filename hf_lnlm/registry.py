@@ -94,6 +94,8 @@ FAMILIES: tuple[Family, ...] = (
         models={
             "AutoModel": "RNNModel",
             "AutoModelForCausalLM": "RNNForCausalLM",
+            "AutoModelForMaskedLM": "RNNForMaskedLM",
+            "AutoModelForQuestionAnswering": "RNNForQuestionAnswering",
             "AutoModelForSequenceClassification": "RNNForSequenceClassification",
             "AutoModelForTokenClassification": "RNNForTokenClassification",
         },

@@ -5,6 +5,7 @@
 from typing import Any, ClassVar, NamedTuple
 
 from ..base import LNLMConfig, check_bound, check_choice, strict_config
+from ..heads import check_adaptive
 
 LOSS_HEADS = ("full", "chunked", "adaptive")
 LOSS_DTYPES = ("float32", "bfloat16")
@@ -95,20 +96,7 @@ class GatedCNNConfig(LNLMConfig):
             if given is not None:
                 check_bound(f"len({name})", len(given), (self.num_hidden_layers, self.num_hidden_layers))
         if self.loss_head == "adaptive":
-            self._check_adaptive()
-
-    def _check_adaptive(self) -> None:
-        cutoffs = list(self.adaptive_cutoffs or [])
-        fits = cutoffs and cutoffs == sorted(set(cutoffs)) and cutoffs[0] > 0 and cutoffs[-1] < self.vocab_size
-        if not fits:
-            raise ValueError(
-                f"adaptive_cutoffs must ascend strictly between 0 and vocab_size ({self.vocab_size}), "
-                f"got {self.adaptive_cutoffs}"
-            )
-        if self.tie_word_embeddings:
-            raise ValueError(
-                "loss_head='adaptive' has its own projections: tie_word_embeddings must be false, got true"
-            )
+            check_adaptive(self, self.output_size)
 
     def layer_shape(self, layer: int) -> LayerShape:
         """Return the shape of a layer, counted from 0."""

@@ -15,8 +15,6 @@ frames of each layer's wide convolution, so decoding is exact and its cost does 
 Complexity: O(length · k · channels²) a layer, the whole sequence at once; O(k · channels²) for one more token.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,27 +22,18 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutput
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import capture_outputs
 
 from ...nn.convolution import CausalConvolution, TimeConvolution, justify, left_justify, restore
-from ...nn.loss_heads import (
-    IGNORED,
-    AdaptiveSoftmax,
-    chunked_loss,
-    classification_loss,
-    next_token_labels,
-    normalised,
-)
 from ...nn.masks import SequenceMarks, end_token, sequence_marks
 from ...nn.pooling import max_over_time, mean_over_time
 from ...nn.ragged import RowLayout, batch_state, gather_rows, rows_state, scatter_rows
 from ..base import LNLMPreTrainedModel
+from ..heads import SequenceClassificationHead, VocabularyHead, targets_of
 from .configuration_gated_cnn import GatedCNNConfig
 from .text_classifier import embed_inputs
 
@@ -242,7 +231,7 @@ class GatedCNNModel(GatedCNNPreTrainedModel):
         return None if states is None else states["window"]
 
 
-class GatedCNNForCausalLM(GatedCNNPreTrainedModel, GenerationMixin):
+class GatedCNNForCausalLM(VocabularyHead, GatedCNNPreTrainedModel, GenerationMixin):
     """Gated convolutional language model with a full, chunked or adaptive softmax [3].
 
     Args:
@@ -254,33 +243,8 @@ class GatedCNNForCausalLM(GatedCNNPreTrainedModel, GenerationMixin):
     def __init__(self, config: GatedCNNConfig) -> None:
         super().__init__(config)
         self.model = GatedCNNModel(config)
-        width, embedding = config.output_size, int(config.embedding_size or config.hidden_size)
-        narrowed = config.tie_word_embeddings and width != embedding
-        self.output_projection = nn.Linear(width, embedding, bias=False) if narrowed else None
-        self.lm_head = self._make_head(config, embedding if narrowed else width)
+        self.make_vocabulary_head()
         self.post_init()
-
-    @staticmethod
-    def _make_head(config: GatedCNNConfig, width: int) -> nn.Module:
-        if config.loss_head == "adaptive":
-            cutoffs = list(config.adaptive_cutoffs or [])
-            return AdaptiveSoftmax(width, config.vocab_size, cutoffs, config.adaptive_div_value)
-        return nn.Linear(width, config.vocab_size, bias=not config.tie_word_embeddings)
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """Return the LM head; None for an adaptive softmax, which cannot be resized."""
-        return None if self.config.loss_head == "adaptive" else self.lm_head
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize embeddings and head, as in transformers.
-
-        Raises:
-            ValueError: the head is an adaptive softmax, whose clusters belong to one vocabulary.
-        """
-        if self.config.loss_head == "adaptive" and new_num_tokens not in (None, self.config.vocab_size):
-            size = self.config.vocab_size
-            raise ValueError(f"an adaptive softmax cannot be resized from {size} to {new_num_tokens} tokens")
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -318,38 +282,14 @@ class GatedCNNForCausalLM(GatedCNNPreTrainedModel, GenerationMixin):
             seq_idx=seq_idx,
             **kwargs,
         )
-        hidden = outputs.last_hidden_state
-        if self.output_projection is not None:
-            hidden = self.output_projection(hidden)
-        loss, logits = self._loss_and_logits(hidden, labels, shift_labels, logits_to_keep, kwargs)
+        targets, items = targets_of(labels, shift_labels), kwargs.get("num_items_in_batch")
+        loss, logits = self.loss_and_logits(outputs.last_hidden_state, targets, logits_to_keep, items)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
-    def _loss_and_logits(
-        self, hidden: torch.Tensor, labels: Any, shift_labels: Any, logits_to_keep: Any, kwargs: Any
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        if labels is None and shift_labels is None:
-            return None, self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
-        targets = next_token_labels(labels, shift_labels)
-        items = kwargs.get("num_items_in_batch")
-        if self.training and self.config.loss_head != "full" and not is_torchdynamo_compiling():
-            return self._loss_without_logits(hidden, targets, items), None
-        logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
-        size = self.config.vocab_size
-        return self.loss_function(logits, None, size, shift_labels=targets, num_items_in_batch=items), logits
 
-    def _loss_without_logits(self, hidden: torch.Tensor, targets: torch.Tensor, items: Any) -> torch.Tensor:
-        flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(hidden.device)
-        if self.config.loss_head == "adaptive":
-            total = self.lm_head.summed_loss(flat, labels)  # type: ignore[operator]
-        else:
-            dtype = getattr(torch, self.config.loss_dtype)
-            total = chunked_loss(self.lm_head, flat, labels, self.config.loss_chunk_size, dtype)
-        return normalised(total, (labels != IGNORED).sum(), items)
-
-
-class GatedCNNForSequenceClassification(GatedCNNPreTrainedModel):
+class GatedCNNForSequenceClassification(SequenceClassificationHead, GatedCNNPreTrainedModel):
     """Text classifier or regressor over gated convolutions.
 
     Args:
@@ -364,34 +304,8 @@ class GatedCNNForSequenceClassification(GatedCNNPreTrainedModel):
         self.classifier = nn.Linear(config.output_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutput:
-        """Classify texts.
-
-        Args:
-            input_ids, attention_mask, inputs_embeds: as in `GatedCNNModel.forward`.
-            labels: `(batch,)` class ids, or values as `config.problem_type` wants them.
-
-        Returns:
-            loss and logits `(batch, num_labels)`. A row without any real token is classified from zeros.
-        """
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.classifier(self.dropout(self._pool(outputs.last_hidden_state, attention_mask)))
-        loss = None
-        if labels is not None:
-            loss = classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
-
-    def _pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        mask = None if attention_mask is None else attention_mask.bool()
+    def pool(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Sum up a text as `config.pooling` says; see `SequenceClassificationHead.pool`."""
         if self.config.pooling == "last":
             return end_token(hidden, mask)
         return (max_over_time if self.config.pooling == "max" else mean_over_time)(hidden.mT, mask)

@@ -14,16 +14,14 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     ModelOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
 )
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from ...nn.loss_heads import classification_loss, next_token_labels, normalised
+from ...nn.loss_heads import next_token_labels, normalised
 from ...nn.masks import end_token
+from ..heads import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
 from .memory_config import MemoryConfig
 from .memory_model import MemoryModel, MemoryPreTrainedModel
 
@@ -138,7 +136,7 @@ class MemoryForCausalLM(MemoryHead, GenerationMixin):
         )
 
 
-class MemoryForSequenceClassification(MemoryHead):
+class MemoryForSequenceClassification(SequenceClassificationHead, MemoryHead):
     """Text classifier or regressor: reads the last real token's output (and adds the first one's, if bidirectional).
 
     Args:
@@ -153,38 +151,13 @@ class MemoryForSequenceClassification(MemoryHead):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutput:
-        """Classify texts.
-
-        Args:
-            input_ids, attention_mask, inputs_embeds: as in `MemoryModel.forward`.
-            labels: `(batch,)` class ids, or values as `config.problem_type` wants them.
-
-        Returns:
-            loss and logits `(batch, num_labels)`. A row without any real token is classified from zeros.
-        """
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        mask = None if attention_mask is None else attention_mask.bool()
-        pooled = end_token(outputs.last_hidden_state, mask)
-        if self.config.bidirectional:
-            pooled = pooled + end_token(outputs.last_hidden_state, mask, first=True)
-        logits = self.classifier(self.dropout(pooled))
-        loss = None
-        if labels is not None:
-            loss = classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+    def pool(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Take the last real token, plus the first if both directions are read; see `SequenceClassificationHead`."""
+        last = end_token(hidden, mask)
+        return last + end_token(hidden, mask, first=True) if self.config.bidirectional else last
 
 
-class MemoryForTokenClassification(MemoryHead):
+class MemoryForTokenClassification(TokenClassificationHead, MemoryHead):
     """Tagger.
 
     Args:
@@ -199,34 +172,8 @@ class MemoryForTokenClassification(MemoryHead):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
-        """Tag tokens.
 
-        Args:
-            input_ids, attention_mask, inputs_embeds: as in `MemoryModel.forward`.
-            labels: `(batch, length)` class ids; -100 is ignored.
-
-        Returns:
-            loss and logits `(batch, length, num_labels)`.
-        """
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=kwargs.get("num_items_in_batch"))
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
-
-
-class MemoryForQuestionAnswering(MemoryHead):
+class MemoryForQuestionAnswering(QuestionAnsweringHead, MemoryHead):
     """Extractive question answering: first and last token of the answer.
 
     Args:
@@ -239,38 +186,6 @@ class MemoryForQuestionAnswering(MemoryHead):
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> QuestionAnsweringModelOutput:
-        """Find answers.
-
-        Args:
-            input_ids, attention_mask, inputs_embeds: as in `MemoryModel.forward`.
-            start_positions, end_positions: `(batch,)` of the answer; outside the length is ignored.
-
-        Returns:
-            loss and start and end logits `(batch, length)`.
-        """
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        start_logits, end_logits = self.qa_outputs(self.dropout(outputs.last_hidden_state)).unbind(-1)
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-        )
 
 
 class MemoryForSequenceTransduction(MemoryHead):

@@ -2,10 +2,10 @@
 
 # Copyright 2026 The hf_lnlm authors. Licensed under the Apache License, Version 2.0.
 
-import math
 from typing import Any, ClassVar
 
 from ..base import LNLMConfig, check_choice, strict_config
+from ..heads import check_adaptive
 
 CELL_TYPES = ("lstm", "gru")
 LOSS_HEADS = ("full", "chunked", "adaptive")
@@ -25,7 +25,7 @@ class RNNConfig(LNLMConfig):
             layer's output back for tied embeddings. If false the first layer reads the embeddings as they are, as in
             AWD-LSTM and PyTorch's word_language_model.
         bidirectional: whether each layer also reads backwards; its output is both directions, concatenated, so
-            twice as wide. Not for language models.
+            twice as wide. None is false, but true for a masked language model, which must; a causal one must not.
         embedding_dropout: share of vocabulary rows dropped (Merity 2017, section 4.3).
         input_dropout, hidden_dropout, output_dropout: locked dropout of the embeddings, between layers, of the output.
         weight_dropout: share of recurrent weights dropped, one mask a forward pass (Merity 2017, section 2).
@@ -60,7 +60,7 @@ class RNNConfig(LNLMConfig):
     embedding_size: int | None = None
     last_hidden_size: int | None = None
     project_embeddings: bool = True
-    bidirectional: bool = False
+    bidirectional: bool | None = None
     embedding_dropout: float | int = 0.0
     input_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
@@ -92,29 +92,8 @@ class RNNConfig(LNLMConfig):
         check_choice("loss_dtype", self.loss_dtype, LOSS_DTYPES)
         check_choice("pooling", self.pooling, POOLINGS)
         if self.loss_head == "adaptive":
-            self._check_adaptive()
+            check_adaptive(self, self.last_hidden_size or self.hidden_size)
         self._check_tying()
-
-    def _check_adaptive(self) -> None:
-        cutoffs = list(self.adaptive_cutoffs or [])
-        fits = cutoffs and cutoffs == sorted(set(cutoffs)) and cutoffs[0] > 0 and cutoffs[-1] < self.vocab_size
-        if not fits:
-            raise ValueError(
-                f"adaptive_cutoffs must ascend strictly between 0 and vocab_size ({self.vocab_size}), "
-                f"got {self.adaptive_cutoffs}"
-            )
-        if self.tie_word_embeddings:
-            raise ValueError(
-                "loss_head='adaptive' has its own projections: tie_word_embeddings must be false, got true"
-            )
-        width, narrowing = self.last_hidden_size or self.hidden_size, self.adaptive_div_value
-        hopeless = math.log2(narrowing) * len(cutoffs) > 64  # asked first: the power might not fit a float
-        narrowest = 0 if hopeless else int(width // narrowing ** len(cutoffs))
-        if narrowest < 1:
-            raise ValueError(
-                f"adaptive_div_value leaves the last of {len(cutoffs)} clusters no width: it must be smaller or the hidden "
-                f"size larger, got {self.adaptive_div_value}"
-            )
 
     def _check_tying(self) -> None:
         if self.bidirectional or not self.tie_word_embeddings or self.project_embeddings:
@@ -125,6 +104,11 @@ class RNNConfig(LNLMConfig):
                 "tie_word_embeddings without project_embeddings needs embedding_size == last_hidden_size, "
                 f"got {embedding} and {last}"
             )
+
+    @property
+    def reads_both_ways(self) -> bool:
+        """Whether a token's output depends on what follows it."""
+        return bool(self.bidirectional)
 
     @property
     def output_size(self) -> int:

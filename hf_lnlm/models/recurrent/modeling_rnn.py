@@ -30,14 +30,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
+    MaskedLMOutput,
 )
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import capture_outputs
 
 from ...nn.assign import assign
@@ -45,10 +42,6 @@ from ...nn.dropout import EmbeddingDropout, LockedDropout
 from ...nn.effective_weight import effective_weight
 from ...nn.loss_heads import (
     IGNORED,
-    AdaptiveSoftmax,
-    chunked_loss,
-    classification_loss,
-    next_token_labels,
     normalised,
 )
 from ...nn.masks import SequenceMarks, end_token, sequence_marks
@@ -57,6 +50,13 @@ from ...nn.ragged import RowBlocks, batch_state, gather_blocks, row_blocks, rows
 from ...ops.recurrence import NUM_GATES, STATES, recurrence, recurrence_blocks
 from ...ops.recurrence.reference import recurrence_reference
 from ..base import LNLMPreTrainedModel
+from ..heads import (
+    QuestionAnsweringHead,
+    SequenceClassificationHead,
+    TokenClassificationHead,
+    VocabularyHead,
+    targets_of,
+)
 from .configuration_rnn import RNNConfig
 
 States = tuple[torch.Tensor, ...]
@@ -345,11 +345,11 @@ class RNNModel(RNNPreTrainedModel):
         return () if states is None else tuple(states[name] for name in names)
 
 
-class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
+class RNNForCausalLM(VocabularyHead, RNNPreTrainedModel, GenerationMixin):
     """LSTM or GRU language model with a full, chunked or adaptive softmax.
 
     Args:
-        config: the model's configuration, with `bidirectional=False`.
+        config: the model's configuration, not bidirectional.
 
     Raises:
         ValueError: the config is bidirectional: the backward direction would read the tokens to be predicted.
@@ -364,35 +364,8 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
             )
         super().__init__(config)
         self.model = RNNModel(config)
-        width, embedding = config.output_size, int(config.embedding_size or config.hidden_size)
-        narrowed = config.tie_word_embeddings and width != embedding
-        self.output_projection = nn.Linear(width, embedding, bias=False) if narrowed else None
-        self.lm_head = self._make_head(config, embedding if narrowed else width)
+        self.make_vocabulary_head()
         self.post_init()
-
-    @staticmethod
-    def _make_head(config: RNNConfig, width: int) -> nn.Module:
-        if config.loss_head == "adaptive":
-            return AdaptiveSoftmax(
-                width, config.vocab_size, list(config.adaptive_cutoffs or []), config.adaptive_div_value
-            )
-        return nn.Linear(width, config.vocab_size, bias=not config.tie_word_embeddings)
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """Return the LM head; None for an adaptive softmax, which cannot be resized."""
-        return None if self.config.loss_head == "adaptive" else self.lm_head
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize embeddings and head, as in transformers.
-
-        Raises:
-            ValueError: the head is an adaptive softmax, whose clusters belong to one vocabulary.
-        """
-        if self.config.loss_head == "adaptive" and new_num_tokens not in (None, self.config.vocab_size):
-            raise ValueError(
-                f"an adaptive softmax cannot be resized from {self.config.vocab_size} to {new_num_tokens} tokens"
-            )
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -433,42 +406,16 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
             seq_idx=seq_idx,
             **kwargs,
         )
-        loss, logits = self._loss_and_logits(outputs, labels, shift_labels, logits_to_keep, kwargs)
+        targets, items = targets_of(labels, shift_labels), kwargs.get("num_items_in_batch")
+        loss, logits = self.loss_and_logits(outputs.last_hidden_state, targets, logits_to_keep, items)
+        if loss is not None and targets is not None:
+            loss = loss + self._penalties(outputs, targets, items)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-
-    def _loss_and_logits(
-        self, outputs: Any, labels: Any, shift_labels: Any, logits_to_keep: Any, kwargs: Any
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        hidden = outputs.last_hidden_state
-        if self.output_projection is not None:
-            hidden = self.output_projection(hidden)
-        if labels is None and shift_labels is None:
-            return None, self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
-        targets = next_token_labels(labels, shift_labels)
-        items = kwargs.get("num_items_in_batch")
-        if self.training and self.config.loss_head != "full" and not is_torchdynamo_compiling():
-            loss, logits = self._loss_without_logits(hidden, targets, items), None
-        else:
-            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
-            loss = self.loss_function(
-                logits, None, self.config.vocab_size, shift_labels=targets, num_items_in_batch=items
-            )
-        return loss + self._penalties(outputs, targets, items), logits
-
-    def _loss_without_logits(self, hidden: torch.Tensor, targets: torch.Tensor, items: Any) -> torch.Tensor:
-        flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(hidden.device)
-        if self.config.loss_head == "adaptive":
-            adaptive: Any = self.lm_head
-            total = adaptive.summed_loss(flat, labels)
-        else:
-            dtype = getattr(torch, self.config.loss_dtype)
-            total = chunked_loss(self.lm_head, flat, labels, self.config.loss_chunk_size, dtype)
-        return normalised(total, (labels != IGNORED).sum(), items)
 
     def _penalties(self, outputs: Any, targets: torch.Tensor, items: Any) -> torch.Tensor | float:
         """AR and TAR of [2], section 4.5, per labelled token; 0 in evaluation, so that losses stay comparable."""
@@ -484,7 +431,62 @@ class RNNForCausalLM(RNNPreTrainedModel, GenerationMixin):
         return normalised(total / width, labelled.sum(), items)
 
 
-class RNNForSequenceClassification(RNNPreTrainedModel):
+class RNNForMaskedLM(VocabularyHead, RNNPreTrainedModel):
+    """Bidirectional LSTM or GRU that fills masks, with a full, chunked or adaptive softmax.
+
+    Args:
+        config: the model's configuration. `bidirectional=None` becomes true.
+
+    Raises:
+        ValueError: the config says `bidirectional=False`: a mask's right-hand side would not be seen.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: RNNConfig) -> None:
+        if config.bidirectional is False:
+            raise ValueError(
+                "a masked language model must be bidirectional: config.bidirectional must be True, got False"
+            )
+        config.bidirectional = True
+        super().__init__(config)
+        self.model = RNNModel(config)
+        self.make_vocabulary_head()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """Fill masks; see `RNNModel.forward` for the other arguments.
+
+        Args:
+            labels: `(batch, length)`, the ids to be found; -100 is ignored.
+
+        Returns:
+            loss in nats a labelled token and logits `(batch, length, vocab_size)`, None while training with a chunked
+            or adaptive head.
+        """
+        kwargs["use_cache"] = False
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, seq_idx=seq_idx, **kwargs
+        )
+        loss, logits = self.loss_and_logits(outputs.last_hidden_state, labels, 0, kwargs.get("num_items_in_batch"))
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+    def vocabulary_loss(self, logits: torch.Tensor, targets: torch.Tensor, items: Any) -> torch.Tensor:
+        """Return the mean loss in nats a labelled token, by the loss that transformers gives a masked model."""
+        return self.loss_function(logits, targets, self.config.vocab_size, num_items_in_batch=items)
+
+
+class RNNForSequenceClassification(SequenceClassificationHead, RNNPreTrainedModel):
     """Text classifier or regressor over a (bidirectional) LSTM or GRU.
 
     Args:
@@ -499,34 +501,8 @@ class RNNForSequenceClassification(RNNPreTrainedModel):
         self.classifier = nn.Linear(config.output_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutput:
-        """Classify texts.
-
-        Args:
-            input_ids, attention_mask, inputs_embeds: as in `RNNModel.forward`.
-            labels: `(batch,)` class ids, or values as `config.problem_type` wants them.
-
-        Returns:
-            loss and logits `(batch, num_labels)`. A row without any real token is classified from zeros.
-        """
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.classifier(self.dropout(self._pool(outputs.last_hidden_state, attention_mask)))
-        loss = None
-        if labels is not None:
-            loss = classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
-
-    def _pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        mask = None if attention_mask is None else attention_mask.bool()
+    def pool(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Sum up a text as `config.pooling` says; see `SequenceClassificationHead.pool`."""
         if self.config.pooling == "mean":
             return mean_over_time(hidden.mT, mask)
         if self.config.pooling == "max":
@@ -537,7 +513,7 @@ class RNNForSequenceClassification(RNNPreTrainedModel):
         return torch.cat([end_token(forwards, mask), end_token(backwards, mask, first=True)], dim=-1)
 
 
-class RNNForTokenClassification(RNNPreTrainedModel):
+class RNNForTokenClassification(TokenClassificationHead, RNNPreTrainedModel):
     """Tagger over a (bidirectional) LSTM or GRU.
 
     Args:
@@ -552,35 +528,26 @@ class RNNForTokenClassification(RNNPreTrainedModel):
         self.classifier = nn.Linear(config.output_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
-        """Tag tokens.
 
-        Args:
-            input_ids, attention_mask, inputs_embeds: as in `RNNModel.forward`.
-            labels: `(batch, length)` class ids; -100 is ignored.
+class RNNForQuestionAnswering(QuestionAnsweringHead, RNNPreTrainedModel):
+    """Reader over a (bidirectional) LSTM or GRU that marks an answer's first and last token.
 
-        Returns:
-            loss and logits `(batch, length, num_labels)`.
-        """
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=kwargs.get("num_items_in_batch"))
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+    Args:
+        config: the model's configuration.
+    """
+
+    def __init__(self, config: RNNConfig) -> None:
+        super().__init__(config)
+        self.model = RNNModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.qa_outputs = nn.Linear(config.output_size, 2)
+        self.post_init()
 
 
 __all__ = [
     "RNNForCausalLM",
+    "RNNForMaskedLM",
+    "RNNForQuestionAnswering",
     "RNNForSequenceClassification",
     "RNNForTokenClassification",
     "RNNModel",

@@ -30,9 +30,6 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     MaskedLMOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
 )
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
@@ -40,10 +37,11 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ...nn.loss_heads import classification_loss, next_token_labels
+from ...nn.loss_heads import next_token_labels
 from ...nn.masks import end_token
 from ...nn.pooling import max_over_time, mean_over_time
 from ..base import LNLMPreTrainedModel
+from ..heads import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
 from .attention import SSMSelfAttention, attention_scores_mask
 from .configuration_ssm import ATTENTION, SelectiveSSMConfig
 from .layers import SSMRMSNorm
@@ -417,7 +415,7 @@ def _items(kwargs: Any) -> dict[str, Any]:
     return {"num_items_in_batch": kwargs.get("num_items_in_batch")}
 
 
-class SelectiveSSMForSequenceClassification(SelectiveSSMPreTrainedModel):
+class SelectiveSSMForSequenceClassification(SequenceClassificationHead, SelectiveSSMPreTrainedModel):
     """Text classifier or regressor.
 
     Args:
@@ -432,35 +430,8 @@ class SelectiveSSMForSequenceClassification(SelectiveSSMPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutput:
-        """Classify texts.
-
-        Args:
-            input_ids, attention_mask, inputs_embeds: as in `SelectiveSSMModel.forward`.
-            labels: `(batch,)` class ids, or values as `config.problem_type` wants them.
-
-        Returns:
-            loss and logits `(batch, num_labels)`. A row without any real token is classified from zeros.
-        """
-        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **_whole(kwargs))
-        logits = self.classifier(self.dropout(self._pool(outputs.last_hidden_state, attention_mask)))
-        loss = None
-        if labels is not None:
-            loss = classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-    def _pool(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        mask = None if attention_mask is None else attention_mask.bool()
+    def pool(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Sum up a text as `config.pooling` says; see `SequenceClassificationHead.pool`."""
         pooling = self.config.pooling or ("mean" if self.config.reads_both_ways else "last")
         if pooling == "mean":
             return mean_over_time(hidden.mT, mask)
@@ -469,7 +440,7 @@ class SelectiveSSMForSequenceClassification(SelectiveSSMPreTrainedModel):
         return end_token(hidden, mask, first=pooling == "first")
 
 
-class SelectiveSSMForTokenClassification(SelectiveSSMPreTrainedModel):
+class SelectiveSSMForTokenClassification(TokenClassificationHead, SelectiveSSMPreTrainedModel):
     """Tagger.
 
     Args:
@@ -484,35 +455,8 @@ class SelectiveSSMForTokenClassification(SelectiveSSMPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
-        """Tag tokens.
 
-        Args:
-            input_ids, attention_mask, inputs_embeds: as in `SelectiveSSMModel.forward`.
-            labels: `(batch, length)` class ids; -100 is ignored.
-
-        Returns:
-            loss and logits `(batch, length, num_labels)`.
-        """
-        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **_whole(kwargs))
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config, **_items(kwargs))
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-
-class SelectiveSSMForQuestionAnswering(SelectiveSSMPreTrainedModel):
+class SelectiveSSMForQuestionAnswering(QuestionAnsweringHead, SelectiveSSMPreTrainedModel):
     """Reader that marks an answer's first and last token.
 
     Args:
@@ -524,38 +468,6 @@ class SelectiveSSMForQuestionAnswering(SelectiveSSMPreTrainedModel):
         self.model = SelectiveSSMModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> QuestionAnsweringModelOutput:
-        """Mark answers.
-
-        Args:
-            input_ids, attention_mask, inputs_embeds: as in `SelectiveSSMModel.forward`.
-            start_positions, end_positions: `(batch,)` positions of the answer's ends; beyond the text: ignored.
-
-        Returns:
-            loss, and start and end logits `(batch, length)`.
-        """
-        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **_whole(kwargs))
-        start, end = (ends.squeeze(-1) for ends in self.qa_outputs(outputs.last_hidden_state).split(1, dim=-1))
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start, end, start_positions, end_positions, **_items(kwargs))
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start,
-            end_logits=end,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
 
 __all__ = [
