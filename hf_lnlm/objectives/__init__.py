@@ -9,9 +9,12 @@ from typing import Any
 from .base import Objective
 from .causal import CausalObjective
 from .masked import MaskedObjective
+from .replaced_token import ReplacedTokenObjective
 from .span import SpanObjective
 
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (CausalObjective, MaskedObjective, SpanObjective)}
+OBJECTIVES: dict[str, type[Objective]] = {
+    kind.name: kind for kind in (CausalObjective, MaskedObjective, SpanObjective, ReplacedTokenObjective)
+}
 """Name → class; a new objective is one file and one entry."""
 
 __all__ = ["OBJECTIVES", "Objective", "objective"]

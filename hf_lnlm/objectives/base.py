@@ -52,6 +52,34 @@ class Objective(ABC):
     """How a model must read: `forward`, `both` or `encoder-decoder`."""
     shifted: ClassVar[bool] = False
     """Whether the label of a position is predicted by the position before it."""
+    trained_class: ClassVar[str] = ""
+    """The Auto class that loads what was trained, where it isn't `auto_class`."""
+    composes: ClassVar[bool] = False
+    """Whether the trained model is made of several."""
+    language: ClassVar[bool] = True
+    """Whether the exponential of its loss is a perplexity."""
+    logs_metrics: ClassVar[bool] = False
+    """Whether its metrics are logged while training too."""
+
+    @classmethod
+    def fits(cls, config: Any) -> bool:
+        """Whether models of this configuration learn the objective."""
+        return direction_of(config) == cls.direction and has_head(config, cls.auto_class)
+
+    @classmethod
+    def loader(cls) -> str:
+        """The Auto class that loads what was trained."""
+        return cls.trained_class or cls.auto_class
+
+    def build(self, config: Any) -> Any:
+        """A model with fresh weights that learns this objective; draws from torch's global generator.
+
+        Args:
+            config: As in `check`.
+        """
+        import transformers
+
+        return getattr(transformers, self.auto_class).from_config(config)
 
     def check(self, config: Any, tokenizer: Any) -> None:
         """Refuses a model or a tokenizer that this objective doesn't fit.
@@ -63,9 +91,8 @@ class Objective(ABC):
         Raises:
             ValueError: Names what doesn't fit, and the objectives and models that would.
         """
-        reads = direction_of(config)
-        if reads != self.direction or not has_head(config, self.auto_class):
-            raise ValueError(self._misfit(config, reads))
+        if not self.fits(config):
+            raise ValueError(self._misfit(config, direction_of(config)))
         self.check_tokenizer(tokenizer)
 
     def _misfit(self, config: Any, reads: Direction) -> str:
@@ -76,10 +103,10 @@ class Objective(ABC):
             why = f"needs a model that reads {READS[self.direction]}, and {model} reads {READS[reads]}"
         else:
             why = f"needs {self.auto_class}, and {model} has no such head"
-        fitting = [n for n, kind in OBJECTIVES.items() if kind.direction == reads and has_head(config, kind.auto_class)]
+        fitting = [name for name, kind in OBJECTIVES.items() if kind.fits(config)]
         return (
             f"objective {self.name!r} {why}. Objectives that fit {model}: {', '.join(fitting) or 'none'}. "
-            f"Models that fit {self.name!r}: {', '.join(fitting_models(self.auto_class, self.direction))}"
+            f"Models that fit {self.name!r}: {', '.join(fitting_models(type(self)))}"
         )
 
     def check_tokenizer(self, tokenizer: Any) -> None:  # noqa: B027 (most objectives need no special token)
@@ -107,7 +134,11 @@ class Objective(ABC):
             bookkeeping: Adds the columns `BOOKKEEPING`, each `[batch]`, as far as the rows have them.
         """
 
-    def sums(self, logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def logits(self, outputs: Any) -> Any:
+        """What `sums` needs of a model's outputs: the logits, or None if there are none."""
+        return outputs.get("logits")
+
+    def sums(self, logits: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a batch adds to the metrics.
 
         Args:

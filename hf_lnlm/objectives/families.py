@@ -44,17 +44,27 @@ def direction_of(config: Any) -> Direction:
     return "both" if masked and not getattr(config, "is_decoder", False) else "forward"
 
 
-def fitting_models(auto_class: str, direction: Direction) -> list[str]:
-    """Model types of ours and of `STOCK` that fit, for messages.
+def fitting_models(objective: Any) -> list[str]:
+    """Model types of ours and of `STOCK` that learn an objective, for messages and tables.
 
-    Ours count by their Auto class; whether a particular configuration of one reads the right way is for `direction_of`.
+    Args:
+        objective: Its class.
     """
-    import transformers
-    from transformers import AutoConfig
-
     from ..registry import FAMILIES
 
-    own = [family.model_type for family in FAMILIES if auto_class in family.models]
-    known = getattr(transformers, auto_class)._model_mapping
-    stock = [AutoConfig.for_model(name) for name in STOCK]
-    return own + [c.model_type for c in stock if type(c) in known and direction_of(c) == direction]
+    own = [row.model_type for row in FAMILIES if any(objective.fits(config) for config in variants(row))]
+    return own + [name for name in STOCK if objective.fits(stock_config(name))]
+
+
+def variants(row: Any) -> list[Any]:
+    """Configurations of a family of ours: as it is by default, and reading both ways if it can."""
+    plain = row.config_class(**row.sizes["tiny"])
+    both = [row.config_class(**{**row.sizes["tiny"], **row.bidirectional})] if row.bidirectional else []
+    return [plain, *both]
+
+
+def stock_config(name: str) -> Any:
+    """The default configuration of a stock family."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(name)

@@ -73,14 +73,11 @@ class MaskedObjective(Objective):
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuses a tokenizer without a mask token."""
-        if tokenizer.mask_token_id is None:
-            raise ValueError("objective 'masked' needs a mask token and the tokenizer has none: set its mask_token")
+        require_mask_token(self.name, tokenizer)
 
     def packing(self, tokenizer: Any, length: int) -> dict[str, Any]:
         """Rows of `length` tokens, cls and sep included as far as the tokenizer has them; word numbers if needed."""
-        head, tail = tokenizer.cls_token_id, tokenizer.sep_token_id
-        frame = {"head": () if head is None else (head,), "tail": () if tail is None else (tail,)}
-        return {"length": length, "words": self.whole_word, **frame}
+        return {"length": length, "words": self.whole_word, **framed(tokenizer)}
 
     def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> MaskedCollator:
         """Makes batches with masks keyed by (seed, epoch, example_id)."""
@@ -159,6 +156,22 @@ class MaskedCollator:
         if "word_ids" not in row:
             raise ValueError(f"whole_word=True needs rows with word_ids (words=True when packing), got {sorted(row)}")
         return word_groups(np.asarray(row["word_ids"]))
+
+
+def require_mask_token(name: str, tokenizer: Any) -> None:
+    """Refuses a tokenizer without a mask token.
+
+    Raises:
+        ValueError: Names the objective.
+    """
+    if tokenizer.mask_token_id is None:
+        raise ValueError(f"objective {name!r} needs a mask token and the tokenizer has none: set its mask_token")
+
+
+def framed(tokenizer: Any) -> dict[str, tuple[int, ...]]:
+    """Options for packing that put cls before and sep behind each row, as far as the tokenizer has them."""
+    head, tail = tokenizer.cls_token_id, tokenizer.sep_token_id
+    return {"head": () if head is None else (head,), "tail": () if tail is None else (tail,)}
 
 
 def special_ids(tokenizer: Any) -> list[int]:

@@ -37,6 +37,7 @@ class TrainingTotals:
     def clear(self) -> None:
         """Begin again, now."""
         self._sums: torch.Tensor | None = None
+        self.measured: dict[str, torch.Tensor] = {}
         self._started = time.perf_counter()
 
     def begin(self) -> None:
@@ -66,6 +67,14 @@ class TrainingTotals:
         zero = torch.zeros((), device=device)
         found = torch.stack([_precise(zero if value is None else value.to(device)) for value in values])
         self._sums = found if self._sums is None else self._sums + found.to(self._sums.device)
+
+    def add_measured(self, measured: Mapping[str, torch.Tensor]) -> None:
+        """Add what the objective measured of a micro-batch."""
+        add_to(self.measured, measured)
+
+    def all_measured(self, reduce: Reduce) -> dict[str, torch.Tensor]:
+        """Return what the objective measured since the last `summary`, summed over the processes."""
+        return {name: reduce(value) for name, value in sorted(self.measured.items())}
 
     def summary(self, reduce: Reduce, language: bool, per_byte: bool) -> dict[str, float]:
         """Return the figures since the last call and begin again.
@@ -104,8 +113,7 @@ class EvaluationTotals:
 
     def add_measured(self, measured: Mapping[str, torch.Tensor]) -> None:
         """Add what the objective measured of a batch: scalars by name."""
-        for name, value in measured.items():
-            self.measured[name] = self.measured[name] + value if name in self.measured else value
+        add_to(self.measured, measured)
 
     def loss(self, reduce: Reduce) -> float | None:
         """Return the mean over all items, summed over the terms of the loss; None if nothing was added."""
@@ -116,3 +124,9 @@ class EvaluationTotals:
     def all_measured(self, reduce: Reduce) -> dict[str, torch.Tensor]:
         """Return what the objective measured, summed over the processes."""
         return {name: reduce(value) for name, value in sorted(self.measured.items())}
+
+
+def add_to(totals: dict[str, torch.Tensor], more: Mapping[str, torch.Tensor]) -> None:
+    """Add tensors by name to those held."""
+    for name, value in more.items():
+        totals[name] = totals[name] + value if name in totals else value

@@ -384,9 +384,16 @@ class LNLMTrainer(Trainer):
         num_bytes = self._aside.get("num_bytes")
         if self._evaluation_totals is None:
             self._training_totals.add_batch(input_tokens(inputs), num_bytes)
-        elif self.objective is not None and outputs.get("logits") is not None:
+            if getattr(self.objective, "logs_metrics", False):
+                with torch.no_grad():
+                    self._training_totals.add_measured(self.objective.sums(self._measured_logits(outputs), inputs))
+        elif self.objective is not None and (logits := self._measured_logits(outputs)) is not None:
             batch = inputs if num_bytes is None else {**inputs, "num_bytes": num_bytes}
-            self._evaluation_totals.add_measured(self.objective.sums(outputs["logits"], batch))
+            self._evaluation_totals.add_measured(self.objective.sums(logits, batch))
+
+    def _measured_logits(self, outputs: Any) -> torch.Tensor | None:
+        """What the objective measures of the outputs: the logits, unless it says otherwise."""
+        return self.objective.logits(outputs) if hasattr(self.objective, "logits") else outputs.get("logits")
 
     # ---- evaluation and logs ----------------------------------------------------------------------------------------
 
@@ -461,7 +468,9 @@ class LNLMTrainer(Trainer):
             # an objective predicts tokens; a task (a classifier's) says so itself
             language = getattr(self.objective, "language", hasattr(self.objective, "direction"))
             per_byte = language and getattr(self.objective, "direction", "") == "forward"
+            measured = self._training_totals.all_measured(self._reduce)
             logs.update(self._training_totals.summary(self._reduce, language, per_byte))
+            logs.update(self.objective.summary(measured) if measured else {})
         super().log(logs, start_time)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------

@@ -1,0 +1,286 @@
+"""Replaced-token detection: a small generator fills masks, and the model finds which tokens it got wrong.
+
+[1] Clark et al. 2020, "ELECTRA: Pre-training text encoders as discriminators rather than generators", §2 (method), §3.1
+    and appendix A (sizes, rates, weights).
+
+A share `rate` of a row's tokens is chosen, never a special one; 85 % of the chosen are masked and 15 % left as they are,
+and the generator predicts all of them. The discriminator reads the row with the generator's samples in the chosen
+places and says of every token but padding whether it was replaced. The models and the loss are in
+`replaced_token_model`; the batch brings masks, labels and the numbers that samples are drawn with, all a function of
+(seed, epoch, example_id).
+
+Metrics, from sums over batches and processes: loss (nats) and accuracy of both, the share of tokens replaced, and the
+area under the discriminator's ROC curve, from histograms of its logits.
+
+Deviations from the authors' code: places are drawn without replacement, and their number is `rate · tokens` rounded at
+random so that its mean is exact; every example's noise is its own, so that a resumed run repeats it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import IGNORED, Batch, Direction, Objective, Row
+from .families import direction_of, has_head
+from .masked import MaskedCollator, MaskedObjective, framed, require_mask_token
+from .randomness import generator
+
+BINS, SPAN = 4096, 16.0
+"""Bins of the histograms of logits, and the largest logit told apart."""
+
+
+@dataclass(frozen=True)
+class ReplacedTokenObjective(Objective):
+    """Generator and discriminator (ELECTRA).
+
+    Args:
+        rate: Share of tokens chosen, between 0 and 1 ([1]: 0.15, large models 0.25).
+        mask_share: Share of the chosen that the mask token replaces; the others stay ([1]'s code: 0.85).
+        generator_fraction: Width of the generator over the discriminator's, in (0, 1] ([1], §3.2: ¼ to ½).
+        generator: Fields of the generator's configuration where they differ; with `model_type` another family.
+        share_embeddings: One embedding for both, projected where their widths differ.
+        temperature: Of the generator's samples, above 0.
+        weight: Of the discriminator's loss ([1]: 50).
+    """
+
+    name: ClassVar[str] = "replaced_token"
+    title: ClassVar[str] = "Replaced-token detection"
+    paper: ClassVar[str] = "Clark et al. 2020"
+    auto_class: ClassVar[str] = "AutoModelForMaskedLM"
+    direction: ClassVar[Direction] = "both"
+    trained_class: ClassVar[str] = "AutoModelForPreTraining"
+    composes: ClassVar[bool] = True
+    language: ClassVar[bool] = False
+    logs_metrics: ClassVar[bool] = True
+
+    rate: float = 0.15
+    mask_share: float = 0.85
+    generator_fraction: float = 0.25
+    generator: dict[str, Any] | None = None
+    share_embeddings: bool = True
+    temperature: float = 1.0
+    weight: float = 50.0
+
+    def __post_init__(self) -> None:
+        MaskedObjective(rate=self.rate, mask_share=self.mask_share, random_share=0.0)
+        if not 0 < self.generator_fraction <= 1:
+            raise ValueError(f"generator_fraction must lie above 0 and be 1 at most, got {self.generator_fraction}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if self.weight < 0:
+            raise ValueError(f"weight must be 0 or more, got {self.weight}")
+
+    @classmethod
+    def fits(cls, config: Any) -> bool:
+        """An encoder with a masked language model's head, or generator and discriminator that are together already."""
+        return config.model_type == "lnlm_replaced_token" or super().fits(config)
+
+    def check(self, config: Any, tokenizer: Any) -> None:
+        """As for every objective; an encoder without that head will do as the discriminator of another generator."""
+        tagger = has_head(config, "AutoModelForTokenClassification") and direction_of(config) == "both"
+        if "model_type" in (self.generator or {}) and tagger:
+            self.check_tokenizer(tokenizer)
+        else:
+            super().check(config, tokenizer)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuses a tokenizer without a mask token."""
+        require_mask_token(self.name, tokenizer)
+
+    def packing(self, tokenizer: Any, length: int) -> dict[str, Any]:
+        """Rows of `length` tokens, cls and sep included as far as the tokenizer has them."""
+        return {"length": length, **framed(tokenizer)}
+
+    def build(self, config: Any) -> Any:
+        """Generator and discriminator with fresh weights.
+
+        Args:
+            config: The discriminator's configuration.
+
+        Raises:
+            ValueError: The generator that this objective describes can't be had.
+        """
+        from .replaced_token_model import ReplacedTokenForPreTraining, compose
+
+        if config.model_type == "lnlm_replaced_token":
+            return ReplacedTokenForPreTraining(config)
+        return compose(
+            self.generator_config(config), config, shared=self.share_embeddings, temperature=self.temperature,
+            weight=self.weight,
+        )  # fmt: skip
+
+    def generator_config(self, config: Any) -> Any:
+        """The generator's configuration: the discriminator's made narrower, or another family's.
+
+        Raises:
+            ValueError: Names the field that doesn't fit, or the family without a masked language model's head.
+        """
+        from transformers import CONFIG_MAPPING
+
+        fields = dict(self.generator or {})
+        kind = fields.pop("model_type", config.model_type)
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(f"generator.model_type must be a family of transformers or hf_lnlm, got {kind!r}")
+        if kind == config.model_type:
+            values = narrowed(config, self.generator_fraction) | fields
+        else:
+            values = {name: getattr(config, name, None) for name in COMMON} | fields
+            values = {name: value for name, value in values.items() if value is not None}
+        try:
+            made = CONFIG_MAPPING[kind].from_dict(values)
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the generator ({kind}): {reason}; set generator_fraction or generator") from None
+        if not (has_head(made, self.auto_class) and direction_of(made) == "both"):
+            raise ValueError(f"the generator must read both ways and have {self.auto_class}, got {self._kind(made)}")
+        return made
+
+    @staticmethod
+    def _kind(config: Any) -> str:
+        return f"{config.model_type}, which reads {direction_of(config)}"
+
+    def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> ReplacedTokenCollator:
+        """Makes batches with masks and noise keyed by (seed, epoch, example_id)."""
+        self.check_tokenizer(tokenizer)
+        return ReplacedTokenCollator(self, tokenizer, seed, bookkeeping)
+
+    def logits(self, outputs: Any) -> Any:
+        """All outputs: both models are measured."""
+        return outputs
+
+    def sums(self, logits: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a batch adds to the metrics.
+
+        Args:
+            logits: The model's outputs (see `logits`).
+            batch: The collator's batch.
+
+        Returns:
+            Sums, float64: of both losses, counts of what was predicted and right, and histograms `[BINS]` of the logits
+            of original and replaced tokens.
+        """
+        outputs, mask = logits, batch.get("attention_mask")
+        found, replaced = outputs["logits"].detach().float(), outputs["replaced"]
+        seen = torch.ones_like(replaced) if mask is None else mask.bool()
+        found, replaced = found[seen], replaced[seen]
+        labels = batch["labels"][batch["labels"] != IGNORED]
+        nll, binary = outputs["sums"].detach().double()
+        bins = ((found.clamp(-SPAN, SPAN) + SPAN) * ((BINS - 1) / (2 * SPAN))).round().long()
+        return {
+            "generator_nll": nll,
+            "generator_tokens": torch.tensor(float(labels.numel()), dtype=torch.float64, device=nll.device),
+            "generator_correct": (outputs["generator_logits"].argmax(-1) == labels).sum().double(),
+            "discriminator_nll": binary,
+            "discriminator_correct": ((found > 0) == replaced).sum().double(),
+            "original_histogram": torch.bincount(bins[~replaced], minlength=BINS).double(),
+            "replaced_histogram": torch.bincount(bins[replaced], minlength=BINS).double(),
+        }
+
+    def summary(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """Metrics of added-up sums: losses in nats, accuracies, `replaced_share`, `discriminator_auc`.
+
+        Raises:
+            ValueError: No token was masked.
+        """
+        if float(sums["generator_tokens"]) == 0:
+            raise ValueError("no token was masked (0 % of the labels count), so there is nothing to measure")
+        original, replaced = sums["original_histogram"].double(), sums["replaced_histogram"].double()
+        masked, tokens = float(sums["generator_tokens"]), float(original.sum() + replaced.sum())
+        metrics = {
+            "generator_loss": float(sums["generator_nll"]) / masked,
+            "generator_accuracy": float(sums["generator_correct"]) / masked,
+            "discriminator_loss": float(sums["discriminator_nll"]) / tokens,
+            "discriminator_accuracy": float(sums["discriminator_correct"]) / tokens,
+            "replaced_share": float(replaced.sum()) / tokens,
+        }
+        auc = area_under_curve(original, replaced)
+        return metrics if auc is None else {**metrics, "discriminator_auc": auc}
+
+
+class ReplacedTokenCollator:
+    """Rows → `input_ids` with masks, `labels` and `uniforms` `[batch, tokens]`.
+
+    Args:
+        objective: Rate and share.
+        tokenizer: Gives mask, pad and special tokens.
+        seed: The run's seed.
+        bookkeeping: Adds `num_bytes` and `reset` `[batch]`, as far as rows have them.
+    """
+
+    def __init__(
+        self, objective: ReplacedTokenObjective, tokenizer: Any, seed: int = 0, bookkeeping: bool = False
+    ) -> None:
+        masking = MaskedObjective(rate=objective.rate, mask_share=objective.mask_share, random_share=0.0)
+        self.masks = MaskedCollator(masking, tokenizer, seed, bookkeeping)
+        self.seed = seed
+        self.bookkeeping = bookkeeping
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        """Makes a batch.
+
+        Raises:
+            ValueError: Rows of special tokens only.
+        """
+        drawn = [self._uniforms(row) for row in rows]
+        longest = max(map(len, drawn))
+        noise = np.stack([np.pad(row, (0, longest - len(row))) for row in drawn])
+        return {**self.masks(rows), "uniforms": torch.from_numpy(noise)}
+
+    def _uniforms(self, row: Row) -> np.ndarray:
+        random = generator(self.seed, int(row.get("epoch", 0)), int(row["example_id"]), "replaced_token")
+        return random.random(len(row["input_ids"]), np.float32)
+
+
+COMMON = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "max_position_embeddings")
+"""Fields that a generator of another family takes over."""
+_WIDTHS = ("hidden_size", "last_hidden_size", "intermediate_size")
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+
+
+def narrowed(config: Any, fraction: float) -> dict[str, Any]:
+    """A configuration's values with widths and heads multiplied by a fraction; layers and embeddings stay.
+
+    Args:
+        config: The discriminator's.
+        fraction: In (0, 1]. The hidden size becomes a whole number of heads as wide as before (at least one), or a
+            multiple of 8 where there are none.
+    """
+    from .composed import plain_config
+
+    values = plain_config(config)
+    heads = values.get("num_attention_heads")
+    step = config.hidden_size // heads if heads else 8
+    width = max(1, round(config.hidden_size * fraction / step)) * step
+    scale = width / config.hidden_size
+    values |= {name: max(1, round(values[name] * scale)) for name in _WIDTHS + _HEADS if values.get(name)}
+    values["hidden_size"] = width
+    if isinstance(values.get("time_step_rank"), int):
+        values["time_step_rank"] = None
+    inner = values.get("expand", 1) * width
+    if values.get("num_heads") is not None:
+        values["num_heads"] = None
+    if isinstance(values.get("head_dim"), int) and inner % values["head_dim"]:
+        values["head_dim"] = np.gcd(inner, values["head_dim"]).item()
+    return values
+
+
+def area_under_curve(original: Tensor, replaced: Tensor) -> float | None:
+    """Probability that a replaced token scores higher than an original one, ties counted as half.
+
+    Args:
+        original: Histogram of the scores of original tokens, lowest bin first, `[bins]`.
+        replaced: The same of replaced tokens.
+
+    Returns:
+        In [0, 1], or None if there is none of a kind.
+    """
+    if not (original.sum() and replaced.sum()):
+        return None
+    below = original.cumsum(0) - original / 2
+    return float((replaced * below).sum() / (original.sum() * replaced.sum()))

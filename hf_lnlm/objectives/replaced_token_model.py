@@ -1,0 +1,356 @@
+"""Generator and discriminator of replaced-token detection, made of any two encoder families.
+
+[1] Clark et al. 2020, "ELECTRA: Pre-training text encoders as discriminators rather than generators", §2 and §3.2.
+
+Glossary: G *generator*, a masked language model; D *discriminator*; x tokens, x_masked with a share of them masked,
+x_corrupt with samples of G in their place; T temperature; λ = `weight`.
+Loss (§2): −Σ log p_G(x_i | x_masked) / masked tokens + λ · Σ BCE(D(x_corrupt, t), x_corrupt_t ≠ x_t) / tokens that are
+no padding. A sample that happens to be right counts as original. Samples carry no gradient, so D's loss reaches G only
+through embeddings that both share.
+
+Sampling inverts the distribution function: position t takes the first token whose cumulated probability exceeds u_t, a
+number of the batch (`uniforms`). The samples are exactly the softmax's, and a function of the example alone.
+
+Shared embeddings (§3.2). Equal widths: one table, and whatever else the two embedding modules have in equal shapes
+(positions, segments, layer norm). Otherwise G's table is the shared one times a projection P, both where G reads and
+where its output is tied to it: logits = (h Pᵀ) Eᵀ. Families that have an embedding width of their own
+(ELECTRA, ALBERT, the RNN) are given D's, and project inside.
+
+Deviation: [1] ties the table of the output through the projection's own layer; here it is the same P.
+Cost of a step: G on all tokens, its softmax on the masked ones only, and D on all tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..models.base import strict_config
+from ..registry import FAMILIES
+from .composed import ComposedConfig, ComposedModel, name_of, plain_config, register_composed
+
+IGNORED = -100
+DETECTORS = ("electra", *(row.model_type for row in FAMILIES if "AutoModelForPreTraining" in row.models))
+"""Families whose own pre-training head is a discriminator."""
+
+
+@strict_config
+class ReplacedTokenConfig(ComposedConfig):
+    """Configuration of `ReplacedTokenForPreTraining`.
+
+    Args:
+        parts: configurations of `generator` and `discriminator`.
+        temperature: T, of the generator's samples; above 0.
+        weight: λ, of the discriminator's loss; 0 or more.
+        tie_word_embeddings: whether the two share embeddings.
+
+    Raises:
+        ValueError: a field is out of range, or the two have different vocabularies.
+    """
+
+    model_type = "lnlm_replaced_token"
+    main_part: ClassVar[str] = "discriminator"
+    keys_to_ignore_at_inference = ["corrupted", "replaced", "generator_logits", "sums"]
+
+    temperature: float | int = 1.0
+    weight: float | int = 50.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"weight must be 0 or more, got {self.weight}")
+        sizes = {name: part.get("vocab_size") for name, part in (self.parts or {}).items()}
+        if len(set(sizes.values())) > 1:
+            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ValueError(f"generator and discriminator need one vocabulary, got vocab_size {listed}")
+        super().__post_init__(**kwargs)
+
+
+@dataclass
+class ReplacedTokenOutput(ModelOutput):
+    """Output of `ReplacedTokenForPreTraining`.
+
+    Args:
+        loss: the two terms together, given labels.
+        logits: `(batch, length)`, the discriminator's; positive for replaced.
+        corrupted: `(batch, length)` token ids that the discriminator read.
+        replaced: `(batch, length)` booleans, what the discriminator was to find.
+        generator_logits: `(masked tokens, vocabulary)`.
+        sums: `(2,)` summed loss of generator and (without its weight) discriminator, in nats.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    corrupted: Tensor | None = None
+    replaced: Tensor | None = None
+    generator_logits: Tensor | None = None
+    sums: Tensor | None = None
+
+
+class ProjectedEmbedding(nn.Module):
+    """A narrow embedding as a wide table times a projection.
+
+    Args:
+        table: the wide one, `(vocabulary, wide)`.
+        width: of the vectors given out.
+    """
+
+    def __init__(self, table: nn.Parameter, width: int) -> None:
+        super().__init__()
+        self.weight = table
+        self.projection = nn.Linear(table.shape[1], width, bias=False)
+        self.num_embeddings, self.embedding_dim = table.shape[0], width
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """`(…)` ids → `(…, width)`."""
+        return self.projection(functional.embedding(ids, self.weight))
+
+    def folded(self) -> Tensor:
+        """The narrow table that this stands for, `(vocabulary, width)`."""
+        return self.weight @ self.projection.weight.T
+
+
+class ProjectedOutput(nn.Module):
+    """The output that is tied to a `ProjectedEmbedding`: `h` → `(h Pᵀ) Eᵀ + b`.
+
+    Args:
+        embedding: what it is tied to.
+        bias: `(vocabulary,)` or None.
+    """
+
+    def __init__(self, embedding: ProjectedEmbedding, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight = embedding.weight
+        self.projection = nn.Linear(embedding.weight.shape[1], embedding.embedding_dim, bias=False)
+        self.bias = bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`(…, width)` → logits `(…, vocabulary)`."""
+        return functional.linear(functional.linear(hidden, self.projection.weight.T), self.weight, self.bias)
+
+
+class DiscriminatorHead(nn.Module):
+    """The head of [1]: dense layer, activation, one logit a token.
+
+    Args:
+        width: of the hidden states.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`(batch, length, width)` → `(batch, length)`."""
+        return self.out(functional.gelu(self.dense(hidden))).squeeze(-1)
+
+
+class ReplacedTokenForPreTraining(ComposedModel):
+    """A generator that fills masks and a discriminator that finds what it filled in.
+
+    Args:
+        config: holds both parts' configurations.
+    """
+
+    config: ReplacedTokenConfig
+    part_names = ("generator", "discriminator")
+
+    def __init__(self, config: ReplacedTokenConfig) -> None:
+        super().__init__(config)
+        self.generator = AutoModelForMaskedLM.from_config(config.part("generator"))
+        inner = config.part("discriminator")
+        self.head: DiscriminatorHead | None = None
+        if inner.model_type in DETECTORS:
+            self.discriminator = AutoModelForPreTraining.from_config(inner)
+        else:
+            self.discriminator = bare_model(inner)
+            self.head = DiscriminatorHead(hidden_width(inner))
+        if config.tie_word_embeddings:
+            self._share_embeddings()
+        self.post_init()
+
+    def _share_embeddings(self) -> None:
+        mine, theirs = self.generator.get_input_embeddings(), self.discriminator.get_input_embeddings()
+        at, source = (f"{part}.{name_of(table, getattr(self, part))}" for part, table in self._tables().items())
+        tied = {f"{at}.weight": f"{source}.weight"}
+        if mine.weight.shape == theirs.weight.shape:
+            tied |= self._shared_neighbours(at.rpartition(".")[0], source.rpartition(".")[0])
+        else:
+            tied |= self._project(at, theirs.weight)
+        self.tie_parts(tied)
+
+    def _tables(self) -> dict[str, nn.Module]:
+        return {name: getattr(self, name).get_input_embeddings() for name in self.part_names}
+
+    def _shared_neighbours(self, mine: str, theirs: str) -> dict[str, str]:
+        """Names of what else two embedding modules of one class have in equal shapes (positions, layer norm)."""
+        first, second = self.get_submodule(mine), self.get_submodule(theirs)
+        if type(first) is not type(second) or isinstance(first, PreTrainedModel):
+            return {}
+        shapes = {name: value.shape for name, value in second.named_parameters()}
+        same = [name for name, value in first.named_parameters() if shapes.get(name) == value.shape]
+        return {f"{mine}.{name}": f"{theirs}.{name}" for name in same}
+
+    def _project(self, at: str, table: nn.Parameter) -> dict[str, str]:
+        """Give the generator a projected view of the shared table; returns what else is tied by that."""
+        width = self.generator.get_input_embeddings().weight.shape[1]
+        embedding = ProjectedEmbedding(table, width)
+        output = self.generator.get_output_embeddings()
+        tied = bool(self.generator.config.tie_word_embeddings) and output is not None
+        self.generator.set_input_embeddings(embedding)
+        if not tied:
+            return {}
+        name = f"generator.{name_of(output, self.generator)}"
+        self.set_submodule(name, ProjectedOutput(embedding, getattr(output, "bias", None)))
+        return {f"{name}.projection.weight": f"{at}.projection.weight"}
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        uniforms: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> ReplacedTokenOutput:
+        """Fill the masks, then find what was filled in.
+
+        Args:
+            input_ids: `(batch, length)`; with masks if labels are given, else any text to look at.
+            attention_mask: `(batch, length)`, 0 at padding; None if there is none.
+            labels: `(batch, length)`, the original token where one was chosen, −100 elsewhere.
+            uniforms: `(batch, length)` numbers in [0, 1) that the samples are drawn with; fresh ones if None.
+            token_type_ids: `(batch, length)` segments, for families that have them.
+
+        Returns:
+            Without labels, logits only: how sure the discriminator is that each token of `input_ids` was replaced.
+        """
+        rest = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        rest = {name: value for name, value in rest.items() if value is not None}
+        if labels is None:
+            return ReplacedTokenOutput(logits=self._detect(input_ids, rest))
+        wanted = labels != IGNORED
+        logits = logits_at(self.generator, wanted, {"input_ids": input_ids, **rest})
+        drawn = torch.rand(wanted.shape, device=wanted.device) if uniforms is None else uniforms
+        original = torch.where(wanted, labels, input_ids)
+        corrupted = original.clone()
+        corrupted[wanted] = sample(logits, drawn[wanted], self.config.temperature)
+        replaced = corrupted != original
+        found = self._detect(corrupted, rest)
+        each = functional.binary_cross_entropy_with_logits(found.float(), replaced.float(), reduction="none")
+        each = each if attention_mask is None else each * attention_mask
+        sums = torch.stack([functional.cross_entropy(logits.float(), labels[wanted], reduction="sum"), each.sum()])
+        output = ReplacedTokenOutput(None, found, corrupted, replaced, logits, sums)
+        items = self.loss_items({"labels": labels, "attention_mask": attention_mask}).values()
+        output.loss = sum(s / n.clamp(min=1) for s, n in zip(self.loss_sums(output, {}).values(), items, strict=True))
+        return output
+
+    def _detect(self, ids: Tensor, rest: dict[str, Tensor]) -> Tensor:
+        outputs = self.discriminator(input_ids=ids, **rest)
+        return outputs.logits if self.head is None else self.head(outputs.last_hidden_state)
+
+    def loss_items(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Items of each term: masked tokens, and all tokens that are no padding."""
+        labels, mask = inputs["labels"], inputs.get("attention_mask")
+        tokens = labels.new_tensor(labels.numel()) if mask is None else mask.sum()
+        return {"generator": (labels != IGNORED).sum(), "discriminator": tokens}
+
+    def loss_sums(self, outputs: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Summed loss of each term, the discriminator's times its weight."""
+        generator, discriminator = outputs["sums"]
+        return {"generator": generator, "discriminator": self.config.weight * discriminator}
+
+    def part_to_save(self, name: str) -> PreTrainedModel:
+        """The part by itself; a generator with a projected table gets the table that the projection stands for."""
+        part = getattr(self, name)
+        table = part.get_input_embeddings()
+        if not isinstance(table, ProjectedEmbedding):
+            return part
+        alone = AutoModelForMaskedLM.from_config(self.config.part(name)).to(part.dtype)
+        projected = [n for n, module in part.named_modules() if isinstance(module, (ProjectedEmbedding, ProjectedOutput))]
+        wide = {f"{n}.{tensor}" for n in projected for tensor in ("weight", "projection.weight")}
+        own = {key: value for key, value in part.state_dict().items() if key not in wide}
+        own[f"{name_of(table, part)}.weight"] = table.folded().detach()
+        alone.load_state_dict(own, strict=False)  # the output is tied to the table
+        return alone
+
+
+def logits_at(model: Any, wanted: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits of a masked language model at some positions; its output layer sees no others.
+
+    Args:
+        model: the masked language model.
+        wanted: booleans `(batch, length)`.
+        inputs: what its `forward` takes.
+
+    Returns:
+        `(wanted positions, vocabulary)`.
+    """
+    output = model.get_output_embeddings()
+    if output is None:
+        return model(**inputs).logits[wanted]
+    handle = output.register_forward_pre_hook(lambda module, args: (args[0][wanted], *args[1:]))
+    try:
+        logits = model(**inputs).logits
+    finally:
+        handle.remove()
+    return logits if logits.dim() == 2 else logits[wanted]
+
+
+@torch.no_grad()
+def sample(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    """Draw a token from each softmax by inverting its distribution function.
+
+    Args:
+        logits: `(positions, vocabulary)`.
+        uniforms: `(positions,)` in [0, 1).
+        temperature: T.
+
+    Returns:
+        ids `(positions,)`; no gradient goes through them.
+    """
+    cumulated = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    at = (uniforms.to(cumulated) * cumulated[:, -1])[:, None]
+    return torch.searchsorted(cumulated, at, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def bare_model(config: Any) -> Any:
+    """A family's model without a head, and without a pooler where it has one that can be left out."""
+    import inspect
+
+    found = AutoModel._model_mapping[type(config)]
+    for cls in found if isinstance(found, tuple) else (found,):
+        if "add_pooling_layer" in inspect.signature(cls.__init__).parameters:
+            return AutoModel.from_config(config, add_pooling_layer=False)
+    return AutoModel.from_config(config)
+
+
+def hidden_width(config: Any) -> int:
+    """Width of the hidden states that a model of this configuration gives out."""
+    return int(getattr(config, "output_size", None) or config.hidden_size)
+
+
+def compose(generator: Any, discriminator: Any, *, shared: bool, temperature: float, weight: float) -> Any:
+    """A fresh generator and discriminator of two configurations.
+
+    Args:
+        generator, discriminator: their configurations.
+        shared: whether they share embeddings.
+        temperature: T.
+        weight: λ.
+    """
+    parts = {"generator": plain_config(generator), "discriminator": plain_config(discriminator)}
+    config = ReplacedTokenConfig(
+        parts=parts, tie_word_embeddings=shared, temperature=temperature, weight=weight,
+        initializer_range=getattr(discriminator, "initializer_range", 0.02),
+    )  # fmt: skip
+    return ReplacedTokenForPreTraining(config)
+
+
+register_composed(ReplacedTokenConfig, ReplacedTokenForPreTraining)
