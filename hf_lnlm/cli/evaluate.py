@@ -11,7 +11,6 @@ from typing import Any
 from ..data.sources import Documents
 from ..data.tokenizers import check_vocabulary
 from ..objectives import OBJECTIVES
-from ..objectives.families import direction_of, has_head
 from .console import print_json, table
 from .documents import Text, load_text, packed, source_name
 from .errors import UsageProblem
@@ -113,7 +112,7 @@ def default_goal(recipe: Recipe) -> str:
     config = load_config(recipe.model)
     auto = auto_class((getattr(config, "architectures", None) or [""])[0])
     for name, kind in OBJECTIVES.items():
-        if kind.auto_class == auto and kind.direction == direction_of(config) and has_head(config, auto):
+        if kind.loader() == auto and kind.fits(config):
             return name
     for name, task in TASKS.items():
         if task.auto_class == auto:
@@ -140,6 +139,7 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     make = _labelled if isinstance(goal, Task) else _text
     model, dataset, name = make(recipe, goal, tokenizer, config)
     check_vocabulary(tokenizer, model.config)
+    goal = goal.bound(model.config) if isinstance(goal, Task) else goal
     kept = {k: v for k, v in recipe.training.items() if k in ("per_device_eval_batch_size", "seed", "bf16", "use_cpu")}
     with tempfile.TemporaryDirectory() as scratch:
         arguments = LNLMTrainingArguments(
@@ -171,7 +171,7 @@ def _text(recipe: Recipe, goal: Any, tokenizer: Any, config: Any) -> tuple[Any, 
     check_positions(config, recipe.data.block_size)
     text = load_text(recipe, int(recipe.training.get("seed", 0)))
     held = text.documents.validation if text.documents.validation is not None else text.documents.train
-    model = load_model(recipe.model, goal.auto_class)
+    model = load_model(recipe.model, goal.loader())
     recipe.training.setdefault("per_device_train_batch_size", recipe.training.get("per_device_eval_batch_size", 8))
     recipe.training["carry_state"] = False
     dataset, _ = packed(recipe, goal, Text(Documents(held, None), text.name), tokenizer, model)
@@ -192,4 +192,4 @@ def _labelled(recipe: Recipe, goal: Task, tokenizer: Any, config: Any) -> tuple[
         options = head_options(config, tokenizer, recipe.model.labels)
     model = load_model(recipe.model, goal.auto_class, **options)
     named = recipe.data.validation if isinstance(recipe.data.validation, str) else recipe.data.source
-    return model, encoded(goal, held, recipe, tokenizer, model.config), source_name(named)
+    return model, encoded(goal.encode_held, held, recipe, tokenizer, model.config), source_name(named)

@@ -5,6 +5,7 @@ A family without a language-model head (a text CNN, say) is trained on labels fr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,9 @@ def label_order(recipe: Recipe, goal: Task, rows: LabelledRows) -> list[str]:
 def with_rows(recipe: Recipe, goal: Task, tokenizer: Any, model: Any, rows: LabelledRows) -> Parts:
     """Parts with `rows` as token ids."""
     data = recipe.data
-    train, held = (encoded(goal, part, recipe, tokenizer, model.config) for part in (rows.train, rows.validation))
+    train = encoded(goal.encode, rows.train, recipe, tokenizer, model.config)
+    held = encoded(goal.encode_held, rows.validation, recipe, tokenizer, model.config)
+    goal = goal.bound(model.config).weighted(train.rows)
     named = data.validation if isinstance(data.validation, str) else data.source
     return Parts(model, tokenizer, goal, train, held, measured_on=source_name(named))
 
@@ -307,12 +310,21 @@ def read_rows(recipe: Recipe, goal: Task) -> LabelledRows:
     return rows
 
 
-def encoded(goal: Task, rows: list[dict[str, Any]] | None, recipe: Recipe, tokenizer: Any, config: Any) -> Any:
-    """`rows` as a dataset of token ids, or None for None; says how many were cut."""
+def encoded(
+    encode: Callable[..., Any], rows: list[dict[str, Any]] | None, recipe: Recipe, tokenizer: Any, config: Any
+) -> Any:
+    """`rows` as a dataset of token ids, or None for None; says how many were cut.
+
+    Args:
+        encode: the task's `encode` or `encode_held`.
+        rows: as read.
+        recipe: names columns and the longest row.
+        tokenizer, config: of the model.
+    """
     if rows is None:
         return None
     length = int(recipe.data.block_size or LONGEST_ROW)
-    found, cut = goal.encode(rows, recipe.data, tokenizer, config, length)
+    found, cut = encode(rows, recipe.data, tokenizer, config, length)
     if cut:
         warn(f"{cut} of {len(rows)} rows are longer than data.block_size={length} tokens and were cut")
     return Rows(found)

@@ -11,6 +11,7 @@ from typing import Any
 from .errors import UsageProblem
 from .output import is_first_process, open_output, say, warn, write_recipe
 from .recipe import Recipe
+from .task import Task
 
 _BOOKKEEPING = ("runtime", "per_second", "epoch", "preparation_time", "peak", "alloc")
 
@@ -115,6 +116,7 @@ def train(parts: Parts, recipe: Recipe, command: str, resume: bool) -> dict[str,
         data_collator=parts.goal.collator(parts.tokenizer, arguments.seed, bookkeeping=True),
         processing_class=parts.tokenizer,
         objective=parts.goal,
+        compute_loss_func=parts.goal.loss_function() if isinstance(parts.goal, Task) else None,
     )
     open_output(folder, resume)
     describe(parts)
@@ -165,6 +167,9 @@ def save(trainer: Any, parts: Parts, recipe: Recipe, metrics: Mapping[str, float
         write_evaluation(folder, evaluation)
         say("\n" + "\n".join(f"{name:<14} {value:.5g}" for name, value in metrics.items()))
     write_card(folder, recipe.hub.repo_id, recipe.hub.license)
+    for part in getattr(model, "part_names", ()):  # each a checkpoint of its own
+        parts.tokenizer.save_pretrained(folder / part)
+        write_card(folder / part, license=recipe.hub.license)
     if recipe.lora.enabled and recipe.lora.merge:
         save_merged(model, parts.tokenizer, folder / "merged")
     say(f"saved to {folder}")

@@ -1,146 +1,56 @@
-"""Tasks with labels that `finetune` and `evaluate` know; a new one is a class here and a row of `TASKS`.
-
-A task has the same outside as an objective (`auto_class`, `collator`, `sums`, `summary`; its fields are its options),
-and besides it turns rows with labels into token ids.
-"""
+"""Tasks with labels that `finetune` and `evaluate` know; a new one is a class here or beside, and a row of `TASKS`."""
 
 from __future__ import annotations
 
 import bisect
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..data.labelled import Row, label_names
-from ..objectives.base import IGNORED, Batch, pad_id, pad_rows, require_labels
+from ..objectives.base import IGNORED
+from .classes import (
+    WeightedLoss,
+    class_metrics,
+    class_weights,
+    confusion_matrix,
+    entity_counts,
+    entity_kinds,
+    entity_metrics,
+)
 from .recipe import DataSection
+from .task import ClassWeights, Task, label_id, summed_nll, tells_texts_apart, words_of
 
 
 @dataclass(frozen=True)
-class Task(ABC):
-    """Base of the tasks.
-
-    Class attributes: `name`, `title`; `auto_class`, the Auto class that learns it; `lora_type`, peft's name for it;
-    `language`, whether the exponential of its loss is a perplexity.
-    """
-
-    name: ClassVar[str]
-    title: ClassVar[str]
-    auto_class: ClassVar[str]
-    lora_type: ClassVar[str]
-    language: ClassVar[bool] = False
-
-    @abstractmethod
-    def columns(self, data: DataSection) -> list[str]:
-        """Columns that every row must have, by the names that the recipe gives them."""
-
-    def labels(self, rows: Sequence[Row], data: DataSection) -> list[str]:
-        """Class names found in `rows`, in the order of their ids; empty for a task without classes."""
-        return []
-
-    def texts(self, rows: Sequence[Row], data: DataSection) -> Iterator[str]:
-        """All text of `rows`, for building a tokenizer."""
-        columns = [column for column in self.columns(data) if column not in (data.label_column, data.tags_column)]
-        return (
-            " ".join(_words(row[column])) if _is_list(row[column]) else str(row[column])
-            for row in rows
-            for column in columns
-        )
-
-    @abstractmethod
-    def encode(
-        self, rows: Sequence[Row], data: DataSection, tokenizer: Any, config: Any, length: int
-    ) -> tuple[list[Row], int]:
-        """Rows as token ids.
-
-        Args:
-            rows: as read.
-            data: names of the columns.
-            tokenizer: a fast tokenizer.
-            config: the model's, with its label map.
-            length: most tokens of a row.
-
-        Returns:
-            Encoded rows (`input_ids`, `labels`, …), and how many had to be cut.
-
-        Raises:
-            ValueError: naming the row and what is wrong with it.
-        """
-
-    def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> Callable[[Sequence[Row]], Batch]:
-        """A function from encoded rows to a batch padded on the right; nothing in it is random."""
-        return LabelledCollator(tokenizer, bookkeeping)
-
-    @abstractmethod
-    def sums(self, logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a batch adds to the metrics; tensors that are added over batches.
-
-        Args:
-            logits: `[batch, classes]` or `[batch, tokens, classes]`.
-            batch: the collator's.
-        """
-
-    @abstractmethod
-    def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Metrics of added-up sums."""
-
-
-@dataclass(frozen=True)
-class LabelledCollator:
-    """Pads `input_ids`, `token_type_ids` and (where it is a list) `labels` on the right.
+class ClassTask(Task):
+    """A task whose head has one logit a class.
 
     Args:
-        tokenizer: gives the pad token's id.
-        bookkeeping: unused; an objective's collator has it.
+        class_weights: what a class weighs in the training loss: `balanced`, or a weight by its name; None for equal
+            weights. What is measured is never weighted.
     """
 
-    tokenizer: Any
-    bookkeeping: bool = False
+    class_weights: ClassWeights = None
+    weights: tuple[float, ...] = field(default=(), init=False)
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
-        """A batch: integers `[batch, tokens]`, class labels `[batch]`."""
-        lengths = [len(row["input_ids"]) for row in rows]
-        uneven = len(set(lengths)) > 1
-        ids = pad_rows([row["input_ids"] for row in rows], pad_id(self.tokenizer, uneven))
-        batch = {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(pad_rows([np.ones(length, int) for length in lengths], 0)),
-        }
-        if "token_type_ids" in rows[0]:
-            batch["token_type_ids"] = torch.from_numpy(pad_rows([row["token_type_ids"] for row in rows], 0))
-        if isinstance(rows[0]["labels"], int):
-            batch["labels"] = torch.tensor([row["labels"] for row in rows])
-        else:
-            batch["labels"] = torch.from_numpy(pad_rows([row["labels"] for row in rows], IGNORED))
-            require_labels(batch["labels"].numpy(), batch["labels"].numel(), "no word of them has a token")
-        return batch
+    def weighted(self, rows: Sequence[Row]) -> Self:
+        """The task with the weights of its classes, from encoded training rows; itself where it has none."""
+        if self.class_weights is None:
+            return self
+        return self._with(weights=class_weights(self.class_weights, self.classes, rows))
 
-
-def _confusion(predicted: Tensor, wanted: Tensor, classes: int) -> Tensor:
-    """Counts `[classes, classes]`: row = label, column = prediction."""
-    return torch.bincount(wanted * classes + predicted, minlength=classes * classes).view(classes, classes).double()
-
-
-def _class_metrics(confusion: Tensor) -> dict[str, float]:
-    """Accuracy and macro F1 of a confusion matrix `[classes, classes]`; classes that don't occur are left out."""
-    right = confusion.diagonal()
-    total = confusion.sum(0) + confusion.sum(1)
-    occurring = total > 0
-    f1 = (2 * right[occurring] / total[occurring]).mean()
-    return {"accuracy": float(right.sum() / confusion.sum()), "macro_f1": float(f1)}
-
-
-def _nll(logits: Tensor, labels: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none").double().sum()
+    def loss_function(self) -> Callable[..., Tensor] | None:
+        """The weighted loss, or None where classes weigh the same."""
+        return WeightedLoss(self.weights) if self.weights else None
 
 
 @dataclass(frozen=True)
-class SequenceClassification(Task):
+class SequenceClassification(ClassTask):
     """One class for a text or a pair of texts."""
 
     name: ClassVar[str] = "sequence_classification"
@@ -161,13 +71,13 @@ class SequenceClassification(Task):
     ) -> tuple[list[Row], int]:
         """Rows `input_ids`, `labels` (a class id) and, for models that tell texts apart, `token_type_ids`."""
         encoded, cut = [], 0
-        kinds = getattr(config, "type_vocab_size", 0) > 1 and data.pair_column is not None
+        kinds = tells_texts_apart(config) and data.pair_column is not None
         for number, row in enumerate(rows, start=1):
             pair = str(row[data.pair_column]) if data.pair_column else None
             found = tokenizer(str(row[data.text_column]), pair, truncation=True, max_length=length, verbose=False)
             if not found["input_ids"]:
                 raise ValueError(f"row {number}: column {data.text_column!r} holds no text")
-            label = _label_id(row[data.label_column], config, number)
+            label = label_id(row[data.label_column], config, number)
             encoded.append({"input_ids": found["input_ids"], "labels": label})
             if kinds and "token_type_ids" in found:
                 encoded[-1]["token_type_ids"] = found["token_type_ids"]
@@ -177,23 +87,16 @@ class SequenceClassification(Task):
     def sums(self, logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Summed nll (nats) and confusion matrix `[classes, classes]`; `logits` is `[batch, classes]`."""
         labels = batch["labels"]
-        confusion = _confusion(logits.argmax(-1), labels, logits.shape[-1])
-        return {"nll": _nll(logits, labels), "confusion": confusion}
+        confusion = confusion_matrix(logits.argmax(-1), labels, logits.shape[-1])
+        return {"nll": summed_nll(logits, labels), "confusion": confusion}
 
     def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """`loss` (nats a text), `accuracy`, `macro_f1`."""
-        return {"loss": float(sums["nll"] / sums["confusion"].sum()), **_class_metrics(sums["confusion"])}
-
-
-def _label_id(value: Any, config: Any, number: int) -> int:
-    known = config.label2id
-    if str(value) not in known:
-        raise ValueError(f"row {number}: label {str(value)!r} is none of the training labels: {', '.join(known)}")
-    return int(known[str(value)])
+        return {"loss": float(sums["nll"] / sums["confusion"].sum()), **class_metrics(sums["confusion"])}
 
 
 @dataclass(frozen=True)
-class TokenClassification(Task):
+class TokenClassification(ClassTask):
     """One tag for each word of a text.
 
     Words are joined by spaces and tokenised as running text, as in pre-training; a word's first token predicts its tag.
@@ -215,7 +118,7 @@ class TokenClassification(Task):
 
     def labels(self, rows: Sequence[Row], data: DataSection) -> list[str]:
         """Tags that occur."""
-        return label_names(tag for row in rows for tag in _words(row[data.tags_column]))
+        return label_names(tag for row in rows for tag in words_of(row[data.tags_column]))
 
     def encode(
         self, rows: Sequence[Row], data: DataSection, tokenizer: Any, config: Any, length: int
@@ -223,13 +126,13 @@ class TokenClassification(Task):
         """Rows `input_ids` and `labels` (a tag's id at the first token of each word, −100 elsewhere)."""
         encoded, cut = [], 0
         for number, row in enumerate(rows, start=1):
-            words, tags = _words(row[data.tokens_column]), _words(row[data.tags_column])
+            words, tags = words_of(row[data.tokens_column]), words_of(row[data.tags_column])
             if len(words) != len(tags):
                 raise ValueError(f"row {number}: {len(words)} words but {len(tags)} tags")
             options = {"truncation": True, "max_length": length, "return_offsets_mapping": True, "verbose": False}
             found = tokenizer(" ".join(words), **options)
             owners = token_words(words, found["offset_mapping"])
-            ids = [_label_id(tag, config, number) for tag in tags]
+            ids = [label_id(tag, config, number) for tag in tags]
             labels = self._labels(owners, ids)
             if any(label != IGNORED for label in labels):
                 encoded.append({"input_ids": found["input_ids"], "labels": labels})
@@ -237,6 +140,12 @@ class TokenClassification(Task):
         if not encoded:
             raise ValueError(f"none of {len(rows)} rows has a word with a token")
         return encoded, cut
+
+    def encode_held(
+        self, rows: Sequence[Row], data: DataSection, tokenizer: Any, config: Any, length: int
+    ) -> tuple[list[Row], int]:
+        """Rows with one label a word, at its first token: words are measured, not their pieces."""
+        return replace(self, label_all_pieces=False).encode(rows, data, tokenizer, config, length)
 
     def _labels(self, owners: Sequence[int], ids: Sequence[int]) -> list[int]:
         first = [word >= 0 and (index == 0 or owners[index - 1] != word) for index, word in enumerate(owners)]
@@ -247,20 +156,27 @@ class TokenClassification(Task):
         """Summed nll and confusion matrix over predicted words; `logits` is `[batch, tokens, tags]`."""
         counted = batch["labels"] != IGNORED
         chosen, labels = logits[counted], batch["labels"][counted]
-        return {"nll": _nll(chosen, labels), "confusion": _confusion(chosen.argmax(-1), labels, logits.shape[-1])}
+        confusion = confusion_matrix(chosen.argmax(-1), labels, logits.shape[-1])
+        return {"nll": summed_nll(chosen, labels), "confusion": confusion, **self._entities(logits, batch["labels"])}
+
+    def _entities(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Counts of entities `[kinds, 3]`, if the tags make up any."""
+        kinds = entity_kinds(self.classes)
+        if not kinds:
+            return {}
+        counts = torch.zeros(len(kinds), 3, dtype=torch.float64)
+        for guesses, facts in zip(logits.argmax(-1).tolist(), labels.tolist()):
+            pairs = [(self.classes[guess], self.classes[fact]) for guess, fact in zip(guesses, facts) if fact >= 0]
+            counts += entity_counts([guess for guess, _ in pairs], [fact for _, fact in pairs], kinds)
+        return {"entities": counts.to(logits.device)}
 
     def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """`loss` (nats a word), `accuracy`, `macro_f1` over words."""
-        return {"loss": float(sums["nll"] / sums["confusion"].sum()), **_class_metrics(sums["confusion"])}
+        """`loss` (nats a word), `accuracy`, `macro_f1` over words; of entities `precision`, `recall` and `f1`.
 
-
-def _is_list(value: Any) -> bool:
-    return not isinstance(value, str) and hasattr(value, "__iter__")
-
-
-def _words(value: Any) -> list[str]:
-    """A list of words from a list, or from text with spaces (CSV has no lists)."""
-    return value.split() if isinstance(value, str) else [str(item) for item in value]
+        An entity counts as right if its kind, its first and its last word are (CoNLL's rule).
+        """
+        found = {"loss": float(sums["nll"] / sums["confusion"].sum()), **class_metrics(sums["confusion"])}
+        return found | (entity_metrics(sums["entities"]) if "entities" in sums else {})
 
 
 def token_words(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[int]:
@@ -329,7 +245,7 @@ class TextToText(Task):
         counted = labels != IGNORED
         right = (logits.argmax(-1) == labels) & counted
         return {
-            "nll": _nll(logits[counted], labels[counted]),
+            "nll": summed_nll(logits[counted], labels[counted]),
             "tokens": counted.sum().double(),
             "correct": right.sum().double(),
             "whole": (right.sum(-1) == counted.sum(-1)).sum().double(),
