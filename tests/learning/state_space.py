@@ -6,8 +6,8 @@
 * Parity (arXiv 2603.15569, table 5): lengths up to 40, tested at 256; mamba3 beside mamba2.
 
 Every run has a fixed seed and stops when its CPU seconds (process time of training itself, one thread) are spent or its
-accuracy on fresh rows of the training length is reached. `--stock` gives stock Mamba the same seconds on the
-induction task (it takes most of them for a few steps).
+accuracy on fresh rows is reached. `--into FILE` adds each finished run to a report. `--stock` gives stock Mamba the same
+seconds on the induction task.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.utils.data import IterableDataset
 from transformers import MambaConfig, MambaForCausalLM, TrainerCallback
 
@@ -197,49 +199,63 @@ def train(model: Any, recipe: Recipe, seed: int) -> dict[str, Any]:
         trainer.train()
     found = {length: round(accuracy(model, recipe.draw, length, 128), 4) for length in recipe.tests}
     passed = all(found[length] >= bar for length, bar in recipe.tests.items())
-    return {"seed": seed, "accuracy": found, "passed": passed, "steps": trainer.state.global_step,
+    return {"accuracy": found, "passed": passed, "steps": trainer.state.global_step,
             "cpu_seconds": round(watch.spent, 1), "curve": watch.curve}  # fmt: skip
 
 
-def prove(recipe: Recipe, seeds: tuple[int, ...], stock: bool = False) -> dict[str, Any]:
-    """All seeds of a recipe; passed if all but one are."""
-    runs = []
+def build(recipe: Recipe, seed: int, stock: bool) -> Any:
+    """A fresh model: ours, or stock Mamba of the same size."""
+    torch.manual_seed(seed)
+    if stock:
+        return MambaForCausalLM(MambaConfig(**recipe.fields, use_cache=False))
+    return SelectiveSSMForCausalLM(SelectiveSSMConfig(**recipe.fields, use_cache=False))
+
+
+def prove(recipe: Recipe, seeds: list[int], stock: bool, report: dict[str, Any], save: Callable[[], None]) -> None:
+    """Run some seeds of a recipe and put them into the report; a proof is passed if all but one of its seeds are."""
+    name = recipe.name + (", stock Mamba" if stock else "")
+    row = report["rows"].setdefault(name, {})
+    row |= {"bars": {str(length): bar for length, bar in recipe.tests.items()}, "limit_cpu_seconds": recipe.seconds}
+    runs = row.setdefault("runs", {})
     for seed in seeds:
-        torch.manual_seed(seed)
-        if stock:
-            model: Any = MambaForCausalLM(MambaConfig(**recipe.fields, use_cache=False))
-        else:
-            model = SelectiveSSMForCausalLM(SelectiveSSMConfig(**recipe.fields, use_cache=False))
-        runs.append(train(model, recipe, seed))
-    return {
-        "name": recipe.name + (", stock Mamba" if stock else ""),
-        "bars": recipe.tests,
-        "limit_cpu_seconds": recipe.seconds,
-        "passed": sum(run["passed"] for run in runs) >= max(1, len(seeds) - 1),
-        "runs": runs,
-    }
+        runs[str(seed)] = train(build(recipe, seed, stock), recipe, seed)
+        row["passed"] = sum(run["passed"] for run in runs.values()) >= max(2, len(runs) - 1)
+        save()
+
+
+def read_report(path: Path | None) -> dict[str, Any]:
+    """The report so far: runs of other recipes and seeds stay in it."""
+    report = json.loads(path.read_text()) if path is not None and path.exists() else {"rows": {}}
+    stamp = {"date": time.strftime("%Y-%m-%d"), "command": "python -m tests.learning.state_space --json"}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {**stamp, **versions, "python": platform.python_version(), "rows": report["rows"]}
 
 
 def main() -> None:
     """Run the proofs asked for and print the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="run the proofs whose name contains this")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS))
-    parser.add_argument("--stock", action="store_true", help="also give stock Mamba the induction task's seconds")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--stock", action="store_true", help="train stock Mamba instead, on the induction task")
+    parser.add_argument("--into", type=Path, help="file that every finished run is added to")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    seeds = tuple(range(given.seeds))
-    rows = [prove(recipe, seeds) for recipe in RECIPES if given.only in recipe.name]
-    if given.stock:
-        rows.append(prove(RECIPES[0], seeds[:1], stock=True))
+    report = read_report(given.into)
+
+    def save() -> None:
+        if given.into is not None:
+            given.into.write_text(json.dumps(report, indent=1) + "\n")
+
+    for recipe in RECIPES[:1] if given.stock else RECIPES:
+        if given.only in recipe.name:
+            prove(recipe, given.seeds, given.stock, report, save)
     if given.json:
-        stamp = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "python": platform.python_version()}
-        print(json.dumps({**stamp, "rows": rows}, indent=1))
+        print(json.dumps(report, indent=1))
         return
-    for row in rows:
-        for run in row["runs"]:
-            print(f"{row['name']:<32} seed {run['seed']} {run['accuracy']} {run['cpu_seconds']} s {run['passed']}")
+    for name, row in report["rows"].items():
+        for seed, run in row["runs"].items():
+            print(f"{name:<32} seed {seed} {run['accuracy']} {run['cpu_seconds']} s {run['passed']}")
 
 
 if __name__ == "__main__":
