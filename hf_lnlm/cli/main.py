@@ -180,6 +180,23 @@ def push(
     _call("push", "push", locals())
 
 
+plots = typer.Typer(help="Draw pictures of what a model does.", no_args_is_help=True)
+app.add_typer(plots, name="plot")
+
+
+@plots.command("addressing")
+def plot_addressing(
+    checkpoint: Checkpoint,
+    task: Annotated[str, typer.Option(help="An algorithmic task: copy, repeat_copy, associative_recall …")] = "copy",
+    size: Annotated[int | None, typer.Option(help="The row's size; the longest of training by default.")] = None,
+    output: Annotated[str, typer.Option(help="The picture: .png, .pdf, .svg or .jpg.")] = "addressing.png",
+    layer: Annotated[int, typer.Option(help="Which layer's memory, from 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the row.")] = 0,
+) -> None:
+    """Where a Turing machine or neural computer reads and writes while it works on one row of a task."""
+    _call("plot", "plot_addressing", locals())
+
+
 @app.command()
 def demo(
     all_families: Annotated[
