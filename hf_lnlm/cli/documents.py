@@ -106,17 +106,14 @@ def packed(recipe: Recipe, goal: Any, text: Text, tokenizer: Any, model: Any) ->
     """
     data = recipe.data
     if data.mode == "auto":
-        carries = getattr(model, "_is_stateful", False) and goal.direction == "forward" and not data.streaming
-        data.mode = "lanes" if carries and _is_purely_recurrent(model) else "blocks"
+        carries = goal.takes_lanes(model) and not data.streaming
+        data.mode = "lanes" if carries and (goal.direction != "forward" or _is_purely_recurrent(model)) else "blocks"
     if data.mode == "lanes":
         return _lanes(recipe, goal, text, tokenizer, model)
-    from ..data.blocks import PackedBlocks, PackedStream
-
-    kind: Any = PackedStream if data.streaming else PackedBlocks
-    options = goal.packing(tokenizer, data.block_size) | {"frame": data.frame}
+    options = {"length": data.block_size, "frame": data.frame}
     held = text.documents.validation
-    train = kind(text.documents.train, tokenizer, **options)
-    return train, None if held is None else _validation(lambda: kind(held, tokenizer, **options))
+    train = goal.rows(text.documents.train, tokenizer, **options)
+    return train, None if held is None else _validation(lambda: goal.rows(held, tokenizer, **options))
 
 
 def _validation(make: Callable[[], Any]) -> Any:
@@ -140,10 +137,13 @@ def _lanes(recipe: Recipe, goal: Any, text: Text, tokenizer: Any, model: Any) ->
     from ..data.lanes import Lanes
 
     data, arguments = recipe.data, recipe.training
-    if data.streaming or goal.direction != "forward":
-        raise UsageProblem("data.mode=lanes goes with a causal objective and without data.streaming")
-    if not getattr(model, "_is_stateful", False):
-        raise UsageProblem(f"data.mode=lanes needs a model that carries state; {model.config.model_type} has none")
+    if data.streaming:
+        raise UsageProblem("data.mode=lanes goes without data.streaming")
+    if not goal.takes_lanes(model):
+        raise UsageProblem(
+            f"data.mode=lanes needs an objective and a model that carries state; {goal.name} with "
+            f"{model.config.model_type} has none"
+        )
     arguments |= {"carry_state": True, "train_sampling_strategy": "sequential", "dataloader_drop_last": True}
     processes = world_size()
     options: dict[str, Any] = {"frame": data.frame}

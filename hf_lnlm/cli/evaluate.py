@@ -112,7 +112,7 @@ def default_goal(recipe: Recipe) -> str:
     config = load_config(recipe.model)
     auto = auto_class((getattr(config, "architectures", None) or [""])[0])
     for name, kind in OBJECTIVES.items():
-        if kind.loader() == auto and kind.fits(config):
+        if kind.loader(config) == auto and kind.fits(config) and not kind.composes(config):
             return name
     for name, task in TASKS.items():
         if task.auto_class == auto:
@@ -171,7 +171,7 @@ def _text(recipe: Recipe, goal: Any, tokenizer: Any, config: Any) -> tuple[Any, 
     check_positions(config, recipe.data.block_size)
     text = load_text(recipe, int(recipe.training.get("seed", 0)))
     held = text.documents.validation if text.documents.validation is not None else text.documents.train
-    model = load_model(recipe.model, goal.loader())
+    model = load_model(recipe.model, goal.loader(config))
     recipe.training.setdefault("per_device_train_batch_size", recipe.training.get("per_device_eval_batch_size", 8))
     recipe.training["carry_state"] = False
     dataset, _ = packed(recipe, goal, Text(Documents(held, None), text.name), tokenizer, model)

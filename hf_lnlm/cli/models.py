@@ -118,7 +118,7 @@ def load_config(section: ModelSection) -> Any:
     try:
         return AutoConfig.from_pretrained(name, revision=section.revision, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UsageProblem(_load_problem(name, error)) from None
+        raise UsageProblem(load_problem(name, error)) from None
 
 
 def _check_place(name: str) -> None:
@@ -132,7 +132,8 @@ def _check_place(name: str) -> None:
         raise UsageProblem(f"no such checkpoint folder: {name}")
 
 
-def _load_problem(name: str, error: Exception) -> str:
+def load_problem(name: str, error: Exception) -> str:
+    """One line that says why the checkpoint `name` can't be loaded, made of what transformers raised."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in str(error):
         return f"{name} carries Python code of its own: read it, then allow it with --trust-remote-code"
@@ -177,7 +178,19 @@ def load_model(section: ModelSection, auto_class: str, **options: Any) -> Any:
             say(f"new        {', '.join(fresh[:4])}{' …' if len(fresh) > 4 else ''} (not in {name})")
         return model
     except (OSError, ValueError, RuntimeError) as error:
-        raise UsageProblem(_load_problem(name, error)) from None
+        raise UsageProblem(load_problem(name, error)) from None
+
+
+def load_main_part(section: ModelSection, model: Any) -> Any:
+    """Give a fresh composed model the checkpoint's weights in its main part; returns the model.
+
+    Args:
+        section: names the checkpoint.
+        model: composed, its main part of the checkpoint's configuration.
+    """
+    base = load_model(section, "AutoModel")
+    getattr(model, model.config.main_part).base_model.load_state_dict(base.state_dict(), strict=False)
+    return model
 
 
 def load_tokenizer(place: str, section: ModelSection | None = None) -> Any:

@@ -8,10 +8,9 @@ from typing import Any
 
 from ..data.tokenizers import KINDS, build_tokenizer, check_vocabulary
 from ..objectives import OBJECTIVES, objective
-from ..objectives.families import direction_of, has_head
 from .documents import load_text, packed
 from .errors import UsageProblem, did_you_mean, unknown_name
-from .models import load_config, load_model, load_tokenizer, new_config, new_model
+from .models import load_config, load_main_part, load_model, load_tokenizer, new_config
 from .output import check_output, check_unchanged, plain_when_piped
 from .recipe import RECIPE_FILE, Recipe, field_types, load_recipe, typed_section
 from .run import Parts, output_folder, publish, seed_everything, train
@@ -126,7 +125,7 @@ def default_objective(recipe: Recipe) -> str:
     else:
         config = stock_config_class(str(recipe.model.family))()
     for name, kind in OBJECTIVES.items():
-        if kind.direction == direction_of(config) and has_head(config, kind.auto_class):
+        if kind.fits(config):
             return name
     raise UsageProblem(
         f"{config.model_type} has no head that learns from text alone; "
@@ -157,10 +156,12 @@ def pretraining_parts(recipe: Recipe) -> Parts:
     check_vocabulary(tokenizer, config)
     check_positions(config, recipe.data.block_size)
     seed_everything(recipe)
-    if recipe.model.checkpoint is not None:
-        model = load_model(recipe.model, goal.auto_class)
+    if recipe.model.checkpoint is None:
+        model = goal.build(config)
+    elif goal.composes(config):
+        model = load_main_part(recipe.model, goal.build(config))
     else:
-        model = new_model(config, goal.auto_class)
+        model = load_model(recipe.model, goal.loader(config))
     datasets = packed(recipe, goal, text, tokenizer, model)
     return Parts(model, tokenizer, goal, *datasets, measured_on=text.name)
 

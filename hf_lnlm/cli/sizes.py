@@ -18,6 +18,7 @@ STOCK_FAMILIES = {
     "roberta": "RoBERTa",
     "albert": "ALBERT",
     "electra": "ELECTRA",
+    "xlnet": "XLNet",
     "t5": "T5",
 }
 """Stock families that the shipped recipes and `hf-lnlm list` name; every other model type works too."""

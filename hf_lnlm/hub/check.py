@@ -354,7 +354,8 @@ def _model_class(folder: Folder, config: Any, name: str) -> Any:
 
         reference = next((value for value in _auto_map_values(config.auto_map) if value.endswith(f".{name}")), None)
         return get_class_from_dynamic_module(reference, str(folder.path)) if reference else None
-    return getattr(transformers, name, None)
+    composed = transformers.AutoModelForPreTraining._model_mapping.get(type(config), None)
+    return getattr(transformers, name, None) or (composed if getattr(composed, "__name__", "") == name else None)
 
 
 def _load_findings(folder: Folder, name: str) -> Iterator[Finding]:

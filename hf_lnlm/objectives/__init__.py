@@ -7,17 +7,23 @@ from dataclasses import fields
 from typing import Any
 
 from .base import Objective
+from .bidirectional import BidirectionalObjective
 from .causal import CausalObjective
 from .masked import MaskedObjective
+from .next_sentence import NextSentenceObjective
+from .permutation import PermutationObjective
 from .replaced_token import ReplacedTokenObjective
+from .sentence_order import SentenceOrderObjective
 from .span import SpanObjective
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    kind.name: kind for kind in (CausalObjective, MaskedObjective, SpanObjective, ReplacedTokenObjective)
-}
+_KINDS = (
+    *(CausalObjective, MaskedObjective, SpanObjective, ReplacedTokenObjective, PermutationObjective),
+    *(SentenceOrderObjective, NextSentenceObjective, BidirectionalObjective),
+)
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in _KINDS}
 """Name → class; a new objective is one file and one entry."""
 
-__all__ = ["OBJECTIVES", "Objective", "objective"]
+__all__ = ["OBJECTIVES", "Objective", "objective", "table"]
 
 
 def objective(name: str, **options: Any) -> Objective:
@@ -43,3 +49,20 @@ def objective(name: str, **options: Any) -> Objective:
 def _hint(word: str, known: Any) -> str:
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def table() -> str:
+    """The table of objectives and families in Markdown, from the registry and the stock families that are covered.
+
+    A mark says that the family learns the objective, in one of its reading directions.
+    """
+    from ..registry import FAMILIES
+    from .families import STOCK, stock_config, variants
+
+    kinds = {row.model_type: variants(row) for row in FAMILIES} | {name: [stock_config(name)] for name in STOCK}
+    lines = ["| | " + " | ".join(f"`{name}`" for name in OBJECTIVES) + " |", "|---" * (len(OBJECTIVES) + 1) + "|"]
+    for name, configs in kinds.items():
+        marks = ["✓" if any(kind.fits(config) for config in configs) else "" for kind in OBJECTIVES.values()]
+        if any(marks):
+            lines.append(f"| `{name}` | " + " | ".join(marks) + " |")
+    return "\n".join(lines)

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.blocks import pack
 from .families import Direction, direction_of, fitting_models, has_head
 
 IGNORED = -100
@@ -52,10 +53,8 @@ class Objective(ABC):
     """How a model must read: `forward`, `both` or `encoder-decoder`."""
     shifted: ClassVar[bool] = False
     """Whether the label of a position is predicted by the position before it."""
-    trained_class: ClassVar[str] = ""
-    """The Auto class that loads what was trained, where it isn't `auto_class`."""
-    composes: ClassVar[bool] = False
-    """Whether the trained model is made of several."""
+    composed_type: ClassVar[str] = ""
+    """`model_type` of the model that is made of several, for objectives that train one."""
     language: ClassVar[bool] = True
     """Whether the exponential of its loss is a perplexity."""
     logs_metrics: ClassVar[bool] = False
@@ -63,13 +62,29 @@ class Objective(ABC):
 
     @classmethod
     def fits(cls, config: Any) -> bool:
+        """Whether models of this configuration learn the objective, or were made for it."""
+        if cls.composed_type and config.model_type == cls.composed_type:
+            return True
+        return not isinstance(getattr(config, "parts", None), dict) and cls.learns(config)
+
+    @classmethod
+    def learns(cls, config: Any) -> bool:
         """Whether models of this configuration learn the objective."""
         return direction_of(config) == cls.direction and has_head(config, cls.auto_class)
 
     @classmethod
-    def loader(cls) -> str:
-        """The Auto class that loads what was trained."""
-        return cls.trained_class or cls.auto_class
+    def composes(cls, config: Any) -> bool:
+        """Whether a model made of several is built around this configuration, instead of one with a single head."""
+        return bool(cls.composed_type) and config.model_type != cls.composed_type
+
+    @classmethod
+    def loader(cls, config: Any) -> str:
+        """The Auto class that loads a trained model of this configuration."""
+        return "AutoModelForPreTraining" if cls.composed_type == config.model_type else cls.auto_class
+
+    def takes_lanes(self, model: Any) -> bool:
+        """Whether a model's state is carried from batch to batch, over contiguous lanes."""
+        return self.direction == "forward" and bool(getattr(model, "_is_stateful", False))
 
     def build(self, config: Any) -> Any:
         """A model with fresh weights that learns this objective; draws from torch's global generator.
@@ -123,6 +138,20 @@ class Objective(ABC):
     def packing(self, tokenizer: Any, length: int) -> dict[str, Any]:
         """Keyword arguments for `PackedBlocks` and `PackedStream` so that the model's input has `length` tokens."""
         return {"length": self.raw_length(length)}
+
+    def rows(self, documents: Any, tokenizer: Any, length: int, **options: Any) -> Any:
+        """A dataset of the rows that `collator` takes.
+
+        Args:
+            documents: Rows with a `text`: a `datasets.Dataset`, or anything without a length to read as it comes.
+            tokenizer: The run's tokenizer.
+            length: Tokens of the model's input.
+            options: `frame` and the like, for packing.
+
+        Raises:
+            ValueError: There is too little text for one row.
+        """
+        return pack(documents, tokenizer, **{**self.packing(tokenizer, length), **options})
 
     @abstractmethod
     def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> Callable[[Sequence[Row]], Batch]:

@@ -56,11 +56,23 @@ def fitting_models(objective: Any) -> list[str]:
     return own + [name for name in STOCK if objective.fits(stock_config(name))]
 
 
+def reading(row: Any) -> dict[str, dict[str, Any]]:
+    """The reading directions that a family of ours has: a name for it → the config fields that choose it.
+
+    Args:
+        row: Its row of the registry.
+    """
+    found: dict[str, dict[str, Any]] = {"": {}}
+    if row.bidirectional:
+        found[", both ways"] = row.bidirectional
+    if hasattr(row.config_class, "is_decoder"):
+        found[", decoder"] = {"is_decoder": True}
+    return found
+
+
 def variants(row: Any) -> list[Any]:
-    """Configurations of a family of ours: as it is by default, and reading both ways if it can."""
-    plain = row.config_class(**row.sizes["tiny"])
-    both = [row.config_class(**{**row.sizes["tiny"], **row.bidirectional})] if row.bidirectional else []
-    return [plain, *both]
+    """Configurations of a family of ours, one for each of its reading directions."""
+    return [row.config_class(**{**row.sizes["tiny"], **fields}) for fields in reading(row).values()]
 
 
 def stock_config(name: str) -> Any:
@@ -68,3 +80,15 @@ def stock_config(name: str) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.for_model(name)
+
+
+def accepts(config: Any, auto_class: str, *arguments: str) -> bool:
+    """Whether the model that an Auto class of transformers has for a configuration takes some arguments."""
+    import inspect
+
+    import transformers
+
+    if type(config) not in (mapping := getattr(transformers, auto_class)._model_mapping):
+        return False
+    known = inspect.signature(mapping[type(config)].forward).parameters
+    return all(name in known for name in arguments)

@@ -3,6 +3,8 @@
 [1] Devlin et al. 2019, "BERT: Pre-training of deep bidirectional transformers", §3.1 and appendix A.1.
 [2] Liu et al. 2019, "RoBERTa", §4.1 (dynamic masks), §4.2 (full sentences, no next-sentence prediction).
 [3] Whole-word masking: README of google-research/bert, 2019.
+[4] Lan et al. 2020, "ALBERT: A lite BERT", §3.1 (n-gram masking, equation 1).
+[5] Joshi et al. 2020, "SpanBERT: Improving pre-training by representing and predicting spans", §3.1.
 
 A share `rate` of a row's tokens is chosen; of the chosen 80 % are replaced by the mask token, 10 % by a random word and
 10 % stay. Special tokens are neither chosen nor used as random words.
@@ -10,13 +12,17 @@ A share `rate` of a row's tokens is chosen; of the chosen 80 % are replaced by t
 Deviations: the number chosen in a row is `rate · tokens` rounded up or down at random so that its mean is exact (BERT
 rounds down, at most 20 of 128), and at least one. With whole words the 80/10/10 draw is made once a word, not once a
 piece, so that no piece of a word is left that tells its other pieces.
+
+Spans are of whole words, start at random words and don't cross special tokens. Their lengths follow p(n) = (1/n) / Σ 1/k
+up to 3 words [4], or a geometric distribution with p = 0.2 up to 10 words, 3.8 on average [5]. They are taken until the
+budget is spent; one that would exceed it is shortened. The 80/10/10 draw is made once a span, as in [5] ([4]: a piece).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -47,6 +53,9 @@ class MaskedObjective(Objective):
         copies: Number of static masks of a row (BERT's `dupe_factor`); used only with `dynamic=False`.
         mask_share: Share of the chosen that the mask token replaces.
         random_share: Share of the chosen that a random word replaces.
+        spans: `none`; `ngram`, as ALBERT masks [4]; or `geometric`, as SpanBERT does [5]. Rows need `word_ids`.
+        max_span: Longest span in words; 3 for `ngram` and 10 for `geometric` if None.
+        span_p: Parameter of the geometric distribution, between 0 and 1.
     """
 
     name: ClassVar[str] = "masked"
@@ -61,6 +70,9 @@ class MaskedObjective(Objective):
     copies: int = 10
     mask_share: float = 0.8
     random_share: float = 0.1
+    spans: Literal["none", "ngram", "geometric"] = "none"
+    max_span: int | None = None
+    span_p: float = 0.2
 
     def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
@@ -70,6 +82,19 @@ class MaskedObjective(Objective):
         shares = (self.mask_share, self.random_share)
         if min(shares) < 0 or sum(shares) > 1:
             raise ValueError(f"mask_share and random_share must be 0 or more and sum to 1 at most, got {shares}")
+        if self.spans not in ("none", "ngram", "geometric"):
+            raise ValueError(f"spans must be one of none, ngram, geometric, got {self.spans!r}")
+        if self.max_span is not None and self.max_span < 1:
+            raise ValueError(f"max_span must be 1 or more, got {self.max_span}")
+        if not 0 < self.span_p < 1:
+            raise ValueError(f"span_p must lie between 0 and 1 (exclusive), got {self.span_p}")
+
+    def span_lengths(self) -> np.ndarray:
+        """Probability of a span of 1, 2, … words, `[longest]`."""
+        longest = self.max_span or (3 if self.spans == "ngram" else 10)
+        words = np.arange(1, longest + 1)
+        weights = 1 / words if self.spans == "ngram" else (1 - self.span_p) ** (words - 1)
+        return weights / weights.sum()
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Refuses a tokenizer without a mask token."""
@@ -77,7 +102,12 @@ class MaskedObjective(Objective):
 
     def packing(self, tokenizer: Any, length: int) -> dict[str, Any]:
         """Rows of `length` tokens, cls and sep included as far as the tokenizer has them; word numbers if needed."""
-        return {"length": length, "words": self.whole_word, **framed(tokenizer)}
+        return {"length": length, "words": self.by_words, **framed(tokenizer)}
+
+    @property
+    def by_words(self) -> bool:
+        """Whether whole words are chosen."""
+        return self.whole_word or self.spans != "none"
 
     def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> MaskedCollator:
         """Makes batches with masks keyed by (seed, epoch, example_id)."""
@@ -142,7 +172,12 @@ class MaskedCollator:
         rank, action, draws = random.random(len(ids)), random.random(len(ids)), random.random(2)
         words = self.words[random.integers(len(self.words), size=len(ids))]
         groups = self._groups(row, len(ids))
-        chosen = choose(groups, free, rank, options.rate, draws)
+        if options.spans == "none":
+            chosen = choose(groups, free, rank, options.rate, draws)
+        else:
+            odds = options.span_lengths()
+            lengths = 1 + random.choice(len(odds), p=odds, size=len(ids))
+            chosen, groups = choose_spans(groups, free, rank, lengths, int(options.rate * free.sum() + draws[0]))
         action = action[groups]
         masked = chosen & (action < options.mask_share)
         replaced = chosen & ~masked & (action < options.mask_share + options.random_share)
@@ -151,10 +186,12 @@ class MaskedCollator:
     def _groups(self, row: Row, length: int) -> np.ndarray:
         """What is chosen together: for each token the first index of its word, or its own index, `[tokens]`."""
         own = np.arange(length)
-        if not self.objective.whole_word:
+        if not self.objective.by_words:
             return own
         if "word_ids" not in row:
-            raise ValueError(f"whole_word=True needs rows with word_ids (words=True when packing), got {sorted(row)}")
+            raise ValueError(
+                f"whole words and spans need rows with word_ids (words=True when packing), got {sorted(row)}"
+            )
         return word_groups(np.asarray(row["word_ids"]))
 
 
@@ -219,3 +256,42 @@ def choose(groups: np.ndarray, free: np.ndarray, rank: np.ndarray, rate: float, 
     flags = np.zeros(len(groups), bool)
     flags[heads[order[taken]]] = True
     return flags[groups]
+
+
+def choose_spans(
+    groups: np.ndarray, free: np.ndarray, rank: np.ndarray, lengths: np.ndarray, budget: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses spans of words, from random words on, until the budget is spent.
+
+    Args:
+        groups: First index of each token's word, `[tokens]`.
+        free: Tokens that may be chosen, bool `[tokens]`; a word with one that may not be ends a span.
+        rank: Random order, `[tokens]`; a word's rank is that of its first token.
+        lengths: Words of a span that begins at each token, `[tokens]`.
+        budget: Tokens to choose, at most; if no word is as small as that, the smallest word is chosen.
+
+    Returns:
+        Chosen tokens, bool `[tokens]`, and the first index of each token's span, or of its word, `[tokens]`.
+    """
+    sizes = np.bincount(groups, minlength=len(groups))
+    usable = (sizes > 0) & (np.bincount(groups, weights=free, minlength=len(groups)) == sizes)
+    chosen, units = np.zeros(len(groups), bool), groups.copy()
+    heads = np.flatnonzero(usable)
+    for head in heads[np.argsort(rank[heads], kind="stable")]:
+        end = _end_of_span(head, lengths[head], sizes, usable & ~chosen, budget - int(chosen.sum()))
+        chosen[head:end] = True
+        units[head:end] = head
+    if len(heads) and not chosen.any():
+        head = heads[np.argmin(sizes[heads])]
+        chosen[head : head + sizes[head]] = True
+    return chosen, units
+
+
+def _end_of_span(head: int, words: int, sizes: np.ndarray, usable: np.ndarray, budget: int) -> int:
+    """Where a span of so many words ends, cut short by a word that is taken or doesn't fit the budget."""
+    end = head
+    for _ in range(words):
+        if end >= len(sizes) or not usable[end] or end + sizes[end] - head > budget:
+            break
+        end += sizes[end]
+    return end

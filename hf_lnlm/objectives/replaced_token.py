@@ -54,8 +54,7 @@ class ReplacedTokenObjective(Objective):
     paper: ClassVar[str] = "Clark et al. 2020"
     auto_class: ClassVar[str] = "AutoModelForMaskedLM"
     direction: ClassVar[Direction] = "both"
-    trained_class: ClassVar[str] = "AutoModelForPreTraining"
-    composes: ClassVar[bool] = True
+    composed_type: ClassVar[str] = "lnlm_replaced_token"
     language: ClassVar[bool] = False
     logs_metrics: ClassVar[bool] = True
 
@@ -75,11 +74,6 @@ class ReplacedTokenObjective(Objective):
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if self.weight < 0:
             raise ValueError(f"weight must be 0 or more, got {self.weight}")
-
-    @classmethod
-    def fits(cls, config: Any) -> bool:
-        """An encoder with a masked language model's head, or generator and discriminator that are together already."""
-        return config.model_type == "lnlm_replaced_token" or super().fits(config)
 
     def check(self, config: Any, tokenizer: Any) -> None:
         """As for every objective; an encoder without that head will do as the discriminator of another generator."""
@@ -108,7 +102,7 @@ class ReplacedTokenObjective(Objective):
         """
         from .replaced_token_model import ReplacedTokenForPreTraining, compose
 
-        if config.model_type == "lnlm_replaced_token":
+        if config.model_type == self.composed_type:
             return ReplacedTokenForPreTraining(config)
         return compose(
             self.generator_config(config), config, shared=self.share_embeddings, temperature=self.temperature,

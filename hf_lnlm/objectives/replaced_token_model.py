@@ -273,7 +273,9 @@ class ReplacedTokenForPreTraining(ComposedModel):
         if not isinstance(table, ProjectedEmbedding):
             return part
         alone = AutoModelForMaskedLM.from_config(self.config.part(name)).to(part.dtype)
-        projected = [n for n, module in part.named_modules() if isinstance(module, (ProjectedEmbedding, ProjectedOutput))]
+        projected = [
+            n for n, module in part.named_modules() if isinstance(module, (ProjectedEmbedding, ProjectedOutput))
+        ]
         wide = {f"{n}.{tensor}" for n in projected for tensor in ("weight", "projection.weight")}
         own = {key: value for key, value in part.state_dict().items() if key not in wide}
         own[f"{name_of(table, part)}.weight"] = table.folded().detach()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from .randomness import kept_random_state
@@ -46,6 +46,14 @@ class CarriedState:
 
     def __init__(self) -> None:
         self.cache: Any = None  # a DynamicCache whose layers are recurrent states
+
+    def arguments(self, model: Any, rows: int, reset: torch.Tensor | None = None) -> dict[str, Any]:
+        """Return what `forward` is given of it; see `start`."""
+        return {"past_key_values": self.start(model, rows, reset), "use_cache": True}
+
+    def keep_from(self, outputs: Any) -> None:
+        """Take the state out of a batch's outputs; see `keep`."""
+        self.keep(outputs.get("past_key_values"))
 
     def start(self, model: Any, rows: int, reset: torch.Tensor | None = None) -> DynamicCache:
         """Return the cache for the next batch.
@@ -116,6 +124,72 @@ class CarriedState:
                 states[int(layer)][state] = stream.get_tensor(name)
         for layer, entry, tensors in zip(self.cache.layers, about, states, strict=True):
             layer.write(entry["kind"], tensors, entry["seen_tokens"])
+
+
+class CarriedMemory:
+    """What XLNet remembers of earlier rows of its lanes: `mems`, the hidden states (Yang et al. 2019, §2.4)."""
+
+    def __init__(self) -> None:
+        self.mems: list[torch.Tensor] | None = None  # of each layer `(memory length, rows, width)`
+
+    def arguments(self, model: Any, rows: int, reset: torch.Tensor | None = None) -> dict[str, Any]:
+        """Return what `forward` is given of it.
+
+        Args:
+            model: The unwrapped model.
+            rows: Rows of the batch.
+            reset: `(rows,)` true for rows that begin anew, or None.
+
+        Raises:
+            ValueError: If the memory belongs to another number of rows, or only some rows begin anew.
+        """
+        if reset is not None and bool(reset.any()):
+            if not bool(reset.all()):
+                raise ValueError("a memory is forgotten for all rows of a batch at once: lanes must be equally long")
+            self.mems = None
+        if self.mems is not None and self.mems[0].shape[1] != rows:
+            held = self.mems[0].shape[1]
+            raise ValueError(f"the carried memory has {held} rows and the batch {rows}: the batch size can't change")
+        return {"mems": self.mems, "use_mems": True}
+
+    def keep_from(self, outputs: Any) -> None:
+        """Take the memory out of a batch's outputs.
+
+        Raises:
+            ValueError: If the model returned none.
+        """
+        if not outputs.get("mems"):
+            raise ValueError("carry_state needs a model that returns a memory as mems")
+        self.mems = [memory.detach() for memory in outputs["mems"]]
+
+    def save(self, path: Path) -> None:
+        """Write the memory, layer by layer; nothing if it is empty."""
+        if self.mems is not None:
+            save_file({str(layer): memory.contiguous() for layer, memory in enumerate(self.mems)}, path)
+
+    def load(self, path: Path, model: Any, device: torch.device) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: If the file is missing or belongs to another model.
+        """
+        if not path.is_file():
+            raise ValueError(f"carry_state can't be resumed: {path} is missing")
+        held = load_file(path, device=str(device))
+        if len(held) != model.config.num_hidden_layers:
+            raise ValueError(f"{path} has {len(held)} layers, the model {model.config.num_hidden_layers}")
+        self.mems = [held[str(layer)] for layer in range(len(held))]
+
+
+def carried_by(model: Any) -> CarriedState | CarriedMemory | None:
+    """Return an empty holder of what a model can carry from batch to batch, None if there is nothing.
+
+    Args:
+        model: The unwrapped model.
+    """
+    if getattr(model, "_is_stateful", False):
+        return CarriedState()
+    return CarriedMemory() if getattr(model.config, "mem_len", None) else None
 
 
 def initial_state(model: Any, rows: int, device: torch.device) -> Any:

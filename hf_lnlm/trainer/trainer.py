@@ -30,7 +30,7 @@ from .launch import check_launch
 from .loss_scale import IGNORED, DeclaredParts, LossProbe, LossRule, labels_that_count
 from .nonfinite import stop
 from .randomness import kept_random_state
-from .recurrent_state import CarriedState, lane_fault, state_file
+from .recurrent_state import CarriedMemory, CarriedState, carried_by, lane_fault, state_file
 from .signals import StopRequested, StopSignal, shelter_worker
 from .totals import EvaluationTotals, TrainingTotals, input_tokens
 
@@ -77,7 +77,7 @@ class LNLMTrainer(Trainer):
             # transformers shifts for the causal models that it knows by name; others would learn to copy the input
             self.label_smoother = partial(smoother, shift_labels=True)
         self._aside: dict[str, Any] = {}
-        self._carried: CarriedState | None = None
+        self._carried: CarriedState | CarriedMemory | None = None
         self._training_totals = TrainingTotals()
         self._evaluation_totals: EvaluationTotals | None = None
         self.add_callback(Constraints())
@@ -89,7 +89,7 @@ class LNLMTrainer(Trainer):
         self._carries = bool(getattr(self.args, "carry_state", False))
         if not self._carries:
             return
-        if not getattr(self.accelerator.unwrap_model(self.model), "_is_stateful", False):
+        if self._nothing_carried() is None:
             raise ValueError(f"carry_state needs a stateful model, got {type(self.model).__name__}")
         if self.args.auto_find_batch_size:
             raise ValueError("carry_state needs a fixed number of rows a batch, got auto_find_batch_size=True")
@@ -101,7 +101,11 @@ class LNLMTrainer(Trainer):
                 "carry_state needs train_sampling_strategy='sequential', so that windows follow each other, got "
                 f"{self.args.train_sampling_strategy!r}"
             )
-        self._carried = CarriedState()
+        self._carried = self._nothing_carried()
+
+    def _nothing_carried(self) -> CarriedState | CarriedMemory | None:
+        """An empty holder of what the model can carry from batch to batch, None if it can't."""
+        return carried_by(self.accelerator.unwrap_model(self.model))
 
     # ---- start, resume, stop ----------------------------------------------------------------------------------------
 
@@ -193,11 +197,11 @@ class LNLMTrainer(Trainer):
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         set_epoch_everywhere(loader, epoch, seed)
         if self._carries:
-            self._carried = CarriedState()
+            self._carried = carried = carried_by(self.accelerator.unwrap_model(self.model))
             resumed = kwargs["resume_from_checkpoint"] if epoch == kwargs["epochs_trained"] else None
-            if resumed is not None and kwargs["steps_trained_in_current_epoch"]:
+            if carried is not None and resumed is not None and kwargs["steps_trained_in_current_epoch"]:
                 path = state_file(resumed, self.args.process_index, self.args.world_size)
-                self._carried.load(path, self.accelerator.unwrap_model(self.model), self.args.device)
+                carried.load(path, self.accelerator.unwrap_model(self.model), self.args.device)
         self._training_totals.begin()
         super()._run_epoch(*args, **kwargs)
 
@@ -363,7 +367,7 @@ class LNLMTrainer(Trainer):
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         self._measure(inputs, outputs)
         if self._carried is not None:
-            self._carried.keep(outputs.get("past_key_values"))
+            self._carried.keep_from(outputs)
         return (loss, outputs) if return_outputs else loss
 
     def _with_state(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -372,8 +376,7 @@ class LNLMTrainer(Trainer):
             return inputs
         inner, reset = self.accelerator.unwrap_model(self.model), self._aside.get("reset")
         reset = None if reset is None else reset.to(self.args.device).bool().reshape(-1)
-        cache = self._carried.start(inner, inputs["input_ids"].shape[0], reset)
-        return {**inputs, "past_key_values": cache, "use_cache": True}
+        return {**inputs, **self._carried.arguments(inner, inputs["input_ids"].shape[0], reset)}
 
     @property
     def _totals(self) -> TrainingTotals | EvaluationTotals:
@@ -423,13 +426,13 @@ class LNLMTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": v for name, v in self._exact_metrics(totals).items()})
         return output
 
-    def _state_for_evaluation(self, dataset: Any) -> CarriedState | None:
+    def _state_for_evaluation(self, dataset: Any) -> CarriedState | CarriedMemory | None:
         if not self._carries or not hasattr(dataset, "num_lanes"):
             return None
         fault = lane_fault(dataset, self.args.eval_batch_size, self.args.world_size)
         if fault is not None:
             raise ValueError(f"evaluation: {fault}")
-        return CarriedState()
+        return self._nothing_carried()
 
     def _exact_metrics(self, totals: EvaluationTotals) -> dict[str, float]:
         measured = totals.all_measured(self._reduce)

@@ -201,7 +201,7 @@ def test_bad_rows() -> None:
         collator([{"input_ids": [5, 6], "example_id": 0}, {"input_ids": [5, 6], "example_id": 1}])
     with pytest.raises(ValueError, match=r"token ids must lie in 0 … 267 \(the tokenizer's\), got 268"):
         collator([{"input_ids": [5, 268], "example_id": 0}])
-    with pytest.raises(ValueError, match="whole_word=True needs rows with word_ids"):
+    with pytest.raises(ValueError, match="whole words and spans need rows with word_ids"):
         objective("masked", whole_word=True).collator(BYTE)([{"input_ids": [104, 105], "example_id": 0}])
     without = build_tokenizer("byte")
     without.mask_token = None

@@ -22,7 +22,6 @@ import torch
 import transformers as T
 from datasets import Dataset
 
-from hf_lnlm.data.blocks import pack
 from hf_lnlm.data.lanes import Lanes
 from hf_lnlm.data.tokenizers import build_tokenizer
 from hf_lnlm.models.recurrent.configuration_rnn import RNNConfig
@@ -55,10 +54,32 @@ class Stream:
         return iter(self.rows)
 
 
+COMPOSED = ("replaced_token", "sentence_order", "next_sentence", "bidirectional")
+
+
+def learnt_of(case: Case) -> Any:
+    """Return the case's objective; permutation over lanes carries its memory."""
+    options = (
+        {"memory": True, "whole_word": False} if (case["objective"], case["data"]) == ("permutation", "lanes") else {}
+    )
+    return objective(case["objective"], **options)
+
+
+def config_of(case: Case, common: dict[str, Any]) -> Any:
+    """Return the configuration of an encoder with dropout, or of XLNet."""
+    if case["objective"] == "permutation":
+        sizes = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "mem_len": LENGTH, "dropout": 0.1}
+        return T.XLNetConfig(**common, **sizes)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "hidden_dropout": 0.2, "output_dropout": 0.2}
+    return RNNConfig(**common, **sizes, bidirectional=case["objective"] != "bidirectional")
+
+
 def model_of(case: Case, size: int) -> T.PreTrainedModel:
     """Return a tiny model with dropout that fits the case's objective."""
     small = {"hidden_size": 16, "num_hidden_layers": 1}
     common = {"vocab_size": size, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    if case["objective"] in COMPOSED or case["objective"] == "permutation":
+        return learnt_of(case).build(config_of(case, common))
     if case["objective"] == "masked":
         attention = {"num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 64}
         return T.BertForMaskedLM(T.BertConfig(**common, **small, **attention))
@@ -72,17 +93,16 @@ def model_of(case: Case, size: int) -> T.PreTrainedModel:
 
 def rows_of(case: Case, tokenizer: Any, learnt: Any, documents: Dataset) -> Any:
     """Return the case's dataset: packed blocks, a stream of them, or lanes."""
-    options = learnt.packing(tokenizer, LENGTH)
     if case["data"] == "lanes":
-        lanes = case.get("lanes", BATCH * int(os.environ.get("WORLD_SIZE", "1")))
-        return Lanes(documents, tokenizer, options["length"], lanes, boundaries=case["objective"] == "causal")
-    return pack(documents if case["data"] == "map" else Stream(documents), tokenizer, **options)
+        lanes, length = case.get("lanes", BATCH * int(os.environ.get("WORLD_SIZE", "1"))), learnt.raw_length(LENGTH)
+        return Lanes(documents, tokenizer, length, lanes, boundaries=case["objective"] == "causal")
+    return learnt.rows(documents if case["data"] == "map" else Stream(documents), tokenizer, LENGTH)
 
 
 def trainer_of(case: Case, folder: str, **changed: Any) -> LNLMTrainer:
     """Build the trainer of a case: objective, data, workers, accumulation."""
     tokenizer = build_tokenizer("byte", sentinels=20)
-    learnt = objective(case["objective"])
+    learnt = learnt_of(case)
     torch.manual_seed(1)
     model = model_of(case, len(tokenizer))
     lanes = case["data"] == "lanes"
@@ -95,7 +115,7 @@ def trainer_of(case: Case, folder: str, **changed: Any) -> LNLMTrainer:
         "dataloader_num_workers": case["workers"],
         "dataloader_pin_memory": False,
         "train_sampling_strategy": "sequential" if lanes else "random",
-        "carry_state": lanes and case["objective"] == "causal",
+        "carry_state": lanes and case["objective"] in ("causal", "permutation"),
         "learning_rate": 1e-2,
         "use_cpu": True,
         "report_to": [],

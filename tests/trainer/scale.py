@@ -1,14 +1,19 @@
 """One step of a tiny model on one global batch of eight rows, cut in different ways."""
 
+import random
 from typing import Any
 
+import torch
 import transformers as T
 
+from hf_lnlm.objectives import objective
 from hf_lnlm.trainer.arguments import LNLMTrainingArguments
 from hf_lnlm.trainer.trainer import LNLMTrainer
 from tests.contract import cases as contract
 from tests.trainer import families
 
+COMPOSED = ("replaced_token", "sentence_order", "next_sentence", "bidirectional")
+"""Objectives with a model made of several and a loss of two terms."""
 OURS = {str(case): case for case in contract.cases(loss=True)}
 
 
@@ -42,7 +47,7 @@ def step(model: Any, rows: Any, folder: str, batch: int, accumulation: int, **ch
 
 def heads() -> list[str]:
     """Return the names of all heads with a loss, stock and ours."""
-    return [*families.HEADS, *OURS]
+    return [*families.HEADS, *COMPOSED, *OURS]
 
 
 def few() -> list[str]:
@@ -56,14 +61,34 @@ def few() -> list[str]:
     ]
     stock += ["T5ForConditionalGeneration", "XLNetLMHeadModel", "RobertaForSequenceClassification"]
     stock += ["GPT2ForTokenClassification", "XLNetForQuestionAnswering", "BertForQuestionAnswering"]
-    return [*stock, *map(str, contract.one_case_a_family())]
+    return [*stock, "replaced_token", "bidirectional", *map(str, contract.one_case_a_family())]
 
 
 def build(head: str) -> tuple[Any, Any]:
     """Return a seeded tiny model and eight rows for it."""
+    if head in COMPOSED:
+        return composed(head)
     if head in OURS:
         return contract.build(OURS[head], use_cache=False), contract.rows_of(OURS[head])
     return families.build(head)
+
+
+def composed(goal: str) -> tuple[Any, Any]:
+    """Return a seeded composed model and eight rows with unequal numbers of items."""
+    generator = random.Random(1)
+    rows = [families.masked(row, generator) for row in range(8)]
+    if goal == "bidirectional":
+        rows = [
+            {**row, "labels": [i if m else -100 for i, m in zip(row["input_ids"], row["attention_mask"])]}
+            for row in rows
+        ]
+    for row in rows:
+        row["uniforms"] = [generator.random() for _ in row["input_ids"]]
+        row |= {f"{goal}_label": generator.randrange(2)} if goal in ("sentence_order", "next_sentence") else {}
+    sizes = {"vocab_size": families.VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "pad_token_id": 0}
+    config = T.AutoConfig.for_model("lnlm_rnn", **sizes, bidirectional=goal != "bidirectional")
+    torch.manual_seed(0)
+    return objective(goal, **({"generator_fraction": 0.5} if goal == "replaced_token" else {})).build(config), rows
 
 
 def loss_and_norm(head: str, folder: str, batch: int, accumulation: int) -> tuple[float, float]:

@@ -11,6 +11,16 @@ import pytest
 
 OBJECTIVES, DATA, WORKERS, ACCUMULATION = ("causal", "masked", "span"), ("map", "stream", "lanes"), (0, 2), (1, 2)
 CASES = list(itertools.product(OBJECTIVES, DATA, WORKERS, ACCUMULATION))
+# Objectives whose models are made of several or whose rows are pairs: once with each kind of data they take.
+CASES += [
+    ("replaced_token", "map", 2, 2),
+    ("replaced_token", "stream", 0, 1),
+    ("permutation", "map", 2, 1),
+    ("permutation", "lanes", 0, 2),
+    ("sentence_order", "map", 2, 1),
+    ("next_sentence", "map", 0, 2),
+    ("bidirectional", "stream", 0, 1),
+]
 # Every value of every choice once with every value of its neighbour, in six of the thirty-six cases.
 FEW = [
     ("causal", "lanes", 0, 2),
@@ -19,6 +29,8 @@ FEW = [
     ("masked", "stream", 0, 1),
     ("span", "map", 0, 1),
     ("span", "lanes", 2, 2),
+    ("replaced_token", "map", 0, 2),
+    ("permutation", "lanes", 0, 1),
 ]
 
 

@@ -1,0 +1,87 @@
+"""Bidirectional language modelling: one model predicts the next token, another the one before, and they share words.
+
+[1] Peters et al. 2018, "Deep contextualized word representations" (ELMo), §3.1 (biLM), §3.4 (perplexity of both).
+
+The models and the loss are in `bidirectional_model`. Rows are those of causal language modelling: they overlap in one
+token, so that the forward direction predicts every token of the text once (and the backward one too).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.nn import functional
+
+from .base import IGNORED, Direction, Objective
+from .causal import CausalCollator
+
+
+@dataclass(frozen=True)
+class BidirectionalObjective(Objective):
+    """Predicts each token from those before it and, by another model, from those behind it."""
+
+    name: ClassVar[str] = "bidirectional"
+    title: ClassVar[str] = "Forward and backward language modelling"
+    paper: ClassVar[str] = "Peters et al. 2018"
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    direction: ClassVar[Direction] = "forward"
+    composed_type: ClassVar[str] = "lnlm_bidirectional"
+    logs_metrics: ClassVar[bool] = True
+    shifted: ClassVar[bool] = True
+
+    def build(self, config: Any) -> Any:
+        """Both models with fresh weights.
+
+        Args:
+            config: That of each of them.
+        """
+        from .bidirectional_model import BidirectionalForPreTraining, compose
+
+        return BidirectionalForPreTraining(config) if config.model_type == self.composed_type else compose(config)
+
+    def takes_lanes(self, model: Any) -> bool:
+        """Never: the backward direction has no state to carry on."""
+        return False
+
+    def packing(self, tokenizer: Any, length: int) -> dict[str, Any]:
+        """Rows of `length` tokens that repeat one token."""
+        return {"length": length, "overlap": 1}
+
+    def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> CausalCollator:
+        """Makes batches; nothing is random, so the seed has no effect."""
+        return CausalCollator(tokenizer, bookkeeping)
+
+    def logits(self, outputs: Any) -> Any:
+        """All outputs: both directions are measured."""
+        return outputs
+
+    def sums(self, logits: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a batch adds to the metrics.
+
+        Args:
+            logits: The model's outputs (see `logits`).
+            batch: The collator's batch.
+        """
+        labels = batch["labels"]
+        found = super().sums(logits["logits"], {**batch, "labels": labels})
+        back, before = logits["backward_logits"][:, 1:], labels[:, :-1]
+        # what is before a row's first real token isn't predicted, and padding isn't either
+        counted = (before != IGNORED) & (labels[:, 1:] != IGNORED)
+        nll = functional.cross_entropy(back[counted].float(), before[counted], reduction="none").double().sum()
+        correct = (back[counted].argmax(-1) == before[counted]).sum().double()
+        behind = {"backward_nll": nll, "backward_tokens": counted.sum().double(), "backward_correct": correct}
+        return {**found, **behind}
+
+    def summary(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """Metrics of added-up sums: of each direction as in causal modelling, `loss` the mean of both."""
+        ahead = super().summary({name: sums[name] for name in ("nll", "tokens", "correct", "bytes") if name in sums})
+        back = super().summary({name: sums[f"backward_{name}"] for name in ("nll", "tokens", "correct")})
+        loss = (ahead["loss"] + back["loss"]) / 2
+        sides = {"forward": ahead, "backward": back}
+        each = {f"{side}_{name}": found[name] for side, found in sides.items() for name in ("loss", "accuracy")}
+        more = {"bits_per_byte": ahead["bits_per_byte"]} if "bits_per_byte" in ahead else {}
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **each, **more}

@@ -1,0 +1,242 @@
+"""What next-sentence prediction and sentence-order prediction have in common: rows `<cls> A <sep> B <sep>`, masked.
+
+[1] Devlin et al. 2019, "BERT: Pre-training of deep bidirectional transformers", §3.1 and appendix A.2.
+[2] Lan et al. 2020, "ALBERT: A lite BERT", §3.1.
+
+A and B are the two parts of a chunk of consecutive segments (hf_lnlm/data/pairs.py), cut at a random segment; a chunk of a
+single segment is cut at a random token, so that a pair that claims to be of one document always is (the authors' code
+falls back on a random document there, in [2] too). Half the pairs are changed: what that means is each objective's own.
+A pair too long loses tokens of its longer part, from the front or the back at random. Masks as in `masked`, jointly: the
+loss is that of the masked tokens plus that of the pair.
+
+Models: the pre-training head that transformers has for the family (BERT and its kin for next sentences, ALBERT for their
+order), else a masked language model with a pooler of its own (`sentence_pair_model`), for any encoder.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..data.pairs import SegmentPairs
+from .base import Batch, Direction, Objective, Row, pad_rows
+from .families import accepts
+from .masked import MaskedCollator, MaskedObjective, require_mask_token
+from .randomness import generator
+
+FRAME = 3
+"""Special tokens of a row: cls and two sep."""
+
+
+@dataclass(frozen=True)
+class SentencePairObjective(Objective):
+    """Base of the objectives on pairs.
+
+    Args:
+        rate: Share of tokens masked, between 0 and 1.
+        whole_word: Masks words with all their pieces.
+        spans: `none`, `ngram` (ALBERT) or `geometric` (SpanBERT); see `masked`.
+        changed_share: Share of the pairs that are changed.
+    """
+
+    auto_class: ClassVar[str] = "AutoModelForMaskedLM"
+    direction: ClassVar[Direction] = "both"
+    composed_type: ClassVar[str] = "lnlm_sentence_pair"
+    label: ClassVar[str]
+    """Name of the pair's label in `forward` of the stock heads."""
+    logs_metrics: ClassVar[bool] = True
+
+    rate: float = 0.15
+    whole_word: bool = False
+    spans: str = "none"
+    changed_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        self.masking()
+        if not 0 < self.changed_share < 1:
+            raise ValueError(f"changed_share must lie between 0 and 1 (exclusive), got {self.changed_share}")
+
+    def masking(self) -> MaskedObjective:
+        """How tokens are masked."""
+        return MaskedObjective(rate=self.rate, whole_word=self.whole_word, spans=self.spans)  # type: ignore[arg-type]
+
+    @classmethod
+    def has_stock_head(cls, config: Any) -> bool:
+        """Whether transformers has a head for both losses."""
+        return accepts(config, "AutoModelForPreTraining", "labels", cls.label)
+
+    @classmethod
+    def composes(cls, config: Any) -> bool:
+        """Whether a pooler has to be added to a masked language model."""
+        return super().composes(config) and not cls.has_stock_head(config)
+
+    @classmethod
+    def loader(cls, config: Any) -> str:
+        """Always the Auto class of pre-training heads."""
+        return "AutoModelForPreTraining"
+
+    def build(self, config: Any) -> Any:
+        """A model with fresh weights: the stock pre-training head, or a masked language model with a pooler."""
+        from transformers import AutoModelForPreTraining
+
+        from .sentence_pair_model import compose
+
+        if self.composes(config):
+            return compose(config, self.label)
+        return AutoModelForPreTraining.from_config(config)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuses a tokenizer without mask, cls or sep token."""
+        require_mask_token(self.name, tokenizer)
+        for name in ("cls", "sep"):
+            if getattr(tokenizer, f"{name}_token_id") is None:
+                raise ValueError(f"objective {self.name!r} needs a {name} token: set tokenizer.{name}_token")
+
+    def rows(self, documents: Any, tokenizer: Any, length: int, **options: Any) -> SegmentPairs:
+        """Chunks of consecutive segments; how documents are framed doesn't matter.
+
+        Raises:
+            ValueError: A stream, or text of fewer than two documents.
+        """
+        return SegmentPairs(documents, tokenizer, length - FRAME, words=self.masking().by_words)
+
+    def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> PairCollator:
+        """Makes batches with pairs and masks keyed by (seed, epoch, example_id)."""
+        self.check_tokenizer(tokenizer)
+        return PairCollator(self, tokenizer, seed, bookkeeping)
+
+    @abstractmethod
+    def pair(self, first: Part, second: Part, other: Part, changed: bool) -> tuple[Part, Part]:
+        """The two parts of a row.
+
+        Args:
+            first, second: Consecutive parts of a document.
+            other: Text of another document.
+            changed: Whether the pair is to be changed; its label.
+        """
+
+    def logits(self, outputs: Any) -> Any:
+        """Logits of the masked tokens `[batch, tokens, vocabulary]` and of the pairs `[batch, 2]`."""
+        named = ("seq_relationship_logits", "sop_logits")
+        return outputs["prediction_logits"], next(outputs[name] for name in named if name in outputs)
+
+    def sums(self, logits: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a batch adds to the metrics: those of `masked`, and `pairs`, `pair_nll`, `pair_correct`.
+
+        Args:
+            logits: See `logits`.
+            batch: The collator's batch.
+        """
+        words, relation = logits
+        labels = batch[self.label]
+        nll = functional.cross_entropy(relation.float(), labels, reduction="sum", ignore_index=-100).double()
+        found = {"pair_nll": nll, "pair_correct": (relation.argmax(-1) == labels).sum().double()}
+        return {**super().sums(words, batch), **found, "pairs": (labels != -100).sum().double()}
+
+    def summary(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """Metrics of added-up sums: `masked_loss`, `masked_accuracy`, `perplexity`, `pair_loss`, `pair_accuracy`."""
+        own = {name: sums[name] for name in ("nll", "tokens", "correct")}
+        masked, pairs = super().summary(own), max(float(sums["pairs"]), 1.0)
+        return {
+            "loss": masked["loss"] + float(sums["pair_nll"]) / pairs,
+            "perplexity": masked["perplexity"],
+            "masked_loss": masked["loss"],
+            "masked_accuracy": masked["accuracy"],
+            "pair_loss": float(sums["pair_nll"]) / pairs,
+            "pair_accuracy": float(sums["pair_correct"]) / pairs,
+        }
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of text: ids and, where words matter, word numbers, both `[tokens]`."""
+
+    ids: np.ndarray
+    words: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def cut(self, begin: int, end: int) -> Part:
+        """Tokens from `begin` to before `end`."""
+        return Part(self.ids[begin:end], self.words[begin:end])
+
+
+class PairCollator:
+    """Rows of `SegmentPairs` → `input_ids` with masks, `token_type_ids`, `attention_mask`, `labels` `[batch, tokens]` and
+    the pairs' labels `[batch]`.
+
+    Args:
+        objective: What is done to the pairs.
+        tokenizer: Gives special tokens and vocabulary.
+        seed: The run's seed.
+        bookkeeping: As in every collator.
+    """
+
+    def __init__(
+        self, objective: SentencePairObjective, tokenizer: Any, seed: int = 0, bookkeeping: bool = False
+    ) -> None:
+        self.objective = objective
+        self.seed = seed
+        self.bookkeeping = bookkeeping
+        self.masks = MaskedCollator(objective.masking(), tokenizer, seed, bookkeeping)
+        self.cls, self.sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        """Makes a batch."""
+        made = [self._row(row) for row in rows]
+        batch = self.masks(made)
+        kinds = pad_rows([row["token_type_ids"] for row in made], 0)
+        real = pad_rows([np.ones(len(row["input_ids"]), np.int64) for row in made], 0)
+        batch["token_type_ids"] = torch.from_numpy(kinds)
+        batch["attention_mask"] = torch.from_numpy(real)
+        batch[self.objective.label] = torch.tensor([row["pair_label"] for row in made])
+        return batch
+
+    def _row(self, row: Row) -> dict[str, Any]:
+        random = generator(self.seed, int(row.get("epoch", 0)), int(row["example_id"]), self.objective.name)
+        changed = bool(random.random() < self.objective.changed_share)
+        whole, other = self._part(row, ""), self._part(row, "other_")
+        at = cut_place(np.asarray(row["segments"]), len(whole), random)
+        other = other.cut(int(random.integers(len(other))) // 2, len(other))
+        parts = self.objective.pair(whole.cut(0, at), whole.cut(at, len(whole)), other, changed)
+        first, second = shortened(*parts, len(whole), random)
+        made = {"epoch": row.get("epoch", 0), "example_id": row["example_id"], "pair_label": int(changed)}
+        made["input_ids"] = np.concatenate([[self.cls], first.ids, [self.sep], second.ids, [self.sep]])
+        made["word_ids"] = np.concatenate([[-1], first.words, [-1], second.words, [-1]])
+        made["token_type_ids"] = np.repeat([0, 1], [len(first) + 2, len(second) + 1])
+        return made
+
+    def _part(self, row: Row, prefix: str) -> Part:
+        ids = np.asarray(row[f"{prefix}ids" if prefix else "input_ids"], np.int64)
+        words = row.get(f"{prefix}word_ids")
+        return Part(ids, np.full(len(ids), -1) if words is None else np.asarray(words))
+
+
+def cut_place(segments: np.ndarray, tokens: int, random: np.random.Generator) -> int:
+    """Where a chunk is cut in two: where one of its segments begins, or anywhere if there is only one.
+
+    Args:
+        segments: Where its segments begin, `[segments]`.
+        tokens: Its length, 2 or more.
+        random: Where the number comes from.
+    """
+    inner = segments[(segments > 0) & (segments < tokens)]
+    return int(inner[random.integers(len(inner))]) if len(inner) else int(random.integers(1, tokens))
+
+
+def shortened(first: Part, second: Part, length: int, random: np.random.Generator) -> tuple[Part, Part]:
+    """Cuts tokens off the longer part, at its front or back, until both have `length` tokens at most."""
+    parts = [first, second]
+    while len(parts[0]) + len(parts[1]) > length:
+        longer = int(len(parts[1]) > len(parts[0]))
+        begin = int(random.random() < 0.5)
+        parts[longer] = parts[longer].cut(begin, len(parts[longer]) - 1 + begin)
+    return parts[0], parts[1]
