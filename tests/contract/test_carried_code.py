@@ -85,9 +85,7 @@ def plan_heads(plan: Plan, family: Family) -> None:
         for other in family.models:
             # some masked language models read both ways whatever was asked for
             both_ways = case.both_ways or getattr(model.config, "reads_both_ways", False)
-            # and a checkpoint that reads one way lacks half of what they need
-            halved = family.bidirectional and not both_ways and other == "AutoModelForMaskedLM"
-            if other != case.auto and not halved and not (both_ways and other == "AutoModelForCausalLM"):
+            if other != case.auto and not (both_ways and other == "AutoModelForCausalLM"):
                 target = Case(family, other, case.both_ways)
                 name = f"{case}-as-{other}"
                 plan.add("other_head", name, target, build(target), folder, **{"class": target.cls.__name__})

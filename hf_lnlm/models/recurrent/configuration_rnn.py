@@ -25,7 +25,7 @@ class RNNConfig(LNLMConfig):
             layer's output back for tied embeddings. If false the first layer reads the embeddings as they are, as in
             AWD-LSTM and PyTorch's word_language_model.
         bidirectional: whether each layer also reads backwards; its output is both directions, concatenated, so
-            twice as wide. None is false, but true for a masked language model, which must; a causal one must not.
+            twice as wide. None becomes true in a masked language model and false in all others.
         embedding_dropout: share of vocabulary rows dropped (Merity 2017, section 4.3).
         input_dropout, hidden_dropout, output_dropout: locked dropout of the embeddings, between layers, of the output.
         weight_dropout: share of recurrent weights dropped, one mask a forward pass (Merity 2017, section 2).

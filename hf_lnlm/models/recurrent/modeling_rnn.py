@@ -33,7 +33,7 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -58,6 +58,8 @@ from ..heads import (
     targets_of,
 )
 from .configuration_rnn import RNNConfig
+
+logger = logging.get_logger(__name__)
 
 States = tuple[torch.Tensor, ...]
 
@@ -247,6 +249,7 @@ class RNNModel(RNNPreTrainedModel):
     """
 
     def __init__(self, config: RNNConfig) -> None:
+        config.bidirectional = bool(config.bidirectional)  # so that a checkpoint says which it is
         super().__init__(config)
         width = int(config.embedding_size or config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, width, config.pad_token_id)
@@ -435,20 +438,16 @@ class RNNForMaskedLM(VocabularyHead, RNNPreTrainedModel):
     """Bidirectional LSTM or GRU that fills masks, with a full, chunked or adaptive softmax.
 
     Args:
-        config: the model's configuration. `bidirectional=None` becomes true.
-
-    Raises:
-        ValueError: the config says `bidirectional=False`: a mask's right-hand side would not be seen.
+        config: the model's configuration. `bidirectional=None` becomes true; false, as in a checkpoint that was made
+            to read one way, is taken with a warning: a mask's right-hand side is not seen.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: RNNConfig) -> None:
-        if config.bidirectional is False:
-            raise ValueError(
-                "a masked language model must be bidirectional: config.bidirectional must be True, got False"
-            )
-        config.bidirectional = True
+        config.bidirectional = config.bidirectional is not False
+        if not config.bidirectional:
+            logger.warning("RNNForMaskedLM with bidirectional=False does not see what follows a mask")
         super().__init__(config)
         self.model = RNNModel(config)
         self.make_vocabulary_head()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from hf_lnlm.models.recurrent import modeling_rnn
 from hf_lnlm.models.recurrent.configuration_rnn import RNNConfig
 from hf_lnlm.models.recurrent.modeling_rnn import RNNForCausalLM, RNNForMaskedLM, RNNForQuestionAnswering
 from tests.contract.cases import add_noise, token_ids
@@ -21,10 +22,12 @@ def masked_labels(ids):
     return torch.where(torch.arange(ids.shape[1]) % 3 == 1, ids, -100)
 
 
-def test_masked_model_reads_both_ways_unless_told_otherwise():
+def test_masked_model_reads_both_ways_unless_told_otherwise(monkeypatch):
     assert make(RNNForMaskedLM).config.bidirectional is True
-    with pytest.raises(ValueError, match=r"config\.bidirectional must be True, got False"):
-        RNNForMaskedLM(RNNConfig(bidirectional=False))
+    said = []
+    monkeypatch.setattr(modeling_rnn.logger, "warning", said.append)
+    assert RNNForMaskedLM(RNNConfig(bidirectional=False)).model.layers[0].backwards is None
+    assert said == ["RNNForMaskedLM with bidirectional=False does not see what follows a mask"]
     with pytest.raises(ValueError, match="cannot be bidirectional"):
         RNNForCausalLM(make(RNNForMaskedLM).config)
 
