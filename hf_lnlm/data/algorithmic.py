@@ -12,6 +12,7 @@ Complexity: O(length · width) a row.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, ClassVar
 
 import torch
@@ -321,40 +322,49 @@ def algorithmic_task(name: str, **sizes: Any) -> Task:
         raise ValueError(f"task {name!r}: {error}") from error
 
 
-def task_rows(task: Task, count: int, seed: int, size: int | None = None) -> Any:
+def task_rows(task: Task, rows: int, seed: int, size: int | None = None) -> Any:
     """Return a fixed set of rows as a `datasets.Dataset`.
 
     Args:
         task: which.
-        count: how many rows.
+        rows: how many.
         seed: of the generator.
         size: the size of every row; drawn for each if None.
     """
     from datasets import Dataset
 
     generator = torch.Generator().manual_seed(seed)
-    rows = [task.row(generator, size or task.draw_size(generator)) for _ in range(count)]
-    columns = {name: [row[name].tolist() for row in rows] for name in ("inputs_embeds", "labels")}
+    drawn = [task.row(generator, size or task.draw_size(generator)) for _ in range(rows)]
+    columns = {name: [row[name].tolist() for row in drawn] for name in ("inputs_embeds", "labels")}
     return Dataset.from_dict(columns).with_format("torch")
 
 
 class Stream(IterableDataset[Row]):
     """Endless rows of a task; rows of one batch have one size, so that nothing is padded.
 
+    A batch depends on the seed, its number and `longest` at its time alone, so that skipping earlier batches (as a
+    resumed run does) changes nothing.
+
     Args:
         task: which.
         batch_size: rows of one size in a row.
         seed: of the generator.
         longest: the largest size at first; may be changed at any time. `task.longest` if None.
+
+    Raises:
+        ValueError: `longest` is not a size of the task.
     """
 
     def __init__(self, task: Task, batch_size: int, seed: int, longest: int | None = None) -> None:
         self.task, self.batch_size, self.seed = task, batch_size, seed
-        self.longest = longest or task.longest
+        self.longest = task.longest if longest is None else longest
+        if not task.shortest <= self.longest <= task.longest:
+            raise ValueError(f"longest must lie between {task.shortest} and {task.longest}, got {longest}")
 
     def __iter__(self) -> Iterator[Row]:
-        generator = torch.Generator().manual_seed(self.seed)
-        while True:
+        generator = torch.Generator()
+        for number in count():
+            generator.manual_seed((self.seed << 32) + number)
             size = self.task.draw_size(generator, self.longest)
             for _ in range(self.batch_size):
                 yield self.task.row(generator, size)

@@ -1,49 +1,65 @@
 """The memory papers' tasks, learnt through Trainer: `python -m tests.learning.memory [--only NAME] [--data FOLDER] --json`.
 
-Every run has a fixed seed and reports CPU seconds of training itself (process time between Trainer's begin and end).
-FOLDER holds the bAbI tasks, `qa01_*/train.jsonl.gz` and so on; without it they are left out.
+* Copy (arXiv 1410.5401, section 4.1): the Turing machine at lengths up to 20, the neural computer up to 10, and an LSTM
+  of the same controller; `ntm copy, long` goes on from the first to 200,000 sequences.
+* Associative recall, repeat copy and dynamic 6-grams (sections 4.2 to 4.4): curves against an LSTM in equal CPU time.
+* bAbI tasks (arXiv 1502.05698), one at a time: FOLDER holds `qa01_*/train.jsonl.gz` and so on; left out without it.
+
+Every run has a fixed seed. CPU seconds are process time of training on one thread, from Trainer's first step to its last,
+measurements left out. `--into FILE` adds each finished run to a report, `--keep FOLDER` saves the trained models.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
+import platform
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import TrainerCallback
 
+from hf_lnlm import (
+    DNCConfig,
+    DNCForSequenceClassification,
+    DNCForSequenceTransduction,
+    NTMConfig,
+    NTMForSequenceTransduction,
+)
 from hf_lnlm.data.algorithmic import (
     IGNORED,
+    AssociativeRecall,
     Copy,
     Curriculum,
     DynamicNGrams,
+    RepeatCopy,
     Stream,
     Task,
-    algorithmic_task,
     pad_rows,
     wrong_bits,
 )
 from hf_lnlm.data.babi import babi_vocabulary, pad_questions, read_babi
-from hf_lnlm.models.memory.configuration_dnc import DNCConfig
-from hf_lnlm.models.memory.configuration_ntm import NTMConfig
-from hf_lnlm.models.memory.modeling_dnc import DNCForSequenceClassification, DNCForSequenceTransduction
-from hf_lnlm.models.memory.modeling_ntm import NTMForSequenceTransduction
 from hf_lnlm.trainer.arguments import LNLMTrainingArguments
+from hf_lnlm.trainer.curriculum import CurriculumCallback
 from hf_lnlm.trainer.trainer import LNLMTrainer
 
 SEEDS = (1, 2, 3, 4, 5)
+COMMAND = "python -m tests.learning.memory --data FOLDER --json"
+Measure = Callable[[Any], Any]
 
 
 class LSTMTransducer(nn.Module):
     """The baseline: nn.LSTM of the controller's size and a linear layer."""
 
-    def __init__(self, task: Task, size: int) -> None:
+    def __init__(self, task: Task, size: int = 100) -> None:
         super().__init__()
         self.lstm = nn.LSTM(task.input_size, size, batch_first=True)
         self.output = nn.Linear(size, task.output_size)
@@ -57,259 +73,295 @@ class LSTMTransducer(nn.Module):
         return found
 
 
-class TaskTrainer(LNLMTrainer):
-    """Trainer that tells a curriculum how well it goes."""
+class Watch(TrainerCallback):
+    """Counts CPU seconds, notes a curve of up to `points` measurements, and ends training when time is up."""
 
-    curriculum: Curriculum | None = None
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if self.curriculum is not None:
-            self.curriculum.observe(outputs["logits"].detach(), inputs["labels"])
-        return (loss, outputs) if return_outputs else loss
-
-
-class Stop(TrainerCallback):
-    """Ends training when the curriculum is through and hardly a bit is wrong, or when time is up; measures."""
-
-    def __init__(self, curriculum: Curriculum | None, seconds: float, target: float, least: int) -> None:
-        self.curriculum, self.seconds, self.target, self.least = curriculum, seconds, target, least
-        self.spent = 0.0
+    def __init__(self, seconds: float, measure: Measure | None = None, points: int = 10) -> None:
+        self.seconds, self.measure, self.points = seconds, measure, points
+        self.spent, self.curve = 0.0, []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begin = time.process_time()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.spent = time.process_time() - self.begin
-        known = self.curriculum is not None and self.curriculum.finished and self.curriculum.average is not None
-        good = known and self.curriculum.average < self.target and state.global_step >= self.least
-        control.should_training_stop = bool(good or self.spent > self.seconds)
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        now = time.process_time()
+        self.spent += now - self.begin
+        if self.spent > self.seconds:
+            control.should_training_stop = True
+        if self.measure is not None and self.spent > self.seconds * (len(self.curve) + 1) / self.points:
+            self.curve.append([state.global_step, round(self.spent, 1), self.measure(model)])
+        self.begin = time.process_time()
 
 
-def arguments(folder: str, steps: int, batch: int, rate: float, seed: int) -> LNLMTrainingArguments:
-    return LNLMTrainingArguments(
-        output_dir=folder,
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        learning_rate=rate,
-        lr_scheduler_type="constant",
-        adam_beta2=0.99,
-        max_grad_norm=10.0,
-        weight_decay=0.0,
-        seed=seed,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
+@dataclass(frozen=True)
+class Recipe:
+    """How a task is trained.
+
+    Attributes:
+        batch: sequences a step, all of one size.
+        sequences: most sequences.
+        first: longest size at first; the curriculum raises it. None: all sizes from the start.
+        seconds: most CPU seconds.
+        decay: share of the steps over which the learning rate falls to a tenth at the end.
+        threshold: share of wrong bits below which the curriculum goes on.
+    """
+
+    batch: int = 4
+    rate: float = 1e-3
+    sequences: int = 40_000
+    first: int | None = 3
+    seconds: float = 60.0
+    decay: float = 0.2
+    threshold: float = 0.1
+
+    def arguments(self, folder: str, seed: int) -> LNLMTrainingArguments:
+        steps = self.sequences // self.batch
+        schedule = {"num_decay_steps": int(self.decay * steps), "min_lr_ratio": 0.1, "num_stable_steps": None}
+        return LNLMTrainingArguments(
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=self.batch, learning_rate=self.rate,
+            lr_scheduler_type="warmup_stable_decay" if self.decay else "constant",
+            lr_scheduler_kwargs=schedule if self.decay else {}, adam_beta2=0.99, max_grad_norm=10.0, weight_decay=0.0,
+            seed=seed, save_strategy="no", logging_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
+            remove_unused_columns=False,
+        )  # fmt: skip
 
 
-def train(
-    model: nn.Module,
-    task: Task,
-    seed: int,
-    *,
-    batch: int,
-    rate: float,
-    sequences: int,
-    first: int | None,
-    seconds: float,
-    target: float = 5e-4,
-) -> dict[str, Any]:
-    """Train on a stream; `first` is the curriculum's first longest size, or None for all sizes from the start."""
-    stream = Stream(task, batch, seed, first)
-    curriculum = Curriculum(stream)
+def train(model: Any, task: Task, seed: int, recipe: Recipe, measure: Measure | None = None) -> dict[str, Any]:
+    """Train on a stream of the task; returns what it cost and the curve."""
+    stream = Stream(task, recipe.batch, seed, recipe.first)
+    watch, grow = Watch(recipe.seconds, measure), CurriculumCallback(Curriculum(stream, recipe.threshold))
     with tempfile.TemporaryDirectory() as folder:
-        args = arguments(folder, sequences // batch, batch, rate, seed)
-        trainer = TaskTrainer(model=model, args=args, train_dataset=stream, data_collator=pad_rows)
-        trainer.curriculum = curriculum
-        stop = Stop(curriculum, seconds, target, 200)
-        trainer.add_callback(stop)
+        trainer = LNLMTrainer(
+            model=model, args=recipe.arguments(folder, seed), train_dataset=stream, data_collator=pad_rows,
+            callbacks=[watch, grow],
+        )  # fmt: skip
         trainer.train()
     steps = trainer.state.global_step
-    return {
-        "sequences": steps * batch,
-        "cpu_seconds": round(stop.spent, 1),
-        "ms_a_step": round(1e3 * stop.spent / steps, 2),
-    }
+    found = {"sequences": steps * recipe.batch, "cpu_seconds": round(watch.spent, 1),
+             "ms_a_step": round(1e3 * watch.spent / steps, 2), "longest": stream.longest}  # fmt: skip
+    return found | ({"curve": watch.curve} if measure is not None else {})
 
 
 @torch.no_grad()
-def errors(model: nn.Module, task: Task, sizes: tuple[int, ...], count: int = 32) -> dict[str, float]:
-    """Mean wrong bits a sequence at each size."""
+def errors(model: Any, task: Task, sizes: tuple[int, ...], count: int = 64) -> dict[str, float]:
+    """Mean wrong bits a sequence at each size, of fixed rows that training never sees."""
+    training, found = model.training, {}
     model.eval()
-    found = {}
     for size in sizes:
         generator = torch.Generator().manual_seed(10_000 + size)
-        batch = pad_rows([task.row(generator, size) for _ in range(count)])
+        rows = [exactly(task, generator, size) for _ in range(count)]
+        batch = pad_rows(rows)
         logits = model(inputs_embeds=batch["inputs_embeds"])["logits"]
         found[str(size)] = round(float(wrong_bits(logits, batch["labels"]).float().mean()), 3)
-    model.train()
+    model.train(training)
     return found
 
 
-def ntm(task: Task, **fields: Any) -> NTMForSequenceTransduction:
+def exactly(task: Task, generator: torch.Generator, size: int) -> Any:
+    """A row of that size; of repeat copy, that length and that many repeats."""
+    return task.exact_row(generator, size, size) if isinstance(task, RepeatCopy) else task.row(generator, size)
+
+
+def ntm(task: Task, seed: int, **fields: Any) -> NTMForSequenceTransduction:
+    """The paper's bare machine, whose memory begins as a tape."""
+    torch.manual_seed(seed)
     sizes = {"input_size": task.input_size, "output_size": task.output_size, "hidden_size": task.output_size}
-    config = NTMConfig(**sizes, residual=False, controller_size=100, use_cache=False, **fields)
-    return NTMForSequenceTransduction(config)
+    fields = {"initial_weighting": "peaked", "initial_addressing": "tape"} | fields
+    return NTMForSequenceTransduction(
+        NTMConfig(**sizes, residual=False, **({"controller_size": 100} | fields), use_cache=False)
+    )
 
 
-def dnc(task: Task, **fields: Any) -> DNCForSequenceTransduction:
+def dnc(task: Task, seed: int, **fields: Any) -> DNCForSequenceTransduction:
+    """The paper's bare computer."""
+    torch.manual_seed(seed)
     sizes = {"input_size": task.input_size, "output_size": task.output_size, "hidden_size": task.output_size}
-    config = DNCConfig(**sizes, residual=False, controller_size=100, use_cache=False, **fields)
-    return DNCForSequenceTransduction(config)
+    return DNCForSequenceTransduction(
+        DNCConfig(**sizes, residual=False, **({"controller_size": 100} | fields), use_cache=False)
+    )
 
 
-def ntm_copy(seed: int, more: int = 0) -> dict[str, Any]:
-    """NTM copy, lengths up to 20, batches of 4 with a curriculum from length 3; then `more` sequences."""
-    task = Copy()
+def lstm(task: Task, seed: int) -> LSTMTransducer:
+    """The controller alone."""
     torch.manual_seed(seed)
-    model = ntm(task)
-    found = {
-        "task": "ntm copy",
-        "seed": seed,
-        **train(model, task, seed, batch=4, rate=1e-3, sequences=40_000, first=3, seconds=120),
-    }
-    found["wrong_bits"] = errors(model, task, (10, 20, 30, 50, 100, 120))
-    if more:
-        found["more"] = train(
-            model, task, seed + 100, batch=4, rate=3e-4, sequences=more, first=None, seconds=900, target=-1
-        )
-        found["wrong_bits_after_more"] = errors(model, task, (20, 30, 50, 100, 120))
+    return LSTMTransducer(task)
+
+
+NTM_COPY, DNC_COPY = Recipe(), Recipe(batch=16, sequences=30_000, first=None)
+LONG = Recipe(sequences=160_000, first=None, rate=5e-4, seconds=600.0, decay=0.5)
+CURVE = Recipe(batch=8, sequences=10**6, first=2, seconds=300.0, decay=0.0)
+
+
+def ntm_copy(seed: int, keep: Path | None) -> dict[str, Any]:
+    """Copy at lengths up to 20 with a curriculum from length 3."""
+    task, model = Copy(), ntm(Copy(), seed)
+    found = train(model, task, seed, NTM_COPY)
+    found["wrong_bits"] = wrong = errors(model, task, (10, 20, 30, 50, 100, 120))
+    found["passed"] = wrong["20"] <= 0.5 and wrong["30"] <= 1.0 and found["cpu_seconds"] <= 60
+    saved(model, keep, f"ntm_copy_{seed}")
     return found
 
 
-def lstm_copy(seed: int) -> dict[str, Any]:
-    """The controller alone on the NTM's task."""
-    task = Copy()
-    torch.manual_seed(seed)
-    model = LSTMTransducer(task, 100)
-    found = train(model, task, seed, batch=4, rate=1e-3, sequences=40_000, first=3, seconds=60)
-    return {"task": "lstm copy", "seed": seed, **found, "wrong_bits": errors(model, task, (10, 20, 30))}
+def ntm_copy_long(seed: int, keep: Path | None) -> dict[str, Any]:
+    """The same network, trained on to 200,000 sequences in all."""
+    folder = None if keep is None else keep / f"ntm_copy_{seed}"
+    if folder is None or not folder.exists():
+        with tempfile.TemporaryDirectory() as place:
+            ntm_copy(seed, Path(place))
+            model = NTMForSequenceTransduction.from_pretrained(Path(place) / f"ntm_copy_{seed}")
+    else:
+        model = NTMForSequenceTransduction.from_pretrained(folder)
+    found = train(model.train(), Copy(), 100 + seed, LONG)
+    saved(model, keep, f"ntm_copy_long_{seed}")
+    found["sequences"] += NTM_COPY.sequences
+    return found | {"wrong_bits": errors(model, Copy(), (20, 30, 50, 100, 120))}
 
 
-def dnc_copy(seed: int) -> dict[str, Any]:
-    """DNC copy, lengths up to 10, 32 slots of width 20."""
-    task = Copy(longest=10)
-    torch.manual_seed(seed)
-    model = dnc(task, memory_size=32)
-    found = train(model, task, seed, batch=16, rate=1e-3, sequences=30_000, first=10, seconds=120, target=2e-4)
-    return {"task": "dnc copy", "seed": seed, **found, "wrong_bits": errors(model, task, (5, 10, 20))}
+def lstm_copy(seed: int, keep: Path | None) -> dict[str, Any]:
+    """The controller alone on the Turing machine's task, by the same recipe."""
+    model = lstm(Copy(), seed)
+    found = train(model, Copy(), seed, NTM_COPY)
+    found["wrong_bits"] = errors(model, Copy(), (10, 20, 30))
+    return found | {"passed": found["wrong_bits"]["20"] >= 10}
 
 
-def compare(name: str, seconds: float, build: Any, **recipe: Any) -> list[dict[str, Any]]:
-    """A memory and an LSTM on one task for the same CPU time."""
-    task, found = algorithmic_task(name), []
-    for kind, make in (("memory", build), ("lstm", lambda t: LSTMTransducer(t, 100))):
-        torch.manual_seed(1)
-        model = make(task)
-        spent = train(model, task, 1, sequences=10**7, seconds=seconds, **recipe)
-        result = {"task": f"{name} {kind}", "seed": 1, **spent}
-        if isinstance(task, DynamicNGrams):
-            result["bits_above_optimum"] = ngram_excess(model, task)
-        else:
-            result["wrong_bits"] = errors(model, task, (task.shortest + 1, task.longest, 2 * task.longest))
-        found.append(result)
-    return found
+def dnc_copy(seed: int, keep: Path | None) -> dict[str, Any]:
+    """Copy at lengths up to 10 with 32 slots of width 20."""
+    task, model = Copy(longest=10), dnc(Copy(), seed, memory_size=32)
+    found = train(model, task, seed, DNC_COPY)
+    found["wrong_bits"] = wrong = errors(model, task, (5, 10, 15, 20))
+    saved(model, keep, f"dnc_copy_{seed}")
+    return found | {"passed": wrong["10"] <= 0.1 and wrong["5"] <= 0.1}
+
+
+def saved(model: Any, keep: Path | None, name: str) -> None:
+    """Save a trained model if a folder is given."""
+    if keep is not None:
+        model.save_pretrained(keep / name)
+
+
+def curve(make: Callable[[Task, int], Any], task: Task, recipe: Recipe, seed: int, keep: Path | None) -> dict[str, Any]:
+    """How wrong bits (or bits above the optimum) fall with time; the last point is at the end."""
+    sizes = tuple(dict.fromkeys((task.shortest, task.longest // 2 + 1, task.longest, 2 * task.longest)))
+    if isinstance(task, DynamicNGrams):
+        measure = partial(ngram_excess, task=task)
+    else:
+        measure = partial(errors, task=task, sizes=sizes)
+    model = make(task, seed)
+    found = train(model, task, seed, recipe, measure)
+    if hasattr(model, "save_pretrained"):
+        saved(model, keep, f"{model.config.model_type}_{task.name}_{seed}")
+    return found | {"end": measure(model)}
 
 
 @torch.no_grad()
-def ngram_excess(model: nn.Module, task: DynamicNGrams, count: int = 200) -> float:
-    """Cross-entropy above the Bayes-optimal predictor, in bits a symbol."""
-    generator = torch.Generator().manual_seed(99)
+def ngram_excess(model: Any, task: DynamicNGrams, count: int = 200) -> float:
+    """Cross-entropy above the Bayes-optimal predictor's, in bits a symbol."""
+    training, generator = model.training, torch.Generator().manual_seed(99)
     rows = [task.row(generator, task.longest) for _ in range(count)]
-    labels = torch.stack([row["labels"][:, 0] for row in rows]).double()
+    inputs, labels = (torch.stack([row[name] for row in rows]) for name in ("inputs_embeds", "labels"))
     best = torch.stack([task.optimal_probabilities(row["inputs_embeds"][:, 0]) for row in rows])
-    found = (
-        model(inputs_embeds=torch.stack([row["inputs_embeds"] for row in rows]))["logits"][..., 0].double().sigmoid()
-    )
-
-    def bits(probability: torch.Tensor) -> float:
-        return float(
-            nn.functional.binary_cross_entropy(probability.clamp(1e-9, 1 - 1e-9), labels) / torch.log(torch.tensor(2.0))
-        )
-
-    return round(bits(found) - bits(best), 4)
+    found = model.eval()(inputs_embeds=inputs)["logits"][..., 0].double().sigmoid()
+    model.train(training)
+    entropy = nn.functional.binary_cross_entropy
+    nats = [entropy(p.clamp(1e-9, 1 - 1e-9), labels[..., 0].double()) for p in (found, best)]
+    return round(float((nats[0] - nats[1]) / torch.log(torch.tensor(2.0))), 4)
 
 
-def babi(folder: Path, task: int, seconds: float) -> dict[str, Any]:
-    """DNC with masks and de-allocation, without links, on one bAbI task; test error in percent."""
-    (home,) = folder.glob(f"qa{task:02d}_*")
-    lines, test = read_babi(home / "train.jsonl.gz"), read_babi(home / "test.jsonl.gz")
+def babi(number: int, data: Path, seconds: float, seed: int, keep: Path | None) -> dict[str, Any]:
+    """One bAbI task by a neural computer with masks and de-allocation, without links; errors in percent."""
+    (home,) = data.glob(f"qa{number:02d}_*")
+    lines = read_babi(home / "train.jsonl.gz")
     vocabulary = babi_vocabulary(lines)
-    torch.manual_seed(1)
-    config = DNCConfig(
-        vocab_size=vocabulary.size,
-        hidden_size=64,
-        num_labels=len(vocabulary.answers),
-        residual=False,
-        controller_size=64,
-        memory_size=32,
-        memory_width=24,
-        num_read_heads=2,
-        use_temporal_links=False,
-        use_masking=True,
-        mask_min=0.1,
-        use_deallocation=True,
-        use_cache=False,
-        pad_token_id=0,
+    rows, test = (
+        [vocabulary.encode(line) for line in read]
+        for read in (lines[: 9 * len(lines) // 10], read_babi(home / "test.jsonl.gz"))
     )
-    model = DNCForSequenceClassification(config)
-    rows = [vocabulary.encode(line) for line in lines]
+    torch.manual_seed(seed)
+    model = DNCForSequenceClassification(
+        DNCConfig(
+            vocab_size=vocabulary.size, num_labels=len(vocabulary.answers), pad_token_id=0, hidden_size=64,
+            controller_size=64, memory_size=32, memory_width=24, num_read_heads=2, residual=False, use_cache=False,
+            use_temporal_links=False, use_masking=True, mask_min=0.1, use_deallocation=True,
+        )
+    )  # fmt: skip
+    recipe = Recipe(batch=32, rate=2e-3, sequences=10**7, seconds=seconds, decay=0.0)
+    watch = Watch(seconds, partial(answer_errors, rows=test[:500]))
     with tempfile.TemporaryDirectory() as work:
-        args = arguments(work, 10**6, 32, 2e-3, 1)
-        trainer = LNLMTrainer(model=model, args=args, train_dataset=rows, data_collator=pad_questions)
-        stop = Stop(None, seconds, 0.0, 0)
-        trainer.add_callback(stop)
+        trainer = LNLMTrainer(model=model, args=recipe.arguments(work, seed), train_dataset=rows,
+                              data_collator=pad_questions, callbacks=[watch])  # fmt: skip
         trainer.train()
-    found = {"task": f"dnc babi {task}", "seed": 1, "cpu_seconds": round(stop.spent, 1)}
-    found["epochs"] = round(trainer.state.global_step * 32 / len(rows), 1)
-    found["test_error_percent"] = babi_error(model, [vocabulary.encode(line) for line in test])
-    return found
+    saved(model, keep, f"dnc_babi_{number}_{seed}")
+    return {"cpu_seconds": round(watch.spent, 1), "epochs": round(float(trainer.state.epoch or 0), 1),
+            "curve": watch.curve, "test_error_percent": answer_errors(model, test)}  # fmt: skip
 
 
 @torch.no_grad()
-def babi_error(model: nn.Module, rows: list[dict[str, Any]]) -> float:
+def answer_errors(model: Any, rows: list[dict[str, Any]]) -> float:
     """Wrong answers in percent."""
+    training, wrong = model.training, 0
     model.eval()
-    wrong = 0
     for start in range(0, len(rows), 100):
         batch = pad_questions(rows[start : start + 100])
         labels = batch.pop("labels")
         wrong += int((model(**batch).logits.argmax(-1) != labels).sum())
+    model.train(training)
     return round(100 * wrong / len(rows), 2)
 
 
+def runs(data: Path | None) -> dict[str, tuple[tuple[int, ...], Callable[[int, Path | None], dict[str, Any]]]]:
+    """Name → its seeds and what runs one of them."""
+    few, ngrams = (1,), replace(CURVE, first=None)
+    found: dict[str, Any] = {
+        "ntm copy": (SEEDS, ntm_copy),
+        "dnc copy": (SEEDS, dnc_copy),
+        "lstm copy": (few, lstm_copy),
+        "ntm copy, long": (SEEDS, ntm_copy_long),
+        "associative recall, dnc": (few, partial(curve, partial(dnc, memory_size=32), AssociativeRecall(), CURVE)),
+        "associative recall, lstm": (few, partial(curve, lstm, AssociativeRecall(), CURVE)),
+        "repeat copy, ntm": (few, partial(curve, ntm, RepeatCopy(), CURVE)),
+        "repeat copy, lstm": (few, partial(curve, lstm, RepeatCopy(), CURVE)),
+        "6-grams, ntm": (few, partial(curve, ntm, DynamicNGrams(), ngrams)),
+        "6-grams, lstm": (few, partial(curve, lstm, DynamicNGrams(), ngrams)),
+    }
+    if data is not None:
+        found |= {f"babi {number}": (few, partial(babi, number, data, 900.0)) for number in (1, 4, 6, 15)}
+    return found
+
+
+def read_report(path: Path | None) -> dict[str, Any]:
+    """The report so far: other runs stay in it."""
+    report = json.loads(path.read_text()) if path is not None and path.exists() else {"rows": {}}
+    stamp = {"date": time.strftime("%Y-%m-%d"), "command": COMMAND}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {**stamp, **versions, "python": platform.python_version(), "rows": report["rows"]}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--only", help="part of a run's name")
+    """Run the proofs asked for and print the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="run the proofs whose name begins with this")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of each proof's own")
     parser.add_argument("--data", type=Path, help="folder of the bAbI tasks")
-    parser.add_argument("--more", type=int, default=0, help="sequences to train on after NTM copy has converged")
-    options = parser.parse_args()
+    parser.add_argument("--into", type=Path, help="file that every finished run is added to")
+    parser.add_argument("--keep", type=Path, help="folder that trained models are saved in")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    runs: dict[str, Any] = {f"ntm_copy_{seed}": lambda seed=seed: ntm_copy(seed, options.more) for seed in SEEDS}
-    runs |= {f"dnc_copy_{seed}": lambda seed=seed: dnc_copy(seed) for seed in SEEDS}
-    runs["lstm_copy_1"] = lambda: lstm_copy(1)
-    few = {"batch": 8, "rate": 1e-3}
-    runs["associative_recall"] = lambda: compare(
-        "associative_recall", 300, lambda t: dnc(t, memory_size=32), first=3, **few
-    )
-    runs["repeat_copy"] = lambda: compare("repeat_copy", 300, ntm, first=2, **few)
-    runs["ngrams"] = lambda: compare("dynamic_ngrams", 300, ntm, first=200, **few)
-    if options.data:
-        runs |= {f"babi_{task}": lambda task=task: babi(options.data, task, 600) for task in (1, 4, 6, 15)}
-    found: list[Any] = []
-    for name, run in runs.items():
-        if options.only is None or options.only in name:
-            result = run()
-            found += result if isinstance(result, list) else [result]
-            if not options.json:
-                print(found[-1], flush=True)
-    if options.json:
-        print(json.dumps({"date": datetime.date.today().isoformat(), "runs": found}, indent=1))
+    report = read_report(given.into)
+    for name, (seeds, run) in runs(given.data).items():
+        if not name.startswith(given.only):
+            continue
+        for seed in given.seeds or seeds:
+            result = run(seed, given.keep)
+            report = read_report(given.into) if given.into else report  # other processes may have added to it
+            report["rows"].setdefault(name, {})[str(seed)] = result
+            if given.into is not None:
+                given.into.write_text(json.dumps(report, indent=1) + "\n")
+            if not given.json:
+                print(f"{name}, seed {seed}: {result}", flush=True)
+    if given.json:
+        print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from .memory_config import MemoryConfig
 
 MEMORY_INITS = ("constant", "learned", "random")
 INITIAL_WEIGHTINGS = ("random", "peaked", "uniform")
+INITIAL_ADDRESSINGS = ("neutral", "tape")
 
 
 @strict_config
@@ -22,6 +23,9 @@ class NTMConfig(MemoryConfig):
         memory_init_value: see `memory_init`.
         initial_weighting: how the learned initial weightings begin: `random` logits, `peaked` on the first slot or
             `uniform`.
+        initial_addressing: what untrained heads do: `neutral` (look up and shift either way alike) or `tape` (keep to
+            where they are, sharply, and rather walk forward; with a peaked initial weighting the memory begins as a
+            tape, from which algorithmic tasks are learnt far more reliably).
 
     Raises:
         ValueError: a field is out of range, or fields contradict each other.
@@ -38,12 +42,14 @@ class NTMConfig(MemoryConfig):
     memory_init: str = "constant"
     memory_init_value: float | int = 1e-6
     initial_weighting: str = "random"
+    initial_addressing: str = "neutral"
 
     def check_bounds(self) -> None:
         """Check ranges and choices, and what they mean together; see the class for the fields."""
         super().check_bounds()
         check_choice("memory_init", self.memory_init, MEMORY_INITS)
         check_choice("initial_weighting", self.initial_weighting, INITIAL_WEIGHTINGS)
+        check_choice("initial_addressing", self.initial_addressing, INITIAL_ADDRESSINGS)
         if 2 * self.shift_range + 1 > self.memory_size:
             raise ValueError(
                 f"shift_range must be at most {(self.memory_size - 1) // 2} for memory_size {self.memory_size} "

@@ -6,8 +6,9 @@ References:
 
 Glossary (paper symbol: variable): M_t: `memory`, w_t: `weightings`, r_t: `reads`; interface of the heads: `interface_proj`.
 
-Deliberate deviations: initial weightings, reads and controller state are learned [2]; sharpening is computed in log
-space; several write heads erase before any adds. See ops/ntm_memory for the equations.
+Deliberate deviations: initial weightings, reads and controller state are learned [2]; heads may begin as on a tape
+(`initial_addressing`), which is ours; sharpening is computed in log space; several write heads erase before any adds.
+See ops/ntm_memory for the equations.
 
 Complexity: see ops/ntm_memory.
 """
@@ -20,7 +21,7 @@ from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
 from ...ops.ntm_memory import ntm_memory
-from ...ops.ntm_memory.layout import NTMOptions, NTMState, NTMWeights, num_interface
+from ...ops.ntm_memory.layout import NTMOptions, NTMState, NTMWeights, head_size, num_interface
 from .configuration_ntm import NTMConfig
 from .memory_heads import (
     MemoryForCausalLM,
@@ -33,6 +34,7 @@ from .memory_layers import Gates, MemoryCell, Run, States
 from .memory_model import MemoryModel, MemoryPreTrainedModel
 
 _PEAK = 10.0  # logit of the first slot in a peaked initial weighting
+_TAPE = 2.0  # how far a tape's gate lies below, and its sharpening above, the neutral one, as raw orders
 
 
 class NTMCell(MemoryCell):
@@ -56,6 +58,7 @@ class NTMCell(MemoryCell):
         slots, width = config.memory_size, config.memory_width
         self.memory_init, self.memory_value = config.memory_init, float(config.memory_init_value)
         self.memory_shape, self.initial_weighting = (slots, width), config.initial_weighting
+        self.initial_addressing = config.initial_addressing
         heads = config.num_read_heads + config.num_write_heads
         self.initial_weightings = nn.Parameter(torch.empty(heads, slots))
         self.initial_reads = nn.Parameter(torch.empty(config.num_read_heads * width))
@@ -117,12 +120,26 @@ def _init_state(cell: NTMCell) -> None:
         logits = torch.zeros_like(cell.initial_weightings)
         logits[:, 0] = _PEAK if cell.initial_weighting == "peaked" else 0.0
         init.copy_(cell.initial_weightings, logits)
+    if cell.initial_addressing == "tape":
+        init.copy_(cell.interface_proj.bias, _tape_orders(cell))
     for parameter in (cell.initial_reads, cell.initial_hidden, cell.initial_cells):
         if parameter is not None:
             init.normal_(parameter, std=0.1)
     if cell.memory_init != "constant":
         bound = sum(cell.memory_shape) ** -0.5
         init.uniform_(cell.initial_memory, -bound, bound)
+
+
+def _tape_orders(cell: NTMCell) -> torch.Tensor:
+    """Biases of the interface: every head keeps its weighting rather than looking up, sharpens, and walks forward."""
+    orders, width = torch.zeros_like(cell.interface_proj.bias), cell.memory_shape[1]
+    heads, size = cell.initial_weightings.shape[0], head_size(cell.options, width)
+    head = orders[: heads * size].view(heads, size)
+    head[:, width + 1], head[:, width + 2] = -_TAPE, _TAPE
+    shifts = head[:, width + 3 :]
+    shifts += torch.arange(shifts.shape[1], device=orders.device) - shifts.shape[1] // 2
+    shifts.clamp_(-1.0, 1.0)
+    return orders
 
 
 class NTMModel(NTMPreTrainedModel, MemoryModel):

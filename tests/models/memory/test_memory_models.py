@@ -276,3 +276,17 @@ def test_bad_calls_are_refused(name):
         TRANSDUCERS[name](CONFIGS[name](**TINY))
     with pytest.raises(ValueError, match="bidirectional"):
         CAUSAL[name](CONFIGS[name](**TINY, bidirectional=True))
+
+
+@pytest.mark.parametrize("shift_range", [0, 1, 2])
+def test_a_tape_begins_at_its_first_slot_and_walks_forward(shift_range):
+    fields = {"initial_weighting": "peaked", "initial_addressing": "tape", "shift_range": shift_range}
+    torch.manual_seed(0)
+    model = NTMModel(NTMConfig(**(TINY | {"num_hidden_layers": 1, "controller_size": 50}), **fields))
+    looks = model(ids(), output_addressing=True).write_weightings[0].mean(0)[:, 0]
+    places = torch.arange(TINY["memory_size"]).float()
+    walked = looks[1:] @ places - looks[:-1] @ places
+    assert looks[0, : shift_range + 1].sum() > 0.5
+    assert (walked[:5] > 0.1).all() if shift_range else (walked.abs() < 0.5).all()
+    neutral = NTMModel(NTMConfig(**TINY))
+    assert not neutral.layers[0].forwards.interface_proj.bias.any()
