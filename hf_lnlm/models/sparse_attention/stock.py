@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, flash_attention_mask
+from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import _active_collector
 
 from ...ops.sparse_attention.attention import sparse_attention
@@ -203,6 +204,7 @@ def sparse_attention_forward(
     if not options:
         raise ValueError("attn_implementation='lnlm_sparse' needs hf_lnlm.enable_sparse_attention(model, ...) first")
     _check_arguments(query, key, attention_mask, kwargs)
+    _check_unpacked(kwargs.get("position_ids"), attention_mask)
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     patterns = _patterns(options, getattr(module, "layer_idx", None) or 0, causal)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -233,6 +235,22 @@ def _check_arguments(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor 
         raise ValueError(
             f"lnlm_sparse is self-attention: keys must cover queries, got {key.shape[2]} < {query.shape[2]}"
         )
+
+
+def _check_unpacked(position_ids: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    """Refuse positions that begin anew inside a row: with a cache or a mask transformers doesn't look for them.
+
+    Args:
+        position_ids: `(batch or 1, queries)` of this step, as decoders pass them on; None from encoders.
+        mask: bool `(batch, keys)`; positions of padding may be anything.
+    """
+    if position_ids is None or position_ids.shape[-1] < 2 or is_torchdynamo_compiling():
+        return
+    real = None if mask is None else mask[:, mask.shape[1] - position_ids.shape[1] :].bool()
+    placed = position_ids if real is None else position_ids.expand(real.shape).masked_fill(~real, -1)
+    risen = placed[:, 1:] > placed.cummax(1).values[:, :-1]
+    if not bool((risen if real is None else risen | ~real[:, 1:]).all()):
+        raise ValueError("lnlm_sparse reads one text a row: position_ids must rise within a row, got packed rows")
 
 
 def _positions(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

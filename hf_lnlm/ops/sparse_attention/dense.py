@@ -1,7 +1,7 @@
 """Sparse attention as one dense masked attention, for sequences so short that blocks don't pay.
 
-Complexity: `O(n²)` time; causal queries are taken in rows of `DENSE_ROWS`, so that most of the unseen half is never
-computed.
+Complexity: `O(n²)` time. The unseen half of causal scores is not computed: queries are taken in rows of about
+`DENSE_ROWS`, and PyTorch's fused CPU operator takes a causal flag *beside* a bias.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch.nn.functional as F
 
 from .parts import blocking_bias
 from .pattern import SparsePattern
+from .tiles import fused_attention_available, fused_causal_attention
 
-DENSE_ROWS, SINGLE_LENGTH = 200, 512
-"""Queries attended at once, and the length up to which all are (tuning values, no effect on results)."""
+DENSE_ROWS, LOCAL_ROWS = 256, 128
+"""Queries attended at once, and those of the local pattern (tuning values, no effect on results)."""
 
 _KEYS_PER_QUERY, _KEYS_PER_COLUMN_MERGE, _KEYS_PER_SUMMARY_MERGE = 40.0, 120.0, 100.0
 """Measured overheads of the blocks path for one query, in keys attended to by the dense path in the same time."""
@@ -76,25 +77,36 @@ def sparse_attention_dense(
     Returns:
         `(batch, heads, length, head_dim)`.
     """
-    length = query.shape[2]
+    length, fused = query.shape[2], dropout == 0.0 and fused_attention_available(query)
     bias = _dense_bias(pattern, length, query.dtype, query.device)
-    start = empty_queries(pattern) if pattern.causal else 0
-    if not start and (length <= SINGLE_LENGTH or not pattern.causal):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
-    pieces = max(1, (length - start) // DENSE_ROWS)
-    bounds = [start + (length - start) * i // pieces for i in range(pieces + 1)]
-    rows = [query.new_zeros((*query.shape[:2], start, query.shape[3]))] if start else []
-    for first, end in itertools.pairwise(bounds):
+    rows = []
+    for first, end in itertools.pairwise(_row_bounds(pattern, length)):
         seen = slice(max(0, first - pattern.stride + 1) if pattern.kind == "local" else 0, end)
-        mask, keys, values = bias[:, :, first:end, seen], key[:, :, seen], value[:, :, seen]
-        out = F.scaled_dot_product_attention(
-            query[:, :, first:end], keys, values, attn_mask=mask, dropout_p=dropout, scale=scale
-        )
-        rows.append(out)
-    return torch.cat(rows, dim=2)
+        at = query[:, :, first:end], key[:, :, seen], value[:, :, seen], bias[:, :, first:end, seen]
+        if fused and pattern.causal and seen.start == first:
+            rows.append(fused_causal_attention(*at, scale))
+        else:
+            rows.append(F.scaled_dot_product_attention(*at, dropout_p=dropout, scale=scale))
+    blind = empty_queries(pattern) if pattern.causal else 0
+    if blind:
+        rows.insert(0, query.new_zeros((*query.shape[:2], blind, query.shape[3])))
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
+
+
+def _row_bounds(pattern: SparsePattern, length: int) -> list[int]:
+    """Where the rows of queries that are attended at once begin and end."""
+    if not pattern.causal:
+        return [0, length]
+    start = empty_queries(pattern)
+    if pattern.kind == "local":
+        pieces = max(1, length // LOCAL_ROWS)
+    else:
+        pieces = max(1, round((length - start) / DENSE_ROWS))
+    return [start + (length - start) * i // pieces for i in range(pieces + 1)]
 
 
 @lru_cache(maxsize=16)
 def _dense_bias(pattern: SparsePattern, length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    positions = torch.arange(length, device=device)
-    return blocking_bias(pattern.visible(positions, positions), torch.empty(0, dtype=dtype, device=device))
+    with torch.inference_mode(False):  # a bias made in inference mode could not be used in training later
+        positions = torch.arange(length, device=device)
+        return blocking_bias(pattern.visible(positions, positions), torch.empty(0, dtype=dtype, device=device))

@@ -7,6 +7,7 @@ built.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ from torch.autograd.function import once_differentiable
 from .parts import Part, parts_of
 from .pattern import SparsePattern
 from .tiles import tile_backward, tile_forward
+
+
+CHUNK_NUMBERS = 2**20
+"""Numbers of a query tensor taken at once (a tuning value, no effect on results)."""
+
+SEEDS_A_CHUNK = 2**20
+"""Seeds of dropped weights set apart for each chunk of rows, one for each part."""
 
 
 class MergedAttention(torch.autograd.Function):
@@ -56,6 +64,12 @@ def _source(part: Part, tokens: torch.Tensor, summary: torch.Tensor | None) -> t
     return part.keys(summary if part.from_summary and summary is not None else tokens)
 
 
+def _row_chunks(x: torch.Tensor) -> Iterator[slice]:
+    """Rows taken at once: as few as fill `CHUNK_NUMBERS`, so that what a part returns stays small and in the cache."""
+    step = max(1, CHUNK_NUMBERS // x[0].numel())
+    return (slice(start, start + step) for start in range(0, x.shape[0], step))
+
+
 def _forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -65,16 +79,37 @@ def _forward(
     dropout: float,
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out = torch.zeros_like(query)
-    lse = query.new_full((*query.shape[:3], 1), float("-inf"), dtype=torch.promote_types(query.dtype, torch.float32))
+    out = torch.empty_like(query)
+    lse = query.new_empty((*query.shape[:3], 1), dtype=torch.promote_types(query.dtype, torch.float32))
+    for chunk, rows in enumerate(_row_chunks(query)):
+        tokens = query[rows], key[rows], value[rows]
+        _forward_rows(out[rows], lse[rows], *tokens, pattern, scale, dropout, seed + SEEDS_A_CHUNK * chunk)
+    return out, lse
+
+
+def _forward_rows(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: SparsePattern,
+    scale: float,
+    dropout: float,
+    seed: int,
+) -> None:
+    """Fill `out` and `lse` of a few rows."""
+    parts = parts_of(pattern, query.shape[1], query)
+    if pattern.kind == "summary":  # its first part does not cover every query
+        out.zero_()
+        lse.fill_(float("-inf"))
     key_summary, value_summary = _summary(key, pattern), _summary(value, pattern)
-    for index, part in enumerate(parts_of(pattern, query.shape[1], query)):
+    for index, part in enumerate(parts):
         keys, values = _source(part, key, key_summary), _source(part, value, value_summary)
         piece, piece_lse = tile_forward(
             part.queries(query), keys, values, scale, part.causal, part.bias, dropout, seed + index
         )
         _merge(part.queries(out), part.queries(lse), piece, piece_lse.unsqueeze(-1), overwrite=part.first)
-    return out, lse
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, piece: torch.Tensor, piece_lse: torch.Tensor, overwrite: bool) -> None:
@@ -99,8 +134,24 @@ def _backward(
     scale: float,
     dropout: float,
     seed: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> list[torch.Tensor]:
     grads = [torch.zeros_like(x) for x in (query, key, value)]
+    for chunk, rows in enumerate(_row_chunks(query)):
+        saved = [x[rows] for x in (grad, query, key, value, out, lse)]
+        _backward_rows([x[rows] for x in grads], saved, pattern, scale, dropout, seed + SEEDS_A_CHUNK * chunk)
+    return grads
+
+
+def _backward_rows(
+    grads: list[torch.Tensor],
+    saved: list[torch.Tensor],
+    pattern: SparsePattern,
+    scale: float,
+    dropout: float,
+    seed: int,
+) -> None:
+    """Add to the gradients of query, key and value of a few rows; `saved` is grad, query, key, value, out and lse."""
+    grad, query, key, value, out, lse = saved
     summaries = [_summary(x, pattern) for x in (key, value)]
     summary_grads = [None if x is None else torch.zeros_like(x) for x in summaries]
     for index, part in enumerate(parts_of(pattern, query.shape[1], query)):
@@ -113,7 +164,7 @@ def _backward(
         at(grads[0]).add_(pieces[0])
         for tokens, gathered, piece in zip(grads[1:], summary_grads, pieces[1:], strict=True):
             part.add_key_gradient(gathered if part.from_summary and gathered is not None else tokens, piece)
+        del pieces, piece
     for tokens, gathered in zip(grads[1:], summary_grads, strict=True):
         if gathered is not None:
             tokens[:, :, pattern.stride - pattern.summary :].add_(gathered)
-    return grads[0], grads[1], grads[2]

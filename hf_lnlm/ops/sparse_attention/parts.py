@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -59,7 +60,7 @@ class Part:
             self.fold(accumulator, gradient)
 
 
-def parts_of(pattern: SparsePattern, blocks: int, like: torch.Tensor) -> Iterator[Part]:
+def parts_of(pattern: SparsePattern, blocks: int, like: torch.Tensor) -> tuple[Part, ...]:
     """The disjoint parts of an index set over `blocks` blocks of `pattern.stride` tokens.
 
     Args:
@@ -67,6 +68,19 @@ def parts_of(pattern: SparsePattern, blocks: int, like: torch.Tensor) -> Iterato
         blocks: number of blocks.
         like: gives dtype and device of the biases.
     """
+    return _cached_parts(pattern, blocks, max(1, GROUP_QUERIES // pattern.stride), like.dtype, like.device)
+
+
+@lru_cache(maxsize=32)
+def _cached_parts(
+    pattern: SparsePattern, blocks: int, group: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Part, ...]:
+    """Kept between calls: making the biases takes a noticeable share of the time of short inputs."""
+    with torch.inference_mode(False):  # a bias made in inference mode could not be used in training later
+        return tuple(_parts(pattern, blocks, group, torch.empty(0, dtype=dtype, device=device)))
+
+
+def _parts(pattern: SparsePattern, blocks: int, group: int, like: torch.Tensor) -> Iterator[Part]:
     kind, causal = pattern.kind, pattern.causal
     if kind in ("local", "strided"):
         yield from _window_parts(pattern.stride, blocks, causal, like)
@@ -80,7 +94,7 @@ def parts_of(pattern: SparsePattern, blocks: int, like: torch.Tensor) -> Iterato
         tail = slice(pattern.stride - pattern.summary, None)
         yield Part(lambda x: x[:, :, tail], lambda x: x[:, :, tail], True, first=True)
     if kind in ("summary", "fixed"):
-        yield from _summary_parts(pattern, blocks, causal, like)
+        yield from _summary_parts(pattern, blocks, min(blocks, group), like)
 
 
 def _whole(x: torch.Tensor) -> torch.Tensor:
@@ -159,13 +173,13 @@ def _flat(x: torch.Tensor, start: int, end: int) -> torch.Tensor:
     return x[:, start:end].flatten(1, 2).unsqueeze(1)
 
 
-def _summary_parts(pattern: SparsePattern, blocks: int, causal: bool, like: torch.Tensor) -> Iterator[Part]:
-    """Queries against the summaries of other blocks (bidirectional: of all blocks)."""
-    if not causal:
+def _summary_parts(pattern: SparsePattern, blocks: int, group: int, like: torch.Tensor) -> Iterator[Part]:
+    """Queries against the summaries of other blocks (bidirectional: of all blocks), causal ones `group` blocks at a
+    time."""
+    if not pattern.causal:
         alone = pattern.kind == "summary" or pattern.summary == pattern.stride
         yield Part(lambda x: _flat(x, 0, blocks), lambda x: _flat(x, 0, blocks), from_summary=True, first=alone)
         return
-    group = max(1, min(blocks, GROUP_QUERIES // pattern.stride))
     whole = blocks - blocks % group
     if group > 1 and whole:
         yield _inside_groups(pattern, 0, whole, group, like)

@@ -33,8 +33,29 @@ def fused_tile_available() -> bool:
     return len(grads) == 3 and lse.shape == (1, 1, 2) and torch.allclose(lse[0, 0].float(), expected)
 
 
+def fused_attention_available(query: torch.Tensor) -> bool:
+    """Whether PyTorch's fused CPU operator takes tensors like `query`."""
+    return query.device.type == "cpu" and query.dtype in _FUSED_DTYPES and fused_tile_available()
+
+
+def fused_causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Causal attention under a bias as well, which PyTorch's public function does not allow; differentiable.
+
+    Args:
+        query: `(batch, heads, length, head_dim)`; `fused_attention_available(query)`.
+        key: as `query`.
+        value: as `query`.
+        bias: added to the scores, broadcastable to `(batch, heads, length, length)`.
+        scale: factor of the scores.
+    """
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return operator(query, key, value, 0.0, True, attn_mask=bias, scale=scale)[0]
+
+
 def _is_fused(query: torch.Tensor, dropout: float) -> bool:
-    return dropout == 0.0 and query.device.type == "cpu" and query.dtype in _FUSED_DTYPES and fused_tile_available()
+    return dropout == 0.0 and fused_attention_available(query)
 
 
 def tile_forward(

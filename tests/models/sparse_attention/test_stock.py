@@ -148,6 +148,9 @@ def test_what_cannot_be_honoured_is_refused():
     positions = torch.cat([torch.arange(20), torch.arange(30)]).expand(2, -1)
     with pytest.raises(ValueError, match="packed rows"):
         model(ids, position_ids=positions, use_cache=False)
+    for fields in ({"use_cache": True}, {"attention_mask": torch.ones_like(ids)}):
+        with pytest.raises(ValueError, match="packed rows"):
+            model(ids, position_ids=positions, **fields)
     with pytest.raises(ValueError, match="cache that grows"):
         model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=80))
     attention, states = model.model.layers[0].self_attn, torch.randn(1, 4, 5, 4, dtype=torch.float64)

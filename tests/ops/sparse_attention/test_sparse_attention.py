@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_lnlm.ops.sparse_attention import attention, dense, parts, tiles
+from hf_lnlm.ops.sparse_attention import attention, dense, merge, parts, tiles
 from hf_lnlm.ops.sparse_attention.attention import sparse_attention
 from hf_lnlm.ops.sparse_attention.dense import dense_is_cheaper, sparse_attention_dense
 from hf_lnlm.ops.sparse_attention.eager import sparse_attention_eager
@@ -57,8 +57,9 @@ def worst(ours, theirs):
 def path(request, monkeypatch):
     """Forces one way of computing; groups and rows are small, so that short inputs reach every branch."""
     monkeypatch.setattr(parts, "GROUP_QUERIES", 3 * STRIDE)
-    monkeypatch.setattr(dense, "DENSE_ROWS", 11)
-    monkeypatch.setattr(dense, "SINGLE_LENGTH", 20)
+    monkeypatch.setattr(dense, "DENSE_ROWS", 20)
+    monkeypatch.setattr(dense, "LOCAL_ROWS", 11)
+    monkeypatch.setattr(merge, "CHUNK_NUMBERS", 1000)
     real = dense_is_cheaper
     forced = {"blocks": lambda *a: False, "dense": lambda p, n, r: n != p.stride and n > 5, "written_out": real}
     monkeypatch.setattr(attention, "dense_is_cheaper", forced[request.param])
