@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from ..hub.check import Finding, check_folder, is_fit
+from ..objectives import OBJECTIVES  # noqa: F401 (after this, models made of several are known to AutoConfig)
 from .console import print_json
 from .errors import FAILURE_STATUS
 

@@ -32,6 +32,10 @@ Output = Annotated[str | None, typer.Option(help="Folder for the result; must be
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in --output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the earlier run in --output first.")]
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint: folder or Hub repository.")]
+_OBJECTIVES = (
+    "What is learnt: causal, masked, span, replaced_token, permutation, sentence_order, next_sentence or bidirectional; "
+    "default: the first that fits the family. `hf-lnlm list` says what each is."
+)
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint carries.")]
 
 
@@ -87,7 +91,7 @@ def pretrain(
     data: Data = None,
     text_column: TextColumn = None,
     validation: Validation = None,
-    objective: Annotated[str | None, typer.Option(help="What is learnt; see `hf-lnlm list`.")] = None,
+    objective: Annotated[str | None, typer.Option(help=_OBJECTIVES)] = None,
     output: Output = None,
     resume: Resume = False,
     overwrite: Overwrite = False,

@@ -4,9 +4,9 @@ A *segment* is a line of a document with something on it; a line longer than hal
 *chunk* is as many consecutive segments of one document as fill a row (Devlin et al. 2019, appendix A.2): nine in ten are
 filled up, the others only to a random length, so that models see short rows too.
 
-Columns of a row: `input_ids` `[tokens]` of a chunk; `segments` `[segments]`, where each of its segments begins;
-`other_ids` `[tokens]`, a chunk of another document, drawn anew every epoch; with `words=True` `word_ids` and
-`other_word_ids`; `example_id` and `epoch`. Which tokens become A and which B, and in what order, is the collator's choice.
+Columns of a row: `input_ids` `[tokens]` of a chunk; `segments` `[segments]`, where each of its segments begins; with
+`others=True` `other_ids` `[tokens]`, a chunk of another document, drawn anew every epoch; with `words=True` `word_ids` and
+`other_word_ids`; `example_id` and `epoch`. Which tokens become A and which B, and in what order, is for the collator.
 
 Deviation from the authors' code: chunks are the same every epoch, so what a random B leaves unused of its chunk is not put
 back; the next epoch cuts it elsewhere.
@@ -36,24 +36,28 @@ class SegmentPairs(EpochDataset):
         tokenizer: Fast tokenizer.
         length: Most tokens of a chunk.
         words: Adds word numbers.
+        others: Adds text of another document.
 
     Raises:
-        ValueError: A stream, fewer than two documents with text, or no chunk of two tokens.
+        ValueError: A stream, no chunk of two tokens, or text of a single document where another one is needed.
     """
 
-    def __init__(self, documents: Any, tokenizer: Any, length: int, *, words: bool = False) -> None:
+    def __init__(
+        self, documents: Any, tokenizer: Any, length: int, *, words: bool = False, others: bool = True
+    ) -> None:
         super().__init__()
         if not hasattr(documents, "__len__"):
             raise ValueError("pairs of segments need documents of known number, got a stream: use data.streaming=false")
         if length < 4:
             raise ValueError(f"length must leave 4 tokens or more for a pair, got {length}")
-        self.length, self.words = length, words
+        self.length, self.words, self.others = length, words, others
         self._table = _segmented(documents, tokenizer, length, words)
         self._open()
         self.chunks = np.array(list(self._cut()), np.int64).reshape(-1, 3)
         filled = len(set(self.chunks[:, 2].tolist()))
-        if filled < 2:
-            raise ValueError(f"pairs need text of two documents or more, got {filled}: lines of {len(documents)} rows")
+        if filled < 1 + others:
+            needed = "two documents or more" if others else "one document"
+            raise ValueError(f"pairs of segments need text of {needed}, got {filled} with two tokens or more")
 
     def _open(self) -> None:
         column = self._table.data.column
@@ -93,14 +97,19 @@ class SegmentPairs(EpochDataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair must lie in 0 … {len(self) - 1}, got {index}")
         index %= len(self)
-        epoch = self.epoch.get()
-        other = self._other(index, np.random.default_rng([1, epoch, index]))
-        row = {"example_id": index, "epoch": epoch, "segments": self._segments(index)}
-        for name, column in (("input_ids", self.ids), ("word_ids", self.word_ids)):
-            if column is not None:
-                row[name] = column.slice(*self._span(index)).astype(np.int64)
-                row[f"other_{name.removeprefix('input_')}"] = column.slice(*self._span(other)).astype(np.int64)
+        row = {"example_id": index, "epoch": self.epoch.get(), "segments": self._segments(index)}
+        row |= self._tokens(index, "")
+        if self.others:
+            row |= self._tokens(self._other(index, np.random.default_rng([1, row["epoch"], index])), "other_")
         return row
+
+    def _tokens(self, index: int, prefix: str) -> dict[str, np.ndarray]:
+        """Ids and word numbers of a chunk."""
+        span = self._span(index)
+        found = {f"{prefix}ids" if prefix else "input_ids": self.ids.slice(*span).astype(np.int64)}
+        if self.word_ids is not None:
+            found[f"{prefix}word_ids"] = self.word_ids.slice(*span).astype(np.int64)
+        return found
 
     def _other(self, index: int, random: np.random.Generator) -> int:
         """A chunk of another document, each equally likely."""

@@ -547,7 +547,7 @@ def _code_problems(folder: Folder, entry: Entry) -> Iterator[str]:
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
-            yield from _relative_import_problem(folder, name, node)
+            yield from _relative_import_problem(folder, entry.path, node)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [item.name for item in node.names]
             for module in modules:
@@ -555,10 +555,11 @@ def _code_problems(folder: Folder, entry: Entry) -> Iterator[str]:
                     yield f"{name} line {node.lineno} imports {shown(module)}, which a reader may not have"
 
 
-def _relative_import_problem(folder: Folder, name: str, node: ast.ImportFrom) -> Iterator[str]:
+def _relative_import_problem(folder: Folder, path: str, node: ast.ImportFrom) -> Iterator[str]:
+    name, beside = shown(path), path.rpartition("/")  # a part of a composed model carries its code in its own folder
     if node.level > 1 or not node.module or "." in node.module:
         yield f"{name} line {node.lineno}: an import that transformers can't carry"
-    elif not folder.has(f"{node.module}.py"):
+    elif not folder.has(f"{beside[0]}{beside[1]}{node.module}.py"):
         yield f"{name} line {node.lineno}: {node.module}.py is missing"
 
 

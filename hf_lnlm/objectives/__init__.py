@@ -8,12 +8,15 @@ from typing import Any
 
 from .base import Objective
 from .bidirectional import BidirectionalObjective
+from .bidirectional_model import BidirectionalForPreTraining
 from .causal import CausalObjective
 from .masked import MaskedObjective
 from .next_sentence import NextSentenceObjective
 from .permutation import PermutationObjective
 from .replaced_token import ReplacedTokenObjective
+from .replaced_token_model import ReplacedTokenForPreTraining
 from .sentence_order import SentenceOrderObjective
+from .sentence_pair_model import SentencePairForPreTraining
 from .span import SpanObjective
 
 _KINDS = (
@@ -23,7 +26,10 @@ _KINDS = (
 OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in _KINDS}
 """Name → class; a new objective is one file and one entry."""
 
-__all__ = ["OBJECTIVES", "Objective", "objective", "table"]
+__all__ = [
+    "OBJECTIVES", "BidirectionalForPreTraining", "Objective", "ReplacedTokenForPreTraining", "SentencePairForPreTraining",
+    "objective", "table",
+]  # fmt: skip
 
 
 def objective(name: str, **options: Any) -> Objective:

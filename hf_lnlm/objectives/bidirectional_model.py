@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import ModelOutput
 
 from ..models.base import strict_config
-from .composed import ComposedConfig, ComposedModel, name_of, plain_config, register_composed
+from .composed import ComposedConfig, ComposedModel, name_of, plain_config, register_composed, sum_of_means
 
 IGNORED = -100
 
@@ -118,8 +118,7 @@ class BidirectionalForPreTraining(ComposedModel):
             sums = [summed_loss(ahead.logits, labels), summed_loss(back.logits, labels.gather(1, order))]
             output.sums = torch.stack(sums)
             counts = self.loss_items({"labels": labels, "attention_mask": attention_mask}).values()
-            terms = zip(self.loss_sums(output, {}).values(), counts, strict=True)
-            output.loss = sum(total / count.clamp(min=1) for total, count in terms)
+            output.loss = sum_of_means(self.loss_sums(output, {}).values(), counts)
         return output
 
     def loss_items(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

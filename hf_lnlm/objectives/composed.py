@@ -9,10 +9,12 @@ The configuration holds the parts' configurations as plain values, so that it ne
 
 import copy
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 
 from ..models.base import strict_config
@@ -106,6 +108,16 @@ def register_composed(config_class: Any, model_class: Any) -> None:
     """Make `AutoConfig` and `AutoModelForPreTraining` know a composed model. Safe to call twice."""
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModelForPreTraining.register(config_class, model_class, exist_ok=True)
+
+
+def sum_of_means(sums: Iterable[Tensor], items: Iterable[Tensor]) -> Tensor:
+    """The loss: each term's sum over its items, added up.
+
+    Args:
+        sums: summed loss of each term.
+        items: items of each term; none count as one, so that an empty term adds nothing.
+    """
+    return torch.stack([total / count.clamp(min=1) for total, count in zip(sums, items, strict=True)]).sum()
 
 
 def name_of(module: nn.Module, root: nn.Module) -> str:

@@ -21,7 +21,8 @@ class NextSentenceObjective(SentencePairObjective):
     title: ClassVar[str] = "Masked language modelling and next-sentence prediction"
     paper: ClassVar[str] = "Devlin et al. 2019"
     label: ClassVar[str] = "next_sentence_label"
+    needs_others: ClassVar[bool] = True
 
-    def pair(self, first: Part, second: Part, other: Part, changed: bool) -> tuple[Part, Part]:
+    def pair(self, first: Part, second: Part, other: Part | None, changed: bool) -> tuple[Part, Part]:
         """A and what follows it, or A and text of another document; see the base."""
-        return (first, other) if changed else (first, second)
+        return (first, other) if changed and other is not None else (first, second)

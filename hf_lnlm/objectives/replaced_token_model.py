@@ -32,7 +32,7 @@ from transformers.utils import ModelOutput
 
 from ..models.base import strict_config
 from ..registry import FAMILIES
-from .composed import ComposedConfig, ComposedModel, name_of, plain_config, register_composed
+from .composed import ComposedConfig, ComposedModel, name_of, plain_config, register_composed, sum_of_means
 
 IGNORED = -100
 DETECTORS = ("electra", *(row.model_type for row in FAMILIES if "AutoModelForPreTraining" in row.models))
@@ -231,8 +231,8 @@ class ReplacedTokenForPreTraining(ComposedModel):
         Returns:
             Without labels, logits only: how sure the discriminator is that each token of `input_ids` was replaced.
         """
-        rest = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        rest = {name: value for name, value in rest.items() if value is not None}
+        given = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        rest = {name: value for name, value in given.items() if value is not None}
         if labels is None:
             return ReplacedTokenOutput(logits=self._detect(input_ids, rest))
         wanted = labels != IGNORED
@@ -248,7 +248,7 @@ class ReplacedTokenForPreTraining(ComposedModel):
         sums = torch.stack([functional.cross_entropy(logits.float(), labels[wanted], reduction="sum"), each.sum()])
         output = ReplacedTokenOutput(None, found, corrupted, replaced, logits, sums)
         items = self.loss_items({"labels": labels, "attention_mask": attention_mask}).values()
-        output.loss = sum(s / n.clamp(min=1) for s, n in zip(self.loss_sums(output, {}).values(), items, strict=True))
+        output.loss = sum_of_means(self.loss_sums(output, {}).values(), items)
         return output
 
     def _detect(self, ids: Tensor, rest: dict[str, Tensor]) -> Tensor:

@@ -23,6 +23,6 @@ class SentenceOrderObjective(SentencePairObjective):
     paper: ClassVar[str] = "Lan et al. 2020"
     label: ClassVar[str] = "sentence_order_label"
 
-    def pair(self, first: Part, second: Part, other: Part, changed: bool) -> tuple[Part, Part]:
+    def pair(self, first: Part, second: Part, other: Part | None, changed: bool) -> tuple[Part, Part]:
         """The two parts in their order or swapped; see the base."""
         return (second, first) if changed else (first, second)

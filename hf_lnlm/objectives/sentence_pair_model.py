@@ -18,7 +18,7 @@ from transformers import AutoModelForMaskedLM
 from transformers.utils import ModelOutput
 
 from ..models.base import strict_config
-from .composed import ComposedConfig, ComposedModel, plain_config, register_composed
+from .composed import ComposedConfig, ComposedModel, plain_config, register_composed, sum_of_means
 from .replaced_token_model import hidden_width
 
 IGNORED = -100
@@ -100,18 +100,18 @@ class SentencePairForPreTraining(ComposedModel):
             options["token_type_ids"] = token_type_ids
         found = self.encoder(input_ids=input_ids, **options)
         pooled = torch.tanh(self.pooler(found.hidden_states[-1][:, 0]))
-        output = SentencePairOutput(None, found.logits, self.classifier(pooled))
+        relation = self.classifier(pooled)
+        output = SentencePairOutput(None, found.logits, relation)
         given = {"next_sentence_label": next_sentence_label, "sentence_order_label": sentence_order_label}
         pairs = given[self.config.label]
         if labels is not None and pairs is not None:
             words = functional.cross_entropy(
                 found.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
             )
-            relation = output.seq_relationship_logits.float()
-            judged = functional.cross_entropy(relation, pairs, ignore_index=IGNORED, reduction="sum")
+            judged = functional.cross_entropy(relation.float(), pairs, ignore_index=IGNORED, reduction="sum")
             output.sums = torch.stack([words, judged])
             items = self.loss_items({"labels": labels, self.config.label: pairs}).values()
-            output.loss = sum(s / n.clamp(min=1) for s, n in zip(output.sums, items, strict=True))
+            output.loss = sum_of_means(output.sums, items)
         return output
 
     def loss_items(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

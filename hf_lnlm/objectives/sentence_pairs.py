@@ -51,6 +51,8 @@ class SentencePairObjective(Objective):
     composed_type: ClassVar[str] = "lnlm_sentence_pair"
     label: ClassVar[str]
     """Name of the pair's label in `forward` of the stock heads."""
+    needs_others: ClassVar[bool] = False
+    """Whether rows bring text of another document."""
     logs_metrics: ClassVar[bool] = True
 
     rate: float = 0.15
@@ -103,9 +105,10 @@ class SentencePairObjective(Objective):
         """Chunks of consecutive segments; how documents are framed doesn't matter.
 
         Raises:
-            ValueError: A stream, or text of fewer than two documents.
+            ValueError: A stream, or too little text.
         """
-        return SegmentPairs(documents, tokenizer, length - FRAME, words=self.masking().by_words)
+        options = {"words": self.masking().by_words, "others": self.needs_others}
+        return SegmentPairs(documents, tokenizer, length - FRAME, **options)
 
     def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> PairCollator:
         """Makes batches with pairs and masks keyed by (seed, epoch, example_id)."""
@@ -113,12 +116,12 @@ class SentencePairObjective(Objective):
         return PairCollator(self, tokenizer, seed, bookkeeping)
 
     @abstractmethod
-    def pair(self, first: Part, second: Part, other: Part, changed: bool) -> tuple[Part, Part]:
+    def pair(self, first: Part, second: Part, other: Part | None, changed: bool) -> tuple[Part, Part]:
         """The two parts of a row.
 
         Args:
             first, second: Consecutive parts of a document.
-            other: Text of another document.
+            other: Text of another document, if rows bring it.
             changed: Whether the pair is to be changed; its label.
         """
 
@@ -203,9 +206,11 @@ class PairCollator:
     def _row(self, row: Row) -> dict[str, Any]:
         random = generator(self.seed, int(row.get("epoch", 0)), int(row["example_id"]), self.objective.name)
         changed = bool(random.random() < self.objective.changed_share)
-        whole, other = self._part(row, ""), self._part(row, "other_")
+        whole, other = self._part(row, ""), None
         at = cut_place(np.asarray(row["segments"]), len(whole), random)
-        other = other.cut(int(random.integers(len(other))) // 2, len(other))
+        if self.objective.needs_others:
+            other = self._part(row, "other_")
+            other = other.cut(int(random.integers(len(other))) // 2, len(other))
         parts = self.objective.pair(whole.cut(0, at), whole.cut(at, len(whole)), other, changed)
         first, second = shortened(*parts, len(whole), random)
         made = {"epoch": row.get("epoch", 0), "example_id": row["example_id"], "pair_label": int(changed)}

@@ -23,7 +23,7 @@ import hf_lnlm  # noqa: F401 (registers the families)
 from hf_lnlm.data.blocks import PackedBlocks
 from hf_lnlm.data.lanes import Lanes
 from hf_lnlm.data.tokenizers import build_tokenizer
-from hf_lnlm.objectives import OBJECTIVES, objective
+from hf_lnlm.objectives import objective
 from hf_lnlm.objectives.randomness import generator
 from tests.data.subwords import texts
 
@@ -158,11 +158,7 @@ def test_objectives_that_fit(name: str, config) -> None:
     objective(name).check(config, TOKENIZER)
 
 
-MISdef dnc(**fields):
-    return AutoConfig.for_model("lnlm_dnc", vocab_size=273, **fields)
-
-
-FITS = [
+MISFITS = [
     ("masked", rnn(), "lnlm_rnn reads left to right only. Objectives that fit lnlm_rnn: causal, bidirectional. "),
     ("masked", GPT2Config(), "gpt2 reads left to right only. Objectives that fit gpt2: causal"),
     ("masked", T5Config(), "Objectives that fit t5: span"),

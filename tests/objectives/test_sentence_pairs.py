@@ -24,10 +24,10 @@ NAMES = ("next_sentence", "sentence_order")
 
 
 def test_chunks_are_consecutive_lines_of_one_document() -> None:
-    pairs = SegmentPairs(DOCUMENTS, TOKENIZER, 8)
+    pairs = SegmentPairs(DOCUMENTS, TOKENIZER, 12)
     read = ["".join(TOKENIZER.convert_ids_to_tokens(row["input_ids"])) for row in (pairs[i] for i in range(len(pairs)))]
     assert "".join(read) == "".join(map("".join, LINES)), "all text, once, in order"
-    assert max(map(len, read)) <= 8
+    assert max(map(len, read)) <= 12
     for index, row in enumerate(pairs[i] for i in range(len(pairs))):
         document = pairs.chunks[index, 2]
         lines, at = "|".join(LINES[document]), "".join(TOKENIZER.convert_ids_to_tokens(row["input_ids"]))
@@ -94,8 +94,8 @@ def test_half_the_pairs_are_changed(name: str) -> None:
     learnt = objective(name)
     rows = learnt.rows(Dataset.from_dict({"text": texts(8)}), TOKENIZER, 32)
     collate = learnt.collator(TOKENIZER)
-    labels = torch.cat([collate([{**rows[i], "epoch": e} for i in range(len(rows))])[learnt.label] for e in range(12)])
-    assert len(labels) > 1500 and float(labels.float().mean()) == pytest.approx(0.5, abs=0.04)
+    labels = torch.cat([collate([{**rows[i], "epoch": e} for i in range(len(rows))])[learnt.label] for e in range(4)])
+    assert len(labels) > 500 and float(labels.float().mean()) == pytest.approx(0.5, abs=0.06)
 
 
 def test_whole_words_and_spans_of_words() -> None:
@@ -154,7 +154,12 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a cls token"):
         learnt.check(BertConfig(), bare)
     with pytest.raises(ValueError, match="text of two documents or more, got 1"):
-        learnt.rows(DOCUMENTS.select([0]), TOKENIZER, 16)
+        objective("next_sentence").rows(DOCUMENTS.select([0]), TOKENIZER, 16)
+    with pytest.raises(ValueError, match="text of one document, got 0"):
+        learnt.rows(Dataset.from_dict({"text": [" \n"]}), TOKENIZER, 16)
+    assert "other_ids" not in learnt.rows(DOCUMENTS.select([0]), TOKENIZER, 16)[0], (
+        "their order needs one document only"
+    )
     with pytest.raises(ValueError, match="got a stream"):
         learnt.rows(iter(DOCUMENTS), TOKENIZER, 16)
     with pytest.raises(ValueError, match="length must leave 4 tokens or more for a pair, got 3"):
