@@ -97,10 +97,11 @@ class SegmentPairs(EpochDataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair must lie in 0 … {len(self) - 1}, got {index}")
         index %= len(self)
-        row = {"example_id": index, "epoch": self.epoch.get(), "segments": self._segments(index)}
+        epoch = self.epoch.get()
+        row: dict[str, Any] = {"example_id": index, "epoch": epoch, "segments": self._segments(index)}
         row |= self._tokens(index, "")
         if self.others:
-            row |= self._tokens(self._other(index, np.random.default_rng([1, row["epoch"], index])), "other_")
+            row |= self._tokens(self._other(index, np.random.default_rng([1, epoch, index])), "other_")
         return row
 
     def _tokens(self, index: int, prefix: str) -> dict[str, np.ndarray]:
