@@ -5,6 +5,7 @@
 """
 
 import importlib.util
+import os
 from functools import cache
 
 import torch
@@ -26,11 +27,17 @@ def numba_reason() -> str | None:
 
 
 @cache
+def triton_interpreted() -> bool:
+    """Tell whether `TRITON_INTERPRET` makes Triton's kernels run by its interpreter: very slowly, on any device."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@cache
 def triton_reason() -> str | None:
     """Return why Triton kernels cannot run here, or None when they can."""
     if _missing("triton"):
         return "triton is not installed (pip install 'hf_lnlm[gpu]')"
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not triton_interpreted():
         return "no CUDA device"
     return None
 
@@ -69,7 +76,7 @@ def _demand(requested: str, kind: str, available: tuple[str, ...]) -> str:
     reason = {"cpu": numba_reason(), "gpu": triton_reason()}.get(requested)
     if requested == "cpu" and kind != "cpu":
         reason = reason or f"the tensors are on {kind}"
-    if requested == "gpu" and kind != "cuda":
+    if requested == "gpu" and kind != "cuda" and not triton_interpreted():
         reason = reason or f"the tensors are on {kind}"
     if reason:
         raise ValueError(f"backend {requested!r} cannot run: {reason}")

@@ -42,6 +42,15 @@ def sibling(file: str, name: str) -> Path:
     return path.with_name(path.name.replace("operator", name))
 
 
+def triton_sources(file: str) -> list[Path]:
+    """Where the formulas that Triton kernels share may lie, as a package file or flattened into a checkpoint's folder.
+
+    Args:
+        file: `__file__` of an operation's `operator.py`.
+    """
+    return [Path(file).parent.parent / "triton_math.py", Path(file).with_name("ops_triton_math.py")]
+
+
 def define_operator(
     namespace: str,
     name: str,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .backend import numba_reason, pick_backend, triton_reason
+from .backend import numba_reason, pick_backend, triton_interpreted, triton_reason
 
 FILES = {"reference": "reference.py", "eager": "eager.py", "cpu": "cpu.py", "gpu": "gpu.py"}
 
@@ -34,5 +34,6 @@ def _state(backend: str, device: str) -> str:
     if backend == "cpu":
         return numba_reason() or ("can run" if device == "cpu" else f"the tensors are on {device}")
     if backend == "gpu":
-        return triton_reason() or ("can run" if device == "cuda" else f"the tensors are on {device}")
+        fits = device == "cuda" or triton_interpreted()
+        return triton_reason() or ("can run" if fits else f"the tensors are on {device}")
     return "can run"

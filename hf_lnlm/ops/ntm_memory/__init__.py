@@ -4,7 +4,8 @@ sequence.
 References:
     [1] Graves, Wayne, Danihelka 2014, Neural Turing Machines, arXiv 1410.5401
 
-Backends: `reference` (the equations), `eager` (any device), `cpu` (numba). Complexity: see each.
+Backends: `reference` (the equations), `eager` (any device), `cpu` (numba), `gpu` (Triton). Complexity:
+see each.
 """
 
 import torch
@@ -14,7 +15,7 @@ from .eager import ntm_memory_eager
 from .layout import NTMOptions, NTMOutputs, NTMState, NTMWeights, check_arguments
 from .reference import ntm_memory_reference
 
-BACKENDS = ("reference", "eager", "cpu")
+BACKENDS = ("reference", "eager", "cpu", "gpu")
 SMALL_MEMORY = 16  # slots below which `auto` does not think the compiler's seconds worth while
 
 
@@ -35,8 +36,9 @@ def ntm_memory(
         state: before the first step, as `NTMState` describes.
         options: settings that change the equations.
         mask: `(B, T)`, true for real steps; a masked step leaves the whole state unchanged and outputs zero.
-        backend: `auto`, `reference`, `eager` or `cpu`; `auto` takes `eager` for fewer than 16 slots.
-        recompute: keep only every √(2T)-th state for the backward pass (`cpu`; the others ignore it).
+        backend: `auto`, `reference`, `eager`, `cpu` or `gpu`; `auto` takes `eager` for fewer than 16 slots.
+        recompute: keep only every √(2T)-th state for the backward pass (`cpu`, `gpu`; the others ignore
+            it).
 
     Returns:
         Outputs `(B, T, H + R·M)` = [h_t ; r_t], the final state, and all weightings `(B, T, R+W, N)` without gradient.
@@ -56,5 +58,9 @@ def ntm_memory(
         from .cpu import ntm_memory_cpu
 
         return ntm_memory_cpu(inputs, weights, state, options, mask, recompute)
+    if chosen == "gpu":
+        from .gpu import ntm_memory_gpu
+
+        return ntm_memory_gpu(inputs, weights, state, options, mask, recompute)
     run = ntm_memory_eager if chosen == "eager" else ntm_memory_reference
     return run(inputs, weights, state, options, mask)
