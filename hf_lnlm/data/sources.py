@@ -123,7 +123,7 @@ def open_source(source: Source, options: FileOptions, streaming: bool = False) -
     if isinstance(source, (list, tuple)):
         return _file_rows([file for item in source for file in _files(item)], options, streaming), None
     if str(source) == "stdlib":
-        table = datasets.Dataset.from_list(_stdlib_rows())
+        table = datasets.Dataset.from_list(stdlib_rows())
         return (table.to_iterable_dataset() if streaming else table), None
     path = Path(source).expanduser()
     if ((path / "state.json").exists() and (path / "dataset_info.json").exists()) or (
@@ -170,10 +170,15 @@ def _saved(path: Path) -> Any:
 
 
 PATH = "path in the library"
+"""Column of `stdlib_rows` with a file's path."""
 
 
-def _stdlib_rows() -> list[dict[str, str]]:
-    """The standard library's `.py` files, in the order of their relative paths."""
+def stdlib_rows() -> list[dict[str, str]]:
+    """Rows `text` and PATH of the standard library's `.py` files, in the order of their relative paths.
+
+    Raises:
+        FileNotFoundError: this Python comes without its sources.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     rows = []
     for folder, folders, names in os.walk(root):
@@ -197,7 +202,7 @@ def _source_text(path: Path) -> str:
 
 def stdlib_texts() -> Iterator[str]:
     """The texts of Python's standard library, file by file, for building a tokenizer."""
-    return (row["text"] for row in _stdlib_rows())
+    return (row["text"] for row in stdlib_rows())
 
 
 def _file_rows(files: list[Path], options: FileOptions, streaming: bool) -> Any:

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from .sources import PATH, _stdlib_rows
+from .sources import PATH, stdlib_rows
 
 CLASSES = 8
 LINES = 20
@@ -35,7 +35,7 @@ _TAGS = {
 
 def classification_rows() -> Iterator[dict[str, Any]]:
     """Rows `text`, `label`, `path`: passages of twenty lines from the eight packages with the most text."""
-    sources = [row for row in _stdlib_rows() if "/" in row[PATH]]
+    sources = [row for row in stdlib_rows() if "/" in row[PATH]]
     sizes: Counter[str] = Counter()
     for row in sources:
         sizes[_package(row)] += len(row["text"])
@@ -55,7 +55,7 @@ def _package(row: dict[str, str]) -> str:
 
 def tagging_rows() -> Iterator[dict[str, Any]]:
     """Rows `tokens`, `tags`, `path`: one logical line of code each, of 3 to 60 words, no string over several lines."""
-    for row in _stdlib_rows():
+    for row in stdlib_rows():
         tokens: list[str] = []
         tags: list[str] = []
         for token in _python_tokens(row["text"]):
@@ -83,7 +83,7 @@ def _tag(token: tokenize.TokenInfo) -> str:
 
 def summary_rows() -> Iterator[dict[str, Any]]:
     """Rows `source`, `target`, `path`: a function without its docstring, and the docstring's first line."""
-    for row in _stdlib_rows():
+    for row in stdlib_rows():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(row["text"])
