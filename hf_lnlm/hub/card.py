@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..registry import family, is_ours
+from ..registry import PREFIX, family, is_ours
 from .folder import BadFile, read_json, read_text
 
 CARD = "README.md"
@@ -116,11 +116,14 @@ def _metadata(folder: Path, name: str, license: str, architecture: str) -> dict[
 
 
 def _usage(repo_id: str, architecture: str, model_type: str, adapter: bool) -> str:
+    if architecture.endswith("ForSequenceTransduction"):  # reads vectors: no Auto class and no tokenizer
+        return f'from hf_lnlm import {architecture}\n\nmodel = {architecture}.from_pretrained("{repo_id}")'
     auto = auto_class(architecture)
     trust = ", trust_remote_code=True" if is_ours(model_type) else ""
     if adapter:
         auto = auto.replace("AutoModel", "AutoPeftModel")
     lines = [
+        *(["import hf_lnlm.objectives"] if is_composed(model_type) else []),
         f"from {'peft' if adapter else 'transformers'} import {auto}" + ("" if adapter else ", AutoTokenizer"),
         *(["from transformers import AutoTokenizer"] if adapter else []),
         "",
@@ -135,7 +138,17 @@ def _usage(repo_id: str, architecture: str, model_type: str, adapter: bool) -> s
     return "\n".join(lines)
 
 
+def is_composed(model_type: str) -> bool:
+    """Whether a model type is that of a model made of several, which needs hf_lnlm to be loaded as a whole."""
+    return model_type.startswith(PREFIX) and not is_ours(model_type)
+
+
 def _opening(model_type: str, architecture: str) -> str:
+    if is_composed(model_type):
+        return (
+            f"A model made of several ({architecture}), trained with hf_lnlm. Each folder beside this file is one of them "
+            "and a checkpoint of its own; `AutoModel….from_pretrained(..., subfolder=...)` loads it."
+        )
     if not is_ours(model_type):
         return f"A {model_type or 'language'} model ({architecture}) trained with hf_lnlm."
     row = family(model_type)

@@ -3,10 +3,12 @@
 Each objective is a frozen dataclass (its fields are its options) with
 
 - `check(config, tokenizer)`: refuses models and tokenizers it doesn't fit, before a run starts;
-- `packing(tokenizer, length)`: keyword arguments for `PackedBlocks`/`PackedStream`;
+- `build(config)`: a model with fresh weights, for some objectives one made of several (`composed`);
+- `rows(documents, tokenizer, length)`: the dataset, mostly `PackedBlocks`/`PackedStream` with the keyword arguments that
+  `packing(tokenizer, length)` gives;
 - `collator(tokenizer, seed)`: rows → batch. Rows come from a dataset of `hf_lnlm.data`, which stamps them with
   `example_id` and `epoch`; randomness is a function of (seed, epoch, example_id), so a collator has no state;
-- `sums(logits, batch)` and `summary(sums)`: metrics. Sums of batches and processes are *added*, never averaged, so the
+- `sums(logits(outputs), batch)` and `summary(sums)`: metrics. Sums of batches and processes are *added*, never averaged, so the
   result doesn't depend on how rows were batched.
 
 Batches hold what a stock model's `forward` takes (`input_ids`, `labels`, `attention_mask` only if a row is padded,

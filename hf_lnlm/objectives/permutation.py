@@ -190,7 +190,7 @@ def choose_targets(
     chosen, at, length = np.zeros(len(free), bool), 0, len(free)
     while at < length and (left := goal - int(chosen.sum())) > 0:
         words = min(1 + int(random.choice(len(odds), p=odds)), left)
-        context = max(1, int(words / options.rate))
+        context = max(1, round(words / options.rate))
         before = int(random.integers(context))
         following = np.flatnonzero(starts[at + before :]) + at + before
         if not len(following):

@@ -268,10 +268,12 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     library = Library(512)
     stamp = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "transformers": transformers.__version__}
+    command = f"python -m tests.learning.objectives --json --seeds {asked.seeds} --seconds {asked.seconds:.0f}"
+    command += f" --only {asked.only}" if asked.only else ""
     report: dict[str, Any] = {
         **stamp,
         "python": platform.python_version(),
-        "command": " ".join(sys.argv[1:]),
+        "command": command,
         "rows": [],
     }
     for name in [name for name in PROOFS if asked.only in name]:

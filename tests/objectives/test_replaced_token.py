@@ -232,6 +232,19 @@ def test_metrics_by_hand_and_whatever_the_batching() -> None:
     assert area_under_curve(torch.zeros(2), torch.ones(2)) is None
 
 
+@pytest.mark.parametrize("encoder", ["rnn", "bert"])
+def test_activation_checkpointing_changes_nothing(encoder: str) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = model_of(encoder).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        loss = model(**batch_of()).loss
+        loss.backward()
+        found.append([loss.detach(), *(value.grad for value in model.parameters())])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+
+
 def test_accumulated_batches_equal_one_big_batch(tmp_path) -> None:
     whole = scale.loss_and_norm("replaced_token", str(tmp_path / "one"), batch=8, accumulation=1)
     cut = scale.loss_and_norm("replaced_token", str(tmp_path / "four"), batch=2, accumulation=4)
