@@ -8,8 +8,8 @@ Each objective is a frozen dataclass (its fields are its options) with
   `packing(tokenizer, length)` gives;
 - `collator(tokenizer, seed)`: rows → batch. Rows come from a dataset of `hf_lnlm.data`, which stamps them with
   `example_id` and `epoch`; randomness is a function of (seed, epoch, example_id), so a collator has no state;
-- `sums(logits(outputs), batch)` and `summary(sums)`: metrics. Sums of batches and processes are *added*, never averaged, so the
-  result doesn't depend on how rows were batched.
+- `sums(logits(outputs), batch)` and `summary(sums)`: metrics. Sums of batches and processes are *added*, never
+  averaged, so the result doesn't depend on how rows were batched.
 
 Batches hold what a stock model's `forward` takes (`input_ids`, `labels`, `attention_mask` only if a row is padded,
 `position_ids` if rows have them, `shift_labels` for lanes) and, with `bookkeeping=True`, the columns `BOOKKEEPING` as

@@ -131,9 +131,9 @@ def test_the_composed_model_by_hand_and_saved(tmp_path) -> None:
         inner = model.encoder(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
         )
-    relation = model.classifier(torch.tanh(model.pooler(inner.hidden_states[-1][:, 0])))
-    words = functional.cross_entropy(inner.logits.flatten(0, 1), batch["labels"].flatten())
-    wanted = words + functional.cross_entropy(relation, batch["sentence_order_label"])
+        relation = model.classifier(torch.tanh(model.pooler(inner.hidden_states[-1][:, 0])))
+        words = functional.cross_entropy(inner.logits.flatten(0, 1), batch["labels"].flatten())
+        wanted = words + functional.cross_entropy(relation, batch["sentence_order_label"])
     assert float(found.loss) == pytest.approx(float(wanted), rel=1e-5)
     metrics = learnt.summary(learnt.sums(learnt.logits(found), batch))
     assert metrics["loss"] == pytest.approx(float(wanted), rel=1e-5)
