@@ -7,7 +7,8 @@ weight through `effective_weight` and runs the fused convolution of torch.
 Masked frames are zeros before every convolution, exactly what lies beyond the ends of a sequence. With left-justified
 rows (`left_justify`) that makes every real output frame independent of how a batch was padded.
 
-Glossary: C channels in, F features out, k kernel size, T frames. Feature maps are `(batch, C, T)`, masks `(batch, T)`.
+Glossary: C channels in, F features out, k kernel size, T frames. Feature maps are `(batch, C, T)` (`(batch, T, C)` where
+they are causal), masks `(batch, T)`.
 Complexity: O(batch · T · k · C · F) multiplications; a masked frame costs as much as a real one.
 """
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .effective_weight import effective_weight
+from .window_product import gated_windows, row_lengths, window_product
 
 
 class Justified(NamedTuple):
@@ -108,6 +110,26 @@ def window_mask(mask: torch.Tensor, kernel_size: int, padding: int) -> torch.Ten
     return padded.unfold(1, kernel_size, 1).any(2)
 
 
+def convolve(
+    features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int = 1, padding: int = 0
+) -> torch.Tensor:
+    """`F.conv1d` that does not copy an input which lies in memory frame by frame, as a transposed text does.
+
+    On a CPU the two-dimensional convolution of an image of height 1 takes that order as it is, and is a third faster.
+
+    Args:
+        features: `(batch, C, T)`.
+        weight, bias, stride, padding: as in `F.conv1d`.
+
+    Returns:
+        `(batch, F, T')`.
+    """
+    if features.device.type != "cpu" or features.is_contiguous():
+        return F.conv1d(features, weight, bias, stride, padding)
+    image = F.conv2d(features.unsqueeze(2), weight.unsqueeze(2), bias, (1, stride), (0, padding))
+    return image.squeeze(2)
+
+
 class TimeConvolution(nn.Module):
     """Convolution over time, `(batch, C, T)` → `(batch, F, T')`.
 
@@ -145,8 +167,7 @@ class TimeConvolution(nn.Module):
         """Return the weight `(F, C * k)` and bias `(F,)` in effect, for an input of `like`'s dtype and device."""
         weight, bias = effective_weight(self.projection, self.in_features * self.kernel_size, like.dtype, like.device)
         if self.gain is not None:
-            gain = self.gain.to(weight)
-            weight = weight * (gain / weight.norm(dim=1).clamp(min=torch.finfo(weight.dtype).tiny))[:, None]
+            weight = weight * (self.gain.to(weight) / row_lengths(weight))[:, None]
         return weight, bias
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -171,8 +192,8 @@ class TimeConvolution(nn.Module):
         weight, bias = self.kernel(features)
         weight = weight.view(self.out_features, self.in_features, self.kernel_size)
         if left == right:
-            return F.conv1d(features, weight, bias, stride=self.stride, padding=left)
-        return F.conv1d(F.pad(features, (left, right)), weight, bias, stride=self.stride)
+            return convolve(features, weight, bias, self.stride, left)
+        return convolve(F.pad(features, (left, right)), weight, bias, self.stride)
 
     def extra_repr(self) -> str:
         """Describe the module in `print(model)`."""
@@ -180,63 +201,87 @@ class TimeConvolution(nn.Module):
 
 
 class CausalConvolution(TimeConvolution):
-    """Convolution whose output at a frame sees that frame and the k - 1 before it, never a later one.
+    """Convolution over `(batch, T, C)` whose output at a frame sees that frame and the k - 1 before it, never a later one.
 
     It runs over a sequence in pieces of any length: the last k - 1 real frames (`window`) are all that a piece needs of
-    those before it.
+    those before it. Here the kernel holds a window frame by frame, so that the convolution is one matrix product.
+
+    Args:
+        in_features, out_features, kernel_size, weight_norm: as in `TimeConvolution`.
+        gated: let the first half of the features through by the sigmoid of the second, which halves them.
     """
+
+    def __init__(
+        self, in_features: int, out_features: int, kernel_size: int, weight_norm: bool = False, gated: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, kernel_size, weight_norm=weight_norm)
+        self.gated = gated
 
     @property
     def window_size(self) -> int:
         """Frames of the past that one output needs, k - 1."""
         return self.kernel_size - 1
 
+    @property
+    def output_size(self) -> int:
+        """Width of the output."""
+        return self.out_features // 2 if self.gated else self.out_features
+
     def forward(  # type: ignore[override]
         self,
-        features: torch.Tensor,
-        window: torch.Tensor,
+        frames: torch.Tensor,
+        window: torch.Tensor | None = None,
         lengths: torch.Tensor | None = None,
         documents: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Convolve a piece, given the frames before it.
 
         Args:
-            features: `(batch, C, T)`, rows left-justified.
-            window: `(batch, C, k - 1)` the last real frames before the piece; zeros at the beginning.
+            frames: `(batch, T, C)`, rows left-justified.
+            window: `(batch, k - 1, C)` the last real frames before the piece; None at the beginning, for zeros.
             lengths: `(batch,)` real frames in each row; None if all T are real.
             documents: `(batch, T)` ascending numbers of the documents that a row holds, 0 being that of `window`; no
                 frame then sees another document. The sum is taken tap by tap, which a tracer can follow. Needs `lengths`.
 
         Returns:
-            output `(batch, F, T)` and the next window `(batch, C, k - 1)`, unchanged for a row without a real frame.
+            output `(batch, T, output_size)` and the next window `(batch, k - 1, C)`, unchanged for a row without a real
+            frame.
         """
-        joined = torch.cat([window.to(features.dtype), features], dim=2)
+        if self.window_size == 0:
+            joined = frames
+        elif window is None:
+            joined = F.pad(frames, (0, 0, self.window_size, 0))
+        else:
+            joined = torch.cat([window.to(frames.dtype), frames], dim=1)
         if documents is None or lengths is None:
             return self._convolve(joined), self._next_window(joined, lengths)
         numbers = F.pad(documents, (self.window_size, 0))
         last = numbers.gather(1, (lengths + self.window_size - 1).clamp(min=0)[:, None])
-        kept = joined * (numbers == last)[:, None, :]
+        kept = joined * (numbers == last)[:, :, None]
         return self._sum_taps(joined, numbers, documents), self._next_window(kept, lengths)
 
     def _sum_taps(self, joined: torch.Tensor, numbers: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
         """The definition: an output frame is the sum over the taps that stay within its document."""
         weight, bias = self.kernel(joined)
-        taps, length = weight.view(self.out_features, self.in_features, self.kernel_size), documents.shape[1]
+        taps, length = weight.view(self.out_features, self.kernel_size, self.in_features), documents.shape[1]
         output = joined.new_zeros(joined.shape[0], length, self.out_features)
         for tap in range(self.kernel_size):
             reached = slice(tap, tap + length)
-            same = (numbers[:, reached] == documents)[:, None, :]
-            output = output + F.linear((joined[:, :, reached] * same).mT, taps[:, :, tap])
-        return (output if bias is None else output + bias).mT
+            same = (numbers[:, reached] == documents)[:, :, None]
+            output = output + F.linear(joined[:, reached] * same, taps[:, tap])
+        output = output if bias is None else output + bias
+        return F.glu(output, dim=2) if self.gated else output
 
     def _convolve(self, joined: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.kernel(joined)
-        if joined.shape[2] == self.kernel_size:  # one new frame: a matrix product
-            return F.linear(joined.flatten(1), weight, bias).unsqueeze(2)
-        return F.conv1d(joined, weight.view(self.out_features, self.in_features, self.kernel_size), bias)
+        size = self.in_features * self.kernel_size
+        weight, bias = effective_weight(self.projection, size, joined.dtype, joined.device)
+        if self.gated and bias is not None:
+            return gated_windows(joined, weight, self.gain, bias, self.kernel_size)
+        output = window_product(joined, weight, self.gain, bias, self.kernel_size)
+        return F.glu(output, dim=2) if self.gated else output
 
     def _next_window(self, joined: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         if lengths is None:
-            return joined[:, :, joined.shape[2] - self.window_size :].contiguous()
+            return joined[:, joined.shape[1] - self.window_size :].contiguous()
         places = lengths[:, None] + torch.arange(self.window_size, device=joined.device)
-        return joined.gather(2, places[:, None, :].expand(-1, joined.shape[1], -1))
+        return joined.gather(1, places[:, :, None].expand(-1, -1, joined.shape[2]))

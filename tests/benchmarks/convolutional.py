@@ -81,16 +81,24 @@ def gated_rows() -> list[Row]:
     layer = GatedCNNLayer(GatedCNNConfig(hidden_size=channels, kernel_width=kernel, num_hidden_layers=1), 0)
     lstm = nn.LSTM(channels, channels, batch_first=True)  # 8 channels² multiplications a token, as kernel 4 has
     inputs, marks = torch.randn(batch, length, channels), SequenceMarks(None)
-    step = cpu_times(
+    inner = inputs.clone().requires_grad_()
+    times = cpu_times(
         {
-            "ours": lambda: layer(inputs, None, marks)[0].sum().backward(),
-            "peer": lambda: lstm(inputs)[0].sum().backward(),
+            "first": lambda: layer(inputs, None, marks)[0].sum().backward(),
+            "first lstm": lambda: lstm(inputs)[0].sum().backward(),
+            "inner": lambda: layer(inner, None, marks)[0].sum().backward(),
+            "inner lstm": lambda: lstm(inner)[0].sum().backward(),
         },
-        rounds=9,
+        rounds=11,
         calls=3,
     )
+    with torch.no_grad():
+        times |= cpu_times({"eval": lambda: layer(inputs, None, marks), "eval lstm": lambda: lstm(inputs)}, 11, 3)
+    name = "gated layer k4 C256 / LSTM layer of the same FLOPs, {}".format
     return [
-        faster("gated layer k4 C256 / LSTM layer of the same FLOPs, forward and backward", step, 1.3, 1.47),
+        faster(name("forward and backward"), times, 1.3, 1.47, "first", "first lstm"),
+        faster(name("with the gradient of its inputs"), times, 1.0, 1.3, "inner", "inner lstm"),
+        faster(name("forward"), times, 1.0, None, "eval", "eval lstm"),
         flatness_row(),
     ]
 

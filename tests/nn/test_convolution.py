@@ -10,11 +10,13 @@ from hf_lnlm.nn.convolution import (
     CausalConvolution,
     TimeConvolution,
     check_mask,
+    convolve,
     justify,
     left_justify,
     restore,
     window_mask,
 )
+from hf_lnlm.nn.window_product import gated_windows
 
 
 @pytest.fixture(autouse=True)
@@ -78,43 +80,106 @@ def test_an_adapter_reaches_the_kernel():
     torch.testing.assert_close(model.merge_and_unload()(inputs), adapted, rtol=1e-4, atol=1e-5)
 
 
+def definition(convolution, joined):
+    """Σ over taps of W_tap x, in float64, with weight normalisation and gate as in their papers."""
+    weight = convolution.projection.weight.double()
+    if convolution.gain is not None:
+        weight = weight / weight.norm(dim=1, keepdim=True) * convolution.gain.double()[:, None]
+    taps = weight.view(convolution.out_features, convolution.kernel_size, convolution.in_features)
+    length = joined.shape[1] - convolution.window_size
+    output = sum(joined[:, tap : tap + length].double() @ taps[:, tap].T for tap in range(convolution.kernel_size))
+    output = output + convolution.projection.bias.double()
+    if not convolution.gated:
+        return output
+    half = convolution.out_features // 2
+    return output[..., :half] * torch.sigmoid(output[..., half:])
+
+
+KINDS = [(False, False), (True, False), (False, True), (True, True)]
+
+
+@pytest.mark.parametrize(("weight_norm", "gated"), KINDS)
 @pytest.mark.parametrize("pieces", [(9,), (1,) * 9, (4, 1, 4), (1, 8)])
-def test_pieces_equal_the_whole(pieces):
-    convolution, inputs = CausalConvolution(3, 4, 4), torch.randn(2, 3, 9)
-    window, outputs = torch.zeros(2, 3, 3), []
-    for piece in inputs.split(pieces, dim=2):
-        output, window = convolution(piece, window)
-        outputs.append(output)
-    wanted = F.conv1d(F.pad(inputs, (3, 0)), taps_of(convolution), convolution.projection.bias)
-    torch.testing.assert_close(torch.cat(outputs, 2), wanted)
-    torch.testing.assert_close(window, inputs[:, :, -3:])
+@pytest.mark.parametrize("training", [True, False])
+def test_pieces_equal_the_whole(pieces, weight_norm, gated, training):
+    convolution, inputs = CausalConvolution(3, 4, 4, weight_norm, gated), torch.randn(2, 9, 3)
+    window, outputs = None, []
+    with torch.set_grad_enabled(training):
+        for piece in inputs.split(pieces, dim=1):
+            output, window = convolution(piece, window)
+            outputs.append(output)
+    wanted = definition(convolution, F.pad(inputs, (0, 0, 3, 0))).float()
+    torch.testing.assert_close(torch.cat(outputs, 1), wanted)
+    torch.testing.assert_close(window, inputs[:, -3:])
+
+
+@pytest.mark.parametrize(("weight_norm", "gated"), KINDS)
+@pytest.mark.parametrize("kernel_size", [1, 2, 4])
+def test_gradients_equal_those_of_the_definition(weight_norm, gated, kernel_size):
+    convolution = CausalConvolution(3, 4, kernel_size, weight_norm, gated).double()
+    if weight_norm:
+        nn.init.uniform_(convolution.gain, -1.0, 2.0)
+    inputs = torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    window = torch.randn(2, kernel_size - 1, 3, dtype=torch.float64, requires_grad=True)
+    probe = torch.randn(2, 7, convolution.output_size, dtype=torch.float64)
+    leaves = [inputs, *convolution.parameters()] + ([window] if kernel_size > 1 else [])
+    found = torch.autograd.grad((convolution(inputs, window)[0] * probe).sum(), leaves)
+    wanted = torch.autograd.grad((definition(convolution, torch.cat([window, inputs], 1)) * probe).sum(), leaves)
+    for ours, theirs in zip(found, wanted):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_the_fused_step_passes_gradcheck():
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 6, 3), (4, 6), (4,), (4,))]
+    assert torch.autograd.gradcheck(lambda *given: gated_windows(*given, 2), leaves)
+    assert torch.autograd.gradcheck(lambda x, v, b: gated_windows(x, v, None, b, 2), [*leaves[:2], leaves[3]])
+
+
+def test_a_filter_without_length_stays_finite():
+    convolution = CausalConvolution(3, 4, 2, weight_norm=True, gated=True)
+    nn.init.zeros_(convolution.projection.weight)
+    convolution(torch.randn(2, 5, 3))[0].sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in convolution.parameters())
+
+
+def test_fused_and_plain_steps_agree_under_autocast_and_function_transforms():
+    convolution, inputs = CausalConvolution(3, 4, 2, weight_norm=True, gated=True), torch.randn(2, 5, 3)
+    whole = convolution(inputs)[0]
+    each = torch.func.vmap(lambda row: convolution(row[None])[0][0])(inputs)
+    torch.testing.assert_close(each, whole)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = convolution(inputs)[0]
+        half.float().sum().backward()
+    torch.testing.assert_close(half.float(), whole, rtol=0.05, atol=0.05)
+    assert convolution.projection.weight.grad.isfinite().all()
 
 
 def test_a_row_without_frames_keeps_its_window():
     convolution, window = CausalConvolution(3, 4, 4), torch.randn(2, 3, 3)
-    _, after = convolution(torch.randn(2, 3, 5), window, torch.tensor([0, 2]))
+    _, after = convolution(torch.randn(2, 5, 3), window, torch.tensor([0, 2]))
     torch.testing.assert_close(after[0], window[0])
-    torch.testing.assert_close(after[1, :, 0], window[1, :, 2])
+    torch.testing.assert_close(after[1, 0], window[1, 2])
 
 
-def test_documents_do_not_see_each_other():
-    convolution, inputs = CausalConvolution(3, 4, 4), torch.randn(1, 3, 9)
+@pytest.mark.parametrize(("weight_norm", "gated"), KINDS)
+def test_documents_do_not_see_each_other(weight_norm, gated):
+    convolution, inputs = CausalConvolution(3, 4, 4, weight_norm, gated), torch.randn(1, 9, 3)
     window, lengths = torch.randn(1, 3, 3), torch.tensor([9])
     output, after = convolution(inputs, window, lengths, torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2]]))
-    first, _ = convolution(inputs[:, :, :3], window)
-    second, _ = convolution(inputs[:, :, 3:8], torch.zeros(1, 3, 3))
-    third, last = convolution(inputs[:, :, 8:], torch.zeros(1, 3, 3))
-    torch.testing.assert_close(output, torch.cat([first, second, third], 2))
+    first, _ = convolution(inputs[:, :3], window)
+    second, _ = convolution(inputs[:, 3:8])
+    third, last = convolution(inputs[:, 8:])
+    torch.testing.assert_close(output, torch.cat([first, second, third], 1))
     torch.testing.assert_close(after, last)
 
 
 def test_the_past_alone_has_a_gradient():
-    convolution, inputs = CausalConvolution(3, 4, 4), torch.randn(1, 3, 9, requires_grad=True)
-    output, _ = convolution(inputs, torch.zeros(1, 3, 3))
-    output[:, :, 5].sum().backward()
-    assert torch.equal(inputs.grad[:, :, 6:], torch.zeros(1, 3, 3))
-    assert torch.equal(inputs.grad[:, :, :2], torch.zeros(1, 3, 2))
-    assert (inputs.grad[:, :, 2:6].abs().sum(1) > 0).all()
+    convolution, inputs = CausalConvolution(3, 4, 4, gated=True), torch.randn(1, 9, 3, requires_grad=True)
+    output, _ = convolution(inputs)
+    output[:, 5].sum().backward()
+    assert torch.equal(inputs.grad[:, 6:], torch.zeros(1, 3, 3))
+    assert torch.equal(inputs.grad[:, :2], torch.zeros(1, 2, 3))
+    assert (inputs.grad[:, 2:6].abs().sum(2) > 0).all()
 
 
 @pytest.mark.parametrize("row", [[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 0, 1, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
@@ -138,3 +203,14 @@ def test_window_mask_says_which_windows_see_a_token():
 def test_a_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"\(2, 5\), got \(2, 4\)"):
         check_mask(torch.ones(2, 4), 2, 5)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1), (1, 2)])
+def test_frames_in_either_order_of_memory_give_the_same(stride, padding):
+    frames = torch.randn(2, 9, 3, requires_grad=True)
+    weight, bias = torch.randn(4, 3, 3, requires_grad=True), torch.randn(4)
+    found, wanted = (convolve(rows, weight, bias, stride, padding) for rows in (frames.mT, frames.mT.contiguous()))
+    torch.testing.assert_close(found, wanted)
+    probe = torch.randn_like(found)
+    for ours, theirs in zip(*(torch.autograd.grad(y, (frames, weight), probe) for y in (found, wanted))):
+        torch.testing.assert_close(ours, theirs)

@@ -6,7 +6,7 @@ References:
     [3] Grave et al. 2017, "Efficient softmax approximation for GPUs".
 
 Glossary (paper symbol ↔ here): X input of a layer ↔ `hidden`; k kernel width ↔ `kernel_size`; W, V with b, c ↔ the two
-halves of `convolution.projection`; h = (X∗W + b) ⊗ σ(X∗V + c) (eq. 1) ↔ `gate`; g of [2] ↔ `gain`.
+halves of `convolution.projection`; h = (X∗W + b) ⊗ σ(X∗V + c) (eq. 1) ↔ `gated_windows`; g of [2] ↔ `gain`.
 
 Deviations: a residual connection between layers of different width goes through a linear map; a text is read from zeros
 before its first token, as in the paper, and packed documents each from zeros of their own. The state is the last k − 1
@@ -16,7 +16,6 @@ Complexity: O(length · k · channels²) a layer, the whole sequence at once; O(
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -41,11 +40,6 @@ STATE_KIND = "gated_cnn"
 Piece = tuple[torch.Tensor, torch.Tensor]
 
 
-def gate(features: torch.Tensor) -> torch.Tensor:
-    """Gated linear unit (eq. 1): the first half of `(batch, 2 C, T)`, let through by the sigmoid of the second."""
-    return F.glu(features, dim=1)
-
-
 class GatedCNNLayer(GradientCheckpointingLayer):
     """A causal gated convolution with a residual connection, plain or with a bottleneck (1, k, 1).
 
@@ -60,77 +54,76 @@ class GatedCNNLayer(GradientCheckpointingLayer):
         inner = shape.bottleneck_size
         self.tap_by_tap = config.backend == "reference"
         self.dropout = nn.Dropout(config.dropout)
-        self.narrow = TimeConvolution(shape.in_size, 2 * inner, 1, weight_norm=norm) if inner else None
+        self.narrow = CausalConvolution(shape.in_size, 2 * inner, 1, norm, gated=True) if inner else None
         wide_in, wide_out = (inner, inner) if inner else (shape.in_size, shape.size)
-        self.convolution = CausalConvolution(wide_in, 2 * wide_out, shape.kernel_size, weight_norm=norm)
-        self.widen = TimeConvolution(inner, 2 * shape.size, 1, weight_norm=norm) if inner else None
+        self.convolution = CausalConvolution(wide_in, 2 * wide_out, shape.kernel_size, norm, gated=True)
+        self.widen = CausalConvolution(inner, 2 * shape.size, 1, norm, gated=True) if inner else None
         same = shape.in_size == shape.size
         self.shortcut = None if same else nn.Linear(shape.in_size, shape.size, bias=False)
 
     @property
     def window_shape(self) -> tuple[int, int]:
-        """Shape of one row's state: channels and frames."""
-        return self.convolution.in_features, self.convolution.window_size
+        """Shape of one row's state: frames and channels."""
+        return self.convolution.window_size, self.convolution.in_features
 
     def forward(self, hidden: torch.Tensor, window: torch.Tensor | None, marks: SequenceMarks) -> Piece:
         """Run the layer on a piece of the sequence.
 
         Args:
             hidden: `(batch, length, channels)`.
-            window: `(batch, channels, k - 1)` frames before the piece; None at the beginning.
+            window: `(batch, k - 1, channels)` frames before the piece; None at the beginning.
             marks: which positions are real and where documents begin.
 
         Returns:
             output `(batch, length, channels out)` and the window after the piece.
         """
-        features = self.dropout(hidden).mT
+        frames = self.dropout(hidden)
         if self.narrow is not None:
-            features = gate(self.narrow(features))
-        if window is None:
-            window = features.new_zeros(features.shape[0], *self.window_shape)
-        features, window = self._convolve(features, window, marks)
-        features = gate(features)
+            frames, _ = self.narrow(frames)
+        frames, window = self._convolve(frames, window, marks)
         if self.widen is not None:
-            features = gate(self.widen(features))
-        return features.mT + (hidden if self.shortcut is None else self.shortcut(hidden)), window
+            frames, _ = self.widen(frames)
+        return frames + (hidden if self.shortcut is None else self.shortcut(hidden)), window
 
-    def _convolve(self, features: torch.Tensor, window: torch.Tensor, marks: SequenceMarks) -> Piece:
+    def _convolve(self, frames: torch.Tensor, window: torch.Tensor | None, marks: SequenceMarks) -> Piece:
         if marks.traced and marks.mask is None and marks.starts is not None:
             marks = marks._replace(mask=torch.ones_like(marks.starts))
         if marks.traced and marks.mask is not None:
-            return self._convolve_traced(features, window, marks.mask, marks.starts)
+            return self._convolve_traced(frames, window, marks.mask, marks.starts)
         if marks.layout is not None and not marks.layout.aligned:
-            return self._convolve_rows(features, window, marks.layout)
+            return self._convolve_rows(frames, window, marks.layout)
         lengths = None if marks.layout is None else marks.layout.lengths
-        return self._run(features, window, lengths)
+        return self._run(frames, window, lengths)
 
-    def _run(self, features: torch.Tensor, window: torch.Tensor, lengths: torch.Tensor | None) -> Piece:
+    def _run(self, frames: torch.Tensor, window: torch.Tensor | None, lengths: torch.Tensor | None) -> Piece:
         if not self.tap_by_tap:
-            return self.convolution(features, window, lengths)
-        batch, _, length = features.shape
-        lengths = torch.full((batch,), length, device=features.device) if lengths is None else lengths
-        documents = torch.zeros(batch, length, dtype=torch.long, device=features.device)
-        return self.convolution(features, window, lengths, documents)
+            return self.convolution(frames, window, lengths)
+        batch, length, _ = frames.shape
+        lengths = torch.full((batch,), length, device=frames.device) if lengths is None else lengths
+        documents = torch.zeros(batch, length, dtype=torch.long, device=frames.device)
+        return self.convolution(frames, window, lengths, documents)
 
-    def _convolve_rows(self, features: torch.Tensor, window: torch.Tensor, layout: RowLayout) -> Piece:
+    def _convolve_rows(self, frames: torch.Tensor, window: torch.Tensor | None, layout: RowLayout) -> Piece:
+        if window is None:
+            window = frames.new_zeros(frames.shape[0], *self.window_shape)
         if layout.lengths.numel() == 0:
-            return features.new_zeros(features.shape[0], self.convolution.out_features, features.shape[2]), window
-        rows = gather_rows(features.mT, layout.index).mT
+            return frames.new_zeros(*frames.shape[:2], self.convolution.output_size), window
+        rows = gather_rows(frames, layout.index)
         output, final = self._run(rows, rows_state(window, window.new_zeros(1), layout), layout.lengths)
-        return scatter_rows(output.mT, layout.place, layout.mask).mT, batch_state(final, window, layout)
+        return scatter_rows(output, layout.place, layout.mask), batch_state(final, window, layout)
 
     def _convolve_traced(
-        self, features: torch.Tensor, window: torch.Tensor, mask: torch.Tensor, starts: torch.Tensor | None
+        self, frames: torch.Tensor, window: torch.Tensor | None, mask: torch.Tensor, starts: torch.Tensor | None
     ) -> Piece:
         plan = left_justify(mask)
-        rows = justify(features.mT, plan).mT
+        rows = justify(frames, plan)
         if starts is None:
             output, window = self.convolution(rows, window, plan.lengths)
         else:
             documents = starts.cumsum(1)
             documents = documents if plan.order is None else documents.gather(1, plan.order)
             output, window = self.convolution(rows, window, plan.lengths, documents)
-        return restore(output.mT, plan).mT, window
+        return restore(output, plan), window
 
 
 class GatedCNNPreTrainedModel(LNLMPreTrainedModel):

@@ -79,35 +79,37 @@ class TextCNNLayer(GradientCheckpointingLayer):
             for size in config.filter_sizes
         )
 
-    def forward(self, hidden: torch.Tensor, plan: Justified | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden: torch.Tensor, plan: Justified | None = None, wants_maps: bool = True
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Convolve and pool.
 
         Args:
             hidden: `(batch, length, width)`.
             plan: where the real positions are; None if all are.
+            wants_maps: whether anybody reads the maps themselves.
 
         Returns:
-            maps `(batch, length, features)`, a window's value standing at its middle word, zero at masked positions; and
-            their maxima over all windows, those that stick out at the ends included, `(batch, features)`.
+            maps `(batch, length, features)`, a window's value standing at its middle word, zero at masked positions (None
+            if nobody wants them); and their maxima over all windows, those that stick out at the ends included,
+            `(batch, features)`.
         """
         mask = None if plan is None else plan.mask
         columns = (hidden if plan is None else justify(hidden, plan)).transpose(1, 2)
         maps = [window(columns) for window in self.windows]
         pooled = torch.cat([self._pool(window, values, mask) for window, values in zip(self.windows, maps)], dim=1)
-        length = hidden.shape[1]
-        aligned = torch.cat([self._align(window, values, length) for window, values in zip(self.windows, maps)], dim=1)
-        aligned = aligned.relu().transpose(1, 2)
-        return aligned if plan is None else restore(aligned, plan), pooled.relu()
+        return self._aligned(maps, hidden.shape[1], plan) if wants_maps else None, pooled.relu()
 
     @staticmethod
     def _pool(window: Any, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         size = window.kernel_size
         return max_over_time(values, None if mask is None else window_mask(mask, size, size - 1))
 
-    @staticmethod
-    def _align(window: Any, values: torch.Tensor, length: int) -> torch.Tensor:
-        start = (window.kernel_size - 1) // 2
-        return values[:, :, start : start + length]
+    def _aligned(self, maps: list[torch.Tensor], length: int, plan: Justified | None) -> torch.Tensor:
+        starts = [(window.kernel_size - 1) // 2 for window in self.windows]  # type: ignore[operator]
+        aligned = torch.cat([values[:, :, start : start + length] for start, values in zip(starts, maps)], dim=1)
+        aligned = aligned.relu().transpose(1, 2)
+        return aligned if plan is None else restore(aligned, plan)
 
 
 class TextCNNPreTrainedModel(LNLMPreTrainedModel):
@@ -167,6 +169,7 @@ class TextCNNModel(TextCNNPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encode texts.
@@ -175,6 +178,7 @@ class TextCNNModel(TextCNNPreTrainedModel):
             input_ids: `(batch, length)`.
             attention_mask: `(batch, length)`, nonzero at real tokens; the others are as if they were not there.
             inputs_embeds: `(batch, length, hidden_size)` instead of `input_ids`; of `multichannel`, the channels' sum.
+            pooled_only: leave out `last_hidden_state`, which a classifier does not read.
             kwargs: `output_hidden_states` and the like.
 
         Returns:
@@ -187,8 +191,8 @@ class TextCNNModel(TextCNNPreTrainedModel):
         hidden = embed_inputs(self.embeddings, input_ids, inputs_embeds)
         plan = plan_rows(attention_mask, hidden)
         pooled = None
-        for layer in self.layers:
-            hidden, pooled = layer(hidden, plan)
+        for index, layer in enumerate(self.layers):
+            hidden, pooled = layer(hidden, plan, not pooled_only or index + 1 < len(self.layers))
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
 
 
@@ -200,6 +204,7 @@ class TextCNNForSequenceClassification(TextClassifier):
     """
 
     config: TextCNNConfig
+    reads_pooled_only = True
     _no_split_modules = ["TextCNNLayer"]
 
     def __init__(self, config: TextCNNConfig) -> None:

@@ -4,7 +4,7 @@ Every one of them is an encoder of the text to one vector (`pooler_output`), fol
 rows may be constrained in length.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -55,7 +55,12 @@ class TextClassifier(LNLMPreTrainedModel):
     """Base of the `…ForSequenceClassification` classes: encoder, dropout, classifier.
 
     A subclass's `__init__` builds `self.model` and calls `build_head`.
+
+    Attributes:
+        reads_pooled_only: whether the encoder can leave out what is not pooled (`pooled_only`).
     """
+
+    reads_pooled_only: ClassVar[bool] = False
 
     def build_head(self, features: int, dropout: float, max_norm: float | None) -> None:
         """Add dropout and classifier and initialise the model.
@@ -101,6 +106,8 @@ class TextClassifier(LNLMPreTrainedModel):
         Raises:
             ValueError: inputs, mask or labels do not fit together.
         """
+        if self.reads_pooled_only and not (kwargs.get("output_hidden_states") or self.config.output_hidden_states):
+            kwargs["pooled_only"] = True  # type: ignore[typeddict-unknown-key]
         outputs: BaseModelOutputWithPooling = self.model(
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )

@@ -9,9 +9,10 @@ Glossary (paper ↔ here): last four hidden layers as channels ↔ `mode="last_n
 γ, s_j of [3] ↔ `LayerMix.scale`, softmax of `LayerMix.weights`.
 
 Deviations: padding never takes part in the maximum, so that scores do not depend on a text's batch (they do in the code of
-[1]), nor where in its row a text stands: rows are left-justified before the encoder. A text shorter than a window is read
-as if zeros followed it. Any number of classes, several labels or regression instead of one sigmoid. Convolving n channels
-of an image of width H is convolving n · H features, and done so.
+[1]), nor where in its row a text stands: rows are left-justified before the encoder, and one that itself reads padding
+(ConvBERT) is run on rows of equal length at a time. A text shorter than a window is read as if zeros followed it. Any
+number of classes, several labels or regression instead of one sigmoid. Convolving n channels of an image of width H is
+convolving n · H features, and done so.
 
 Complexity: the encoder's, and O(length · Σ k · n · H · maps) multiplications.
 """
@@ -37,6 +38,7 @@ from ...nn.convolution import Justified, TimeConvolution, check_mask, left_justi
 from ...nn.loss_heads import classification_loss
 from ...nn.pooling import max_over_time
 from ..base import LNLMPreTrainedModel
+from .by_length import READ_PADDING, run_by_length
 from .configuration_encoder_cnn import EncoderCNNConfig
 from .own_encoder import CARRIED
 
@@ -271,7 +273,7 @@ class EncoderCNNModel(EncoderCNNPreTrainedModel):
         shown = inputs.pop("output_hidden_states", None)
         shown = self.config.output_hidden_states if shown is None else shown
         wanted = shown if self.config.mode == "last" else True
-        outputs = self.encoder(output_hidden_states=wanted, **inputs)
+        outputs = self._encode({**inputs, "output_hidden_states": wanted}, plan)
         maps = self._convolve(outputs, plan)
         return BaseModelOutputWithPooling(
             last_hidden_state=maps.aligned,
@@ -279,6 +281,13 @@ class EncoderCNNModel(EncoderCNNPreTrainedModel):
             hidden_states=_selected(outputs.get("hidden_states"), shown),
             attentions=outputs.get("attentions"),
         )
+
+    def _encode(self, inputs: dict[str, Any], plan: Justified | None) -> Any:
+        reads_padding = self.config.get_text_config().model_type in READ_PADDING
+        if plan is None or not reads_padding or torch.compiler.is_compiling() or bool(plan.mask.all()):
+            return self.encoder(**inputs)
+        inputs.pop("attention_mask")
+        return run_by_length(self.encoder, inputs, plan.lengths, plan.mask.shape[1])
 
     def _left_justified(
         self, inputs: dict[str, Any], attention_mask: torch.Tensor | None
