@@ -161,6 +161,7 @@ class Task:
         seeds: fixed in advance.
         bar, aim, paper: percentages of right labels; None where there is none.
         note: what a reader must know to compare.
+        figure: what `test` is.
     """
 
     name: str
@@ -170,6 +171,7 @@ class Task:
     aim: float | None = None
     paper: float | None = None
     note: str = ""
+    figure: str = "accuracy"
 
     def row(self, runs: list[dict]) -> dict:
         """Mean test accuracy beside its bar and the paper's figure; `passed` is None until every seed has run."""
@@ -177,7 +179,8 @@ class Task:
         whole = len(runs) == len(self.seeds)
         return {
             "name": self.name,
-            "accuracy": round(mean, 2),
+            "measure": self.figure,
+            self.figure: round(mean, 3),
             "bar": self.bar,
             "aim": self.aim,
             "paper": self.paper,
@@ -237,7 +240,7 @@ def document(command: str, tasks: dict[str, Task], found: dict[str, list[dict]])
 def table(tasks: dict[str, Task], found: dict[str, list[dict]]) -> str:
     """The rows, a line each."""
     lines = [
-        f"{row['name']:<52} {row['accuracy']:6.2f} (bar {row['bar']}, paper {row['paper']})"
+        f"{row['name']:<52} {row[row['measure']]:7.2f} (bar {row['bar']}, paper {row['paper']})"
         for row in _rows(tasks, found)
     ]
     return "\n".join(lines)

@@ -30,7 +30,7 @@ def cosine(share: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * share)
 
 
-CHARACTERS = Recipe(epochs=7, batch_size=32, learning_rate=1e-3, weight_decay=0.01, clip=1.0, decay=cosine)
+CHARACTERS = Recipe(epochs=7, batch_size=16, learning_rate=5e-4, weight_decay=0.01, clip=1.0, decay=cosine)
 WORDS = Recipe(epochs=3, batch_size=50, learning_rate=1e-3, unknown_rate=0.5, decay=cosine)
 
 
@@ -46,8 +46,8 @@ def corpus(folder: Path) -> tuple[list[dict], list[dict]]:
 
 
 def characters(rows: list[dict]) -> list[Example]:
-    """Character ids, at most 512, and labels."""
-    tokenizer = character_tokenizer(max_length=512)
+    """Character ids, at most 256, and labels."""
+    tokenizer = character_tokenizer(max_length=256)
     ids = tokenizer([text_of(row) for row in rows], truncation=True)["input_ids"]
     return [(found, row["label"]) for found, row in zip(ids, rows)]
 
