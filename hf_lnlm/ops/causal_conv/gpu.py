@@ -202,8 +202,8 @@ def _scatter_gradients(
         for j in tl.static_range(s.width - 1):
             at = (b * (s.width - 1) + j) * s.channels + e[None, :] + tl.zeros([s.positions, 1], tl.int32)
             kept = tl.load(d_last + at, mask=only, other=0.0).to(tl.float32)
-            source = _source(o, b, end, length, j, s)
-            tl.atomic_add(rows + (b * (s.width + length) + source)[:, None] * s.channels + e[None, :], kept, mask=only)
+            read = b * (s.width + length) + _source(o, b, end, length, j, s)
+            tl.atomic_add(rows + read[:, None] * s.channels + e[None, :], kept, mask=only)
 
 
 def _operands(call: dict[str, Any], activation: bool) -> tuple[Operands, Sizes, tuple[int, int]]:

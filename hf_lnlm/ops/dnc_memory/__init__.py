@@ -4,8 +4,8 @@ over a whole sequence.
 References:
     [1] Graves et al. 2016, Hybrid computing using a neural network with dynamic external memory, Nature 538, Methods
 
-Backends: `reference` (the equations), `eager` (any device), `cpu` (numba; without the sharpness option). Complexity:
-see each.
+Backends: `reference` (the equations), `eager` (any device), `cpu` (numba), `gpu` (Triton); the latter two
+without the sharpness option. Complexity: see each.
 """
 
 import torch
@@ -24,7 +24,7 @@ def available_backends(options: DNCOptions) -> tuple[str, ...]:
     Args:
         options: settings; `sharpness` has no compiled form.
     """
-    return ("reference", "eager") if options.sharpness else ("reference", "eager", "cpu")
+    return ("reference", "eager") if options.sharpness else ("reference", "eager", "cpu", "gpu")
 
 
 def dnc_memory(
@@ -44,8 +44,9 @@ def dnc_memory(
         state: before the first step, as `DNCState` describes.
         options: settings that change the equations.
         mask: `(B, T)`, true for real steps; a masked step leaves the whole state unchanged and outputs zero.
-        backend: `auto`, `reference`, `eager` or `cpu`; `auto` takes `eager` for fewer than 16 slots.
-        recompute: keep only every √(2T)-th state for the backward pass (`cpu`; the others ignore it).
+        backend: `auto`, `reference`, `eager`, `cpu` or `gpu`; `auto` takes `eager` for fewer than 16 slots.
+        recompute: keep only every √(2T)-th state for the backward pass (`cpu`, `gpu`; the others ignore
+            it).
 
     Returns:
         Outputs `(B, T, H + R·W)` = [h_t ; r_t], the final state, and the addressing of all steps without gradient.
@@ -65,5 +66,9 @@ def dnc_memory(
         from .cpu import dnc_memory_cpu
 
         return dnc_memory_cpu(inputs, weights, state, options, mask, recompute)
+    if chosen == "gpu":
+        from .gpu import dnc_memory_gpu
+
+        return dnc_memory_gpu(inputs, weights, state, options, mask, recompute)
     run = dnc_memory_eager if chosen == "eager" else dnc_memory_reference
     return run(inputs, weights, state, options, mask)
