@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data.tokenizers import KINDS, build_tokenizer, check_vocabulary
 from ..objectives import OBJECTIVES, objective
+from .algorithm import algorithm_parts, is_algorithm, resolve_algorithm
 from .documents import load_text, packed
 from .errors import UsageProblem, did_you_mean, unknown_name
 from .models import load_config, load_main_part, load_model, load_tokenizer, new_config
@@ -51,11 +52,12 @@ def pretrain(
     if resume and recipe is None and output is not None:
         recipe = str(Path(output) / RECIPE_FILE)
     resolved = load_recipe(recipe, flags, list(set or []))
-    resolve_objective(resolved)
+    drawn = is_algorithm(resolved)
+    (resolve_algorithm if drawn else resolve_objective)(resolved)
     name = resolved.model.family or Path(str(resolved.model.checkpoint)).name
     folder = output_folder(resolved, f"runs/{name}_{resolved.objective.name}")
     check_output(folder, resume, overwrite)
-    parts = pretraining_parts(resolved)
+    parts = (algorithm_parts if drawn else pretraining_parts)(resolved)
     if resume:
         check_unchanged(folder, resolved)
     train(parts, resolved, "pretrain", resume)
@@ -159,7 +161,7 @@ def pretraining_parts(recipe: Recipe) -> Parts:
     if recipe.model.checkpoint is None:
         model = goal.build(config)
     elif goal.composes(config):
-        model = load_main_part(recipe.model, goal.build(config))
+        model = load_main_part(recipe.model, goal.build(config), goal.auto_class)
     else:
         model = load_model(recipe.model, goal.loader(config))
     datasets = packed(recipe, goal, text, tokenizer, model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ class Parts:
 
     Attributes:
         model: the model, perhaps wrapped by peft.
-        tokenizer: saved beside the model.
+        tokenizer: saved beside the model; None for a model that reads no tokens.
         goal: an objective or a task: has `collator`, `sums`, `summary`.
         train, validation: map-style or iterable datasets; validation may be None.
         measured_on: name of the validation data, for the model card.
+        callbacks: of the Trainer, besides its own.
     """
 
     model: Any
@@ -34,6 +35,7 @@ class Parts:
     train: Any
     validation: Any | None
     measured_on: str
+    callbacks: list[Any] = field(default_factory=list)
 
 
 def output_folder(recipe: Recipe, default: str) -> Path:
@@ -44,17 +46,33 @@ def output_folder(recipe: Recipe, default: str) -> Path:
     return Path(recipe.training["output_dir"])
 
 
-def training_arguments(recipe: Recipe, has_validation: bool) -> Any:
+def trainer_class(goal: Any) -> type:
+    """The Trainer for an objective or a task: one that writes texts where they are rated."""
+    if isinstance(goal, Task) and goal.generation():
+        from ..trainer.seq2seq import LNLMSeq2SeqTrainer
+
+        return LNLMSeq2SeqTrainer
+    from ..trainer.trainer import LNLMTrainer
+
+    return LNLMTrainer
+
+
+def training_arguments(recipe: Recipe, has_validation: bool, generation: Mapping[str, Any] | None = None) -> Any:
     """TrainingArguments of the recipe; evaluation during training is left out where there is nothing to evaluate on.
+
+    Args:
+        recipe: its training section.
+        has_validation: whether there is something to evaluate on.
+        generation: arguments of Seq2SeqTrainer, if evaluation writes texts.
 
     Raises:
         ValueError: transformers refuses a combination of arguments.
     """
     import torch
 
-    from ..trainer.arguments import LNLMTrainingArguments
+    from ..trainer.arguments import LNLMSeq2SeqTrainingArguments, LNLMTrainingArguments
 
-    values = dict(recipe.training)
+    values = dict(recipe.training) | dict(generation or {})
     if not has_validation:
         values |= {"eval_strategy": "no"}
         values.pop("eval_steps", None)
@@ -62,7 +80,7 @@ def training_arguments(recipe: Recipe, has_validation: bool) -> Any:
     values.setdefault("prediction_loss_only", True)
     values.setdefault("remove_unused_columns", False)
     values.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
-    return LNLMTrainingArguments(**values)
+    return (LNLMSeq2SeqTrainingArguments if generation else LNLMTrainingArguments)(**values)
 
 
 def seed_everything(recipe: Recipe) -> int:
@@ -80,7 +98,8 @@ def describe(parts: Parts) -> None:
     trained = sum(parameter.numel() for parameter in parts.model.parameters() if parameter.requires_grad)
     share = "" if trained == total else f", {trained:,} of them trained"
     say(f"model      {parts.model.config.model_type}, {total:,} parameters{share}")
-    say(f"tokenizer  {len(parts.tokenizer):,} tokens")
+    if parts.tokenizer is not None:
+        say(f"tokenizer  {len(parts.tokenizer):,} tokens")
     rows = f"{len(parts.train):,} rows" if hasattr(parts.train, "__len__") else "a stream"
     validation: Any = parts.validation
     held = f", {len(validation):,} for validation" if hasattr(validation, "__len__") else ""
@@ -104,25 +123,27 @@ def train(parts: Parts, recipe: Recipe, command: str, resume: bool) -> dict[str,
         SystemExit: 130 or 143 after SIGINT or SIGTERM; a checkpoint was written.
     """
     from ..trainer.checkpoints import list_checkpoints
-    from ..trainer.trainer import LNLMTrainer
 
     folder = Path(recipe.training["output_dir"])
-    arguments = training_arguments(recipe, parts.validation is not None)
-    trainer = LNLMTrainer(
+    generation = parts.goal.generation() if isinstance(parts.goal, Task) else {}
+    arguments = training_arguments(recipe, parts.validation is not None, generation)
+    trainer = trainer_class(parts.goal)(
         model=parts.model,
         args=arguments,
         train_dataset=parts.train,
         eval_dataset=parts.validation,
         data_collator=parts.goal.collator(parts.tokenizer, arguments.seed, bookkeeping=True),
         processing_class=parts.tokenizer,
+        callbacks=parts.callbacks,
         objective=parts.goal,
         compute_loss_func=parts.goal.loss_function() if isinstance(parts.goal, Task) else None,
+        compute_metrics=parts.goal.rater(parts.tokenizer) if isinstance(parts.goal, Task) else None,
     )
     open_output(folder, resume)
     describe(parts)
     if is_first_process():
         write_recipe(folder, recipe, command)
-        parts.tokenizer.save_pretrained(folder)
+        _save_tokenizer(parts, folder)
     begun = resume and bool(list_checkpoints(folder))
     if resume and not begun:
         warn(f"{folder} holds no checkpoint yet; starting at step 0")
@@ -161,7 +182,7 @@ def save(trainer: Any, parts: Parts, recipe: Recipe, metrics: Mapping[str, float
     folder = Path(recipe.training["output_dir"])
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.save_pretrained(folder)
-    parts.tokenizer.save_pretrained(folder)
+    _save_tokenizer(parts, folder)
     if metrics:
         evaluation = {"data": parts.measured_on, "task": parts.goal.name, "metrics": dict(metrics)}
         write_evaluation(folder, evaluation)
@@ -173,6 +194,11 @@ def save(trainer: Any, parts: Parts, recipe: Recipe, metrics: Mapping[str, float
     if recipe.lora.enabled and recipe.lora.merge:
         save_merged(model, parts.tokenizer, folder / "merged")
     say(f"saved to {folder}")
+
+
+def _save_tokenizer(parts: Parts, folder: Path) -> None:
+    if parts.tokenizer is not None:
+        parts.tokenizer.save_pretrained(folder)
 
 
 def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -44,6 +44,6 @@ class CurriculumCallback(TrainerCallback, ExportableState):
             self._hook = None
 
     def _look(self, model: Any, inputs: Any, named: dict[str, Any], outputs: Any) -> None:
-        if model.training and named.get("labels") is not None:
-            with torch.no_grad():
-                self.curriculum.observe(outputs["logits"].detach(), named["labels"])
+        # without gradients it is an evaluation, or Trainer measuring the loss: not a step of training
+        if model.training and torch.is_grad_enabled() and named.get("labels") is not None:
+            self.curriculum.observe(outputs["logits"].detach(), named["labels"])

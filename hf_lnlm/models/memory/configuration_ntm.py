@@ -24,8 +24,8 @@ class NTMConfig(MemoryConfig):
         initial_weighting: how the learned initial weightings begin: `random` logits, `peaked` on the first slot or
             `uniform`.
         initial_addressing: what untrained heads do: `neutral` (look up and shift either way alike) or `tape` (keep to
-            where they are, sharply, and rather walk forward; with a peaked initial weighting the memory begins as a
-            tape, from which algorithmic tasks are learnt far more reliably).
+            where they are, sharply; writers walk on slot by slot, readers wait). With a peaked initial weighting the
+            memory then begins as a tape, from which algorithmic tasks are learnt far more reliably.
 
     Raises:
         ValueError: a field is out of range, or fields contradict each other.

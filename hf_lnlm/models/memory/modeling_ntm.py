@@ -34,6 +34,7 @@ from .memory_layers import Gates, MemoryCell, Run, States
 from .memory_model import MemoryModel, MemoryPreTrainedModel
 
 _PEAK = 10.0  # logit of the first slot in a peaked initial weighting
+_QUIET = 0.1  # gain of a tape's interface: at first it hardly listens to the controller
 _TAPE = 2.0  # how far a tape's gate lies below, and its sharpening above, the neutral one, as raw orders
 
 
@@ -121,6 +122,7 @@ def _init_state(cell: NTMCell) -> None:
         logits[:, 0] = _PEAK if cell.initial_weighting == "peaked" else 0.0
         init.copy_(cell.initial_weightings, logits)
     if cell.initial_addressing == "tape":
+        init.xavier_uniform_(cell.interface_proj.weight, gain=_QUIET)
         init.copy_(cell.interface_proj.bias, _tape_orders(cell))
     for parameter in (cell.initial_reads, cell.initial_hidden, cell.initial_cells):
         if parameter is not None:
@@ -131,14 +133,15 @@ def _init_state(cell: NTMCell) -> None:
 
 
 def _tape_orders(cell: NTMCell) -> torch.Tensor:
-    """Biases of the interface: every head keeps its weighting rather than looking up, sharpens, and walks forward."""
+    """Biases of the interface: heads keep their weighting sharp rather than look up; readers wait, writers walk on."""
     orders, width = torch.zeros_like(cell.interface_proj.bias), cell.memory_shape[1]
     heads, size = cell.initial_weightings.shape[0], head_size(cell.options, width)
     head = orders[: heads * size].view(heads, size)
     head[:, width + 1], head[:, width + 2] = -_TAPE, _TAPE
     shifts = head[:, width + 3 :]
-    shifts += torch.arange(shifts.shape[1], device=orders.device) - shifts.shape[1] // 2
-    shifts.clamp_(-1.0, 1.0)
+    ahead = torch.arange(shifts.shape[1], device=orders.device) - cell.options.shift_range
+    shifts[cell.options.num_read_heads :] = ahead.clamp(-1, 1).to(orders.dtype)
+    shifts[: cell.options.num_read_heads] = torch.where(ahead == 0, 1.0, torch.where(ahead < 0, -1.0, 0.0))
     return orders
 
 

@@ -279,14 +279,15 @@ def test_bad_calls_are_refused(name):
 
 
 @pytest.mark.parametrize("shift_range", [0, 1, 2])
-def test_a_tape_begins_at_its_first_slot_and_walks_forward(shift_range):
+def test_a_tape_begins_at_its_first_slot_where_readers_wait_and_writers_walk_on(shift_range):
     fields = {"initial_weighting": "peaked", "initial_addressing": "tape", "shift_range": shift_range}
     torch.manual_seed(0)
-    model = NTMModel(NTMConfig(**(TINY | {"num_hidden_layers": 1, "controller_size": 50}), **fields))
-    looks = model(ids(), output_addressing=True).write_weightings[0].mean(0)[:, 0]
+    model = NTMModel(NTMConfig(**(TINY | {"num_hidden_layers": 1, "num_read_heads": 2}), **fields))
+    out = model(ids(), output_addressing=True)
     places = torch.arange(TINY["memory_size"]).float()
-    walked = looks[1:] @ places - looks[:-1] @ places
-    assert looks[0, : shift_range + 1].sum() > 0.5
-    assert (walked[:5] > 0.1).all() if shift_range else (walked.abs() < 0.5).all()
-    neutral = NTMModel(NTMConfig(**TINY))
-    assert not neutral.layers[0].forwards.interface_proj.bias.any()
+    written, read = out.write_weightings[0].mean(0)[:, 0], out.read_weightings[0].mean(0)
+    walked = (written[1:] - written[:-1]) @ places
+    assert written[0, : shift_range + 1].sum() > 0.5 and (read[0, :, 0] > 0.5).all()
+    assert (walked[:5] > 0.4).all() if shift_range else (walked.abs() < 0.5).all()
+    assert (read[:4] @ places < 3).all()
+    assert not NTMModel(NTMConfig(**TINY)).layers[0].forwards.interface_proj.bias.any()
