@@ -181,15 +181,15 @@ def load_model(section: ModelSection, auto_class: str, **options: Any) -> Any:
         raise UsageProblem(load_problem(name, error)) from None
 
 
-def load_main_part(section: ModelSection, model: Any) -> Any:
-    """Give a fresh composed model the checkpoint's weights in its main part; returns the model.
+def load_main_part(section: ModelSection, model: Any, auto_class: str) -> Any:
+    """Give a fresh composed model the weights of a checkpoint; returns the model.
 
     Args:
         section: names the checkpoint.
         model: composed, its main part of the checkpoint's configuration.
+        auto_class: of the head that the objective needs, which the checkpoint may have or not.
     """
-    base = load_model(section, "AutoModel")
-    getattr(model, model.config.main_part).base_model.load_state_dict(base.state_dict(), strict=False)
+    model.start_from(load_model(section, auto_class))
     return model
 
 

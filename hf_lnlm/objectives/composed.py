@@ -86,6 +86,17 @@ class ComposedModel(PreTrainedModel):
         """
         self._tied_weights_keys = tied
 
+    def start_from(self, encoder: PreTrainedModel) -> None:
+        """Take over the weights of a model of the main part's configuration, its head too if that is the same.
+
+        Args:
+            encoder: a model with the main part's head, another or none.
+        """
+        main = getattr(self, self.config.main_part)
+        main.base_model.load_state_dict(encoder.base_model.state_dict(), strict=False)
+        if type(encoder) is type(main):
+            main.load_state_dict(encoder.state_dict(), strict=False)
+
     def part_to_save(self, name: str) -> PreTrainedModel:
         """The part as a model that works by itself."""
         return getattr(self, name)

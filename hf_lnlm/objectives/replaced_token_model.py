@@ -266,6 +266,22 @@ class ReplacedTokenForPreTraining(ComposedModel):
         generator, discriminator = outputs["sums"]
         return {"generator": generator, "discriminator": self.config.weight * discriminator}
 
+    def start_from(self, encoder: PreTrainedModel) -> None:
+        """Take over the weights of an encoder: the discriminator its layers, and an equal generator all of it.
+
+        A generator of another size keeps its own weights. With both taken over this is the second stage of [1], §3.3.
+
+        Args:
+            encoder: a model of the discriminator's configuration, with a masked language model's head or without.
+        """
+        super().start_from(encoder)
+        held = encoder.base_model.state_dict()
+        shapes = {name: value.shape for name, value in self.generator.base_model.state_dict().items()}
+        if all(name in held and held[name].shape == shape for name, shape in shapes.items()):
+            self.generator.base_model.load_state_dict(held, strict=False)
+            if type(encoder) is type(self.generator):
+                self.generator.load_state_dict(encoder.state_dict(), strict=False)
+
     def part_to_save(self, name: str) -> PreTrainedModel:
         """The part by itself; a generator with a projected table gets the table that the projection stands for."""
         part = getattr(self, name)

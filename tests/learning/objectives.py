@@ -53,14 +53,14 @@ class Library:
     """The standard library with a vocabulary: blocks to train on and blocks of other files.
 
     Args:
-        vocabulary: tokens of the byte-level BPE.
+        vocabulary: tokens of the byte-level BPE, or None for bytes themselves.
     """
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int | None) -> None:
         documents = load_documents("stdlib", limit=DOCUMENTS, validation=0.05)
         self.parts = (documents.train, documents.validation)
         texts = (row["text"] for row in documents.train)
-        self.tokenizer = build_tokenizer("bpe", texts, vocab_size=vocabulary)
+        self.tokenizer = build_tokenizer("bpe" if vocabulary else "byte", texts, vocab_size=vocabulary)
 
     def blocks(self, learnt: Any) -> tuple[Any, Any]:
         """Training and held-out rows of an objective."""
@@ -96,23 +96,38 @@ class Budget(transformers.TrainerCallback):
 
 
 def pretrained(
-    library: Library, learnt: Any, config: dict[str, Any], seed: int, seconds: float, rate: float, **changed: Any
-) -> tuple[Any, dict[str, Any]]:
-    """A model trained by an objective for some CPU time, and what it reaches on held-out files."""
+    library: Library, learnt: Any, config: dict[str, Any], seed: int, seconds: float, rate: float,
+    start: Any | None = None, **changed: Any,
+) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+    """A model trained by an objective for some CPU time, and what it reaches on held-out files.
+
+    Args:
+        library: text and vocabulary.
+        learnt: the objective.
+        config: fields of the encoder's configuration, `model_type` included.
+        seed: of weights, order and noise.
+        seconds: CPU time.
+        rate: learning rate at its peak.
+        start: a masked language model that generator and discriminator start from, instead of fresh weights.
+        changed: TrainingArguments that differ.
+    """
     torch.manual_seed(seed)
     made = AutoConfig.for_model(**config, vocab_size=len(library.tokenizer), pad_token_id=0)
     learnt.check(made, library.tokenizer)
     model = learnt.build(made)
+    if start is not None:
+        model.start_from(start)
     train, held = library.blocks(learnt)
     budget = Budget(seconds)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, budget.factor)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = LNLMTrainingArguments(
-            output_dir=folder, max_steps=1_000_000, per_device_train_batch_size=32, seed=seed, save_strategy="no",
-            logging_steps=250, use_cpu=True, prediction_loss_only=True, remove_unused_columns=False, report_to=[],
-            dataloader_pin_memory=False, disable_tqdm=True, **changed,
-        )  # fmt: skip
+        settings: dict[str, Any] = {
+            "output_dir": folder, "max_steps": 1_000_000, "per_device_train_batch_size": 32, "seed": seed,
+            "save_strategy": "no", "logging_steps": 250, "use_cpu": True, "prediction_loss_only": True,
+            "remove_unused_columns": False, "report_to": [], "dataloader_pin_memory": False, "disable_tqdm": True,
+        }  # fmt: skip
+        arguments = LNLMTrainingArguments(**settings | changed)
         trainer = LNLMTrainer(
             model=model, args=arguments, train_dataset=train, eval_dataset=held, objective=learnt, callbacks=[budget],
             data_collator=learnt.collator(library.tokenizer, seed, bookkeeping=True), optimizers=(optimizer, schedule),

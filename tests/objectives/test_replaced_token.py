@@ -210,6 +210,32 @@ def test_generators_of_a_fraction_or_of_another_family() -> None:
     assert own.generator.config.num_hidden_layers == 2 and own.generator.config.hidden_size == 16
 
 
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2", "mamba3"])
+def test_narrow_state_space_models_are_whole_heads(mixer: str) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "mixer": mixer, "bidirectional": "tied"}
+    config = AutoConfig.for_model("lnlm_ssm", vocab_size=VOCAB, **sizes)
+    made = objective("replaced_token").generator_config(config)
+    assert made.hidden_size == 16 and made.expand * made.hidden_size % made.head_dim in (0, 32)
+    assert made.mixer == mixer and made.time_step_rank == 1
+
+
+@pytest.mark.parametrize("encoder", ["rnn", "bert", "linformer"])
+def test_both_start_from_a_masked_language_model(encoder: str) -> None:
+    torch.manual_seed(3)
+    start, batch = AutoModelForMaskedLM.from_config(ENCODERS[encoder]).eval(), batch_of()
+    equal, narrow = model_of(encoder, generator_fraction=1.0), model_of(encoder)
+    for model in (equal, narrow):
+        model.start_from(start)
+    with torch.no_grad():
+        wanted = start.base_model(batch["labels"].clamp(min=0)).last_hidden_state
+        assert torch.allclose(
+            equal(**batch).generator_logits, start(batch["input_ids"]).logits[batch["labels"] != -100]
+        )
+        for model in (equal, narrow):
+            found = model.discriminator.base_model(batch["labels"].clamp(min=0)).last_hidden_state
+            assert torch.allclose(found, wanted, atol=1e-5)
+
+
 def test_metrics_by_hand_and_whatever_the_batching() -> None:
     model, learnt = model_of(), objective("replaced_token")
     batch = batch_of(padded=True)
