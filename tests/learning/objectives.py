@@ -38,13 +38,13 @@ from hf_lnlm.objectives import objective
 from hf_lnlm.trainer.arguments import LNLMTrainingArguments
 from hf_lnlm.trainer.trainer import LNLMTrainer
 
-LENGTH, DOCUMENTS, HELD_BLOCKS = 64, 400, 256
+DOCUMENTS, HELD_BLOCKS = 400, 256
 TAGS = ("keyword", "call", "attribute", "definition", "name", "operator", "number", "string", "comment")
 BAR, AIM = 0.65, 0.75
 RNN = {"model_type": "lnlm_rnn", "cell_type": "gru", "hidden_size": 96, "num_hidden_layers": 1, "bidirectional": True}
 BERT = {
-    "model_type": "bert", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "intermediate_size": 512, "max_position_embeddings": LENGTH, "hidden_dropout_prob": 0.0,
+    "model_type": "bert", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 256, "max_position_embeddings": 64, "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0, "initializer_range": 0.1,
 }  # fmt: skip
 
@@ -54,9 +54,11 @@ class Library:
 
     Args:
         vocabulary: tokens of the byte-level BPE, or None for bytes themselves.
+        length: tokens of a row.
     """
 
-    def __init__(self, vocabulary: int | None) -> None:
+    def __init__(self, vocabulary: int | None, length: int) -> None:
+        self.length = length
         documents = load_documents("stdlib", limit=DOCUMENTS, validation=0.05)
         self.parts = (documents.train, documents.validation)
         texts = (row["text"] for row in documents.train)
@@ -64,7 +66,7 @@ class Library:
 
     def blocks(self, learnt: Any) -> tuple[Any, Any]:
         """Training and held-out rows of an objective."""
-        options = learnt.packing(self.tokenizer, LENGTH)
+        options = learnt.packing(self.tokenizer, self.length)
         train, held = (PackedBlocks(rows, self.tokenizer, **options) for rows in self.parts)
         chosen = np.linspace(0, len(held) - 1, HELD_BLOCKS).astype(int).tolist()
         return train, Subset(held, chosen)
@@ -146,18 +148,17 @@ def detection(library: Library, seed: int, seconds: float) -> dict[str, Any]:
     return pretrained(library, learnt, RNN, seed, seconds, 4e-3)[1]
 
 
-def bert(library: Library, seed: int, seconds: float, **options: Any) -> dict[str, Any]:
-    """Replaced-token detection with tiny BERTs."""
-    rate, changed = options.pop("rate", 2e-3), {k: options.pop(k) for k in list(options) if k in BERT}
-    learnt = objective("replaced_token", **{"generator_fraction": 0.5, **options})
-    return pretrained(library, learnt, {**BERT, **changed}, seed, seconds, rate)[1]
+def bert(library: Library, seed: int, seconds: float) -> dict[str, Any]:
+    """Replaced-token detection with tiny BERTs of equal size over bytes, in short rows and small batches."""
+    learnt = objective("replaced_token", generator_fraction=1.0)
+    return pretrained(library, learnt, BERT, seed, seconds, 4e-3, per_device_train_batch_size=16)[1]
 
 
 # ---- the probe ------------------------------------------------------------------------------------------------------
 
 
-def passages(texts: Iterator[str], tokenizer: Any) -> Iterator[dict[str, list[int]]]:
-    """Rows `input_ids`, `labels` `[LENGTH]`: passages of files, the class of each token that begins a Python token."""
+def passages(texts: Iterator[str], tokenizer: Any, length: int) -> Iterator[dict[str, list[int]]]:
+    """Rows `input_ids`, `labels` `[length]`: passages of files, the class of each token that begins a Python token."""
     for text in texts:
         starts = dict(token_classes(text))
         found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
@@ -165,8 +166,8 @@ def passages(texts: Iterator[str], tokenizer: Any) -> Iterator[dict[str, list[in
         for begin, end in found["offset_mapping"]:
             at = next((place for place in range(begin, end) if place in starts), None)
             labels.append(-100 if at is None else starts[at])
-        for first in range(0, len(labels) - LENGTH, 4 * LENGTH):
-            row = slice(first, first + LENGTH)
+        for first in range(0, len(labels) - length, 4 * length):
+            row = slice(first, first + length)
             yield {"input_ids": found["input_ids"][row], "labels": labels[row]}
 
 
@@ -226,7 +227,7 @@ def _labelled(library: Library) -> tuple[list[Any], list[Any]]:
     if not hasattr(library, "labelled"):
         parts = []
         for rows, most in zip(library.parts, (2000, 500)):
-            found = list(passages((row["text"] for row in rows), library.tokenizer))
+            found = list(passages((row["text"] for row in rows), library.tokenizer, library.length))
             chosen = np.linspace(0, len(found) - 1, min(most, len(found))).astype(int)
             parts.append([found[index] for index in chosen])
         library.labelled = tuple(parts)
@@ -262,12 +263,12 @@ def compared(library: Library, config: dict[str, Any], rate: float, seed: int, s
 
 # ---- the report -----------------------------------------------------------------------------------------------------
 
-PROOFS = {
-    "detection": lambda library, seed, seconds: detection(library, seed, seconds),
-    "bert": lambda library, seed, seconds: bert(library, seed, seconds),
-    "probe_rnn": lambda library, seed, seconds: compared(library, RNN, 4e-3, seed, seconds),
-    "probe_bert": lambda library, seed, seconds: compared(library, BERT, 2e-3, seed, seconds),
+PROOFS: dict[str, tuple[Any, int | None, int]] = {
+    "detection": (detection, 512, 64),
+    "bert": (bert, None, 32),
+    "probe": (lambda library, seed, seconds: compared(library, RNN, 4e-3, seed, seconds), 512, 64),
 }
+"""Name → what to run, vocabulary, tokens of a row."""
 
 
 def main() -> None:
@@ -275,13 +276,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="run the proofs whose name contains this")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="first seed")
     parser.add_argument("--seconds", type=float, default=110.0, help="CPU seconds of each pre-training")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", type=Path, help="file to write after every seed")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    library = Library(512)
     stamp = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "transformers": transformers.__version__}
     command = f"python -m tests.learning.objectives --json --seeds {asked.seeds} --seconds {asked.seconds:.0f}"
     command += f" --only {asked.only}" if asked.only else ""
@@ -294,8 +295,10 @@ def main() -> None:
     for name in [name for name in PROOFS if asked.only in name]:
         row: dict[str, Any] = {"name": name, "seconds": asked.seconds, "runs": []}
         report["rows"].append(row)
-        for seed in range(asked.seeds):
-            row["runs"].append(PROOFS[name](library, seed, asked.seconds))
+        run, vocabulary, length = PROOFS[name]
+        library = Library(vocabulary, length)
+        for seed in range(asked.first, asked.first + asked.seeds):
+            row["runs"].append(run(library, seed, asked.seconds))
             row |= summary(row["runs"])
             print(f"{name} {json.dumps(row['runs'][-1])}", file=sys.stderr, flush=True)
             if asked.output:
