@@ -158,6 +158,7 @@ def _readings_backward(
         d_read = load_row(q.hidden + s.hidden + r * s.width, word, s.width)
         d_memory += load_row(p.read + (s.reads + r) * s.slots, slot, s.slots)[:, None] * d_read[None, :]
         d_reading = load_row(q.read + r * s.slots, slot, s.slots) + tl.sum(memory * d_read[None, :], 1)
+        tl.debug_barrier()  # several threads may hold one entry: all have read it before any writes over it
         store_row(q.read + r * s.slots, slot, d_reading, s.slots)
         key, strength = at.read_keys + r * s.width, at.read_strengths + r
         mask = at.read_masks + r * s.width
@@ -340,6 +341,7 @@ def _usage_backward(
     d_usage += load_row(q.usage, slot, s.slots)
     d_retention += d_usage * (before + (1.0 - before) * (1.0 - keep))
     base = d_usage * retention
+    tl.debug_barrier()  # as above, for `q.usage`
     store_row(q.usage, slot, base * keep, s.slots)
     for i in range(s.writes):
         store_row(q.write + i * s.slots, slot, base * (1.0 - before) * unwritten(p.write, i, slot, s), s.slots)

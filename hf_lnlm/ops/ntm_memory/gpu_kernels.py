@@ -366,6 +366,7 @@ def _memory_backward(
         d_memory, d_w = _address_backward(
             before, d_memory, inverse, raw + i * size, d_raw + i * size, last, w, d_w, slot, word, s
         )
+        tl.debug_barrier()  # several threads may hold one entry: all have read it before any writes over it
         store_row(d_weightings + i * s.slots, slot, d_w, s.slots)
     tl.debug_barrier()
     clip_backward(raw, d_raw, s.interface, s.clip, s.block)

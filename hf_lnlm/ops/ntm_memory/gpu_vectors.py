@@ -139,6 +139,7 @@ def lstm_forward(
         candidate = tanh(load_row(gates + 2 * size, j, size))
         gate_out = sigmoid(load_row(gates + 3 * size, j, size))
         cell = forget * load_row(before, j, size) + gate_in * candidate
+        tl.debug_barrier()  # several threads may hold one entry: all have read it before any writes over it
         store_row(gates, j, gate_in, size)
         store_row(gates + size, j, forget, size)
         store_row(gates + 2 * size, j, candidate, size)
@@ -165,6 +166,7 @@ def lstm_backward(
         candidate, gate_out = load_row(gates + 2 * size, j, size), load_row(gates + 3 * size, j, size)
         out, d_out = tanh(load_row(after, j, size)), load_row(d_hidden, j, size)
         d_cell = load_row(d_cells, j, size) + d_out * gate_out * (1.0 - out * out)
+        tl.debug_barrier()  # as above, for `d_cells`
         store_row(d_gates, j, d_cell * candidate * gate_in * (1.0 - gate_in), size)
         store_row(d_gates + size, j, d_cell * load_row(before, j, size) * forget * (1.0 - forget), size)
         store_row(d_gates + 2 * size, j, d_cell * gate_in * (1.0 - candidate * candidate), size)

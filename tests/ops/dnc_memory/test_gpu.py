@@ -77,10 +77,9 @@ def test_recomputed_blocks_equal_the_reference(interpreted, steps):
     assert_equal(interpreted(compared, (1, 1), {"batch": 1, "steps": steps}, "lstm", "plain", True, True))
 
 
-@pytest.mark.slow
 def test_the_empty_initial_state_equals_the_reference(interpreted):
-    """All usages are equal at first: slots are then filled in the order of their index."""
-    assert_equal(interpreted(compared, (1, 1), ODD | {"batch": 1}, "lstm", "plain", False, False, True))
+    """All usages are equal: slots are filled in the order of their index (one step, since then rounding decides)."""
+    assert_equal(interpreted(compared, (1, 1), ODD | {"steps": 1}, "lstm", "plain", False, False, True))
 
 
 def pieces() -> float:

@@ -1,0 +1,103 @@
+"""Every Triton kernel compiles for a real graphics processor: no device is needed for that, only Triton's own compiler.
+
+The interpreter computes with numpy and lets much pass that the compiler refuses, such as a variable that changes its
+type in a branch.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import torch, warnings
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+class Device:
+    '''Stands in for a driver: says what to compile for.'''
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=None): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_active_torch_device(self): return torch.device("cpu")
+
+driver.set_active(Device())
+launch, compiled = JITFunction.run, []
+
+def compile_only(self, *arguments, **options):
+    kernel = launch(self, *arguments, **(options | {"warmup": True}))
+    assert len(kernel.asm["ptx"]) > 1000 and len(kernel.asm["cubin"]) > 1000
+    compiled.append(f"{self.fn.__module__}.{self.fn.__name__}")
+
+JITFunction.run = compile_only
+torch.set_num_threads(1)
+"""
+
+MEMORY = """
+from hf_lnlm.ops.{op}.gpu import {op}_gpu
+from hf_lnlm.ops.{op}.layout import {options} as Options
+from tests.ops.{op}.cases import layer
+
+for options in [{variants}]:
+    inputs, weights, state = layer(options, batch=1, steps=3, slots=32, width=8, dtype=torch.float32)
+    {op}_gpu(inputs, weights, state, options).outputs.sum().backward()
+"""
+
+NTM = MEMORY.format(op="ntm_memory", options="NTMOptions", variants="Options(), Options(2, 2, 1, 'feedforward', False)")
+DNC = MEMORY.format(
+    op="dnc_memory",
+    options="DNCOptions",
+    variants="Options(), Options(2, 2, masking=True, deallocation=True), Options(1, 1, 'feedforward', False)",
+)
+SCAN = """
+from hf_lnlm.ops.selective_scan.gpu import selective_scan_gpu as run, selective_scan_gpu_backward as back
+from tests.ops.selective_scan.test_selective_scan import arguments, marks
+
+full = arguments(1, 20, 40, 16) | marks(1, 20)
+bare = full | dict.fromkeys(("D", "z", "dt_bias", "initial_state", "mask", "reset"))
+narrow = full | {n: full[n].bfloat16() for n in ("u", "dt", "B", "C", "z")}
+for call, softplus in ((full, True), (bare, False), (narrow, True)):
+    y, state, entries = run(call, softplus, True)
+    back(torch.empty_like(y), state, call, entries, softplus)
+"""
+CONV = """
+from hf_lnlm.ops.causal_conv.gpu import causal_conv_gpu as run, causal_conv_gpu_backward as back
+from tests.ops.causal_conv.test_causal_conv import arguments, marks
+
+full = arguments(1, 33, 20, 4) | {"taps": marks(1, 33, 4)[1]}
+bare = full | dict.fromkeys(("bias", "state", "taps"))
+narrow = full | {"x": full["x"].bfloat16(), "taps": None}
+for call, activation in ((full, True), (bare, False), (narrow, True)):
+    y, state = run(call, activation)
+    back(torch.empty_like(y), state, call, activation)
+"""
+SSD = """
+from hf_lnlm.ops.ssd.gpu import ssd_gpu as run, ssd_gpu_backward as back
+from tests.ops.ssd.test_ssd import arguments, marks
+
+full = arguments(1, 70, 2, 32, 1, 32) | {"reset": marks(1, 70)["reset"], "diagonal": torch.rand(1, 70, 2)}
+bare = full | dict.fromkeys(("D", "initial_state", "reset", "diagonal"))
+narrow = bare | {n: full[n].bfloat16() for n in ("x", "B", "C")}
+for call, chunk in ((full, 64), (bare, 7), (narrow, 128)):
+    y, state, entries = run(call, chunk, True)
+    back(torch.empty_like(y), state, call, entries, chunk)
+"""
+KERNELS = {"ntm_memory": (NTM, 4), "dnc_memory": (DNC, 6), "selective_scan": (SCAN, 6), "causal_conv": (CONV, 9)}
+KERNELS["ssd"] = (SSD, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton exists for Linux only")
+@pytest.mark.parametrize("operation", KERNELS)
+def test_kernels_compile_for_a_graphics_processor(operation, repository, tmp_path, monkeypatch):
+    program, launches = KERNELS[operation]
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    code = f"{PROGRAM}{program}\nprint(len(compiled))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [str(launches)]
