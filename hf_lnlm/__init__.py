@@ -1,7 +1,7 @@
 """hf_lnlm: recurrent, memory, state-space, sparse-attention and convolutional language models for transformers.
 
-Importing the package registers every family of `registry.FAMILIES` with transformers' Auto classes, and the attention
-implementation `lnlm_sparse`, and does nothing else.
+Importing the package registers every family of `registry.FAMILIES` with transformers' Auto classes, the attention
+implementation `lnlm_sparse`, and the families' LoRA targets with peft once that is imported, and does nothing else.
 Config and model classes, and the few functions below, are importable from here and loaded when first used.
 """
 
@@ -22,6 +22,8 @@ _FUNCTIONS = {
     "disable_sparse_attention": "hf_lnlm.models.sparse_attention.stock",
     "enable_sparse_attention": "hf_lnlm.models.sparse_attention.stock",
     "load_documents": "hf_lnlm.data.sources",
+    "lora_config": "hf_lnlm.trainer.adapters",
+    "lora_plan": "hf_lnlm.trainer.adapters",
     "objective": "hf_lnlm.objectives",
 }
 _PUBLIC = {**_FUNCTIONS, **dict(registry.public_names())}
@@ -41,3 +43,4 @@ def __dir__() -> list[str]:
 
 registry.register()
 importlib.import_module("hf_lnlm.models.sparse_attention.stock").register_attention()
+importlib.import_module("hf_lnlm.trainer.peft_table").register_targets()

@@ -55,7 +55,7 @@ def class_weights(wanted: ClassWeights, names: Sequence[str], rows: Sequence[Row
         _check_weights(wanted, names)
     else:
         raise UsageProblem(f"objective.class_weights must be `balanced` or a weight for each class, got {wanted!r}")
-    return tuple(weights * counts.sum() / (weights * counts).sum())
+    return tuple((weights * counts.sum() / (weights * counts).sum()).tolist())
 
 
 def _check_weights(wanted: Mapping[str, float], names: Sequence[str]) -> None:
@@ -89,7 +89,7 @@ class WeightedLoss:
         """
         logits = outputs["logits"].float()
         labels = labels.to(logits.device).reshape(-1)
-        weight = torch.tensor(self.weights, device=logits.device)
+        weight = torch.tensor(self.weights, device=logits.device, dtype=logits.dtype)
         total = torch.nn.functional.cross_entropy(
             logits.reshape(-1, logits.shape[-1]), labels, weight, ignore_index=IGNORED, reduction="sum"
         )

@@ -19,7 +19,8 @@ from .models import adapter_settings, load_config, load_model, load_tokenizer
 from .output import plain_when_piped
 from .pretrain import check_options, check_positions, default_block
 from .recipe import RECIPE_FILE, Recipe, load_recipe
-from .run import own_metrics
+from .report import write_report
+from .run import own_metrics, trainer_class
 from .tasks import TASKS, Task
 
 EVALUATION_FILE = "evaluation.json"
@@ -32,6 +33,7 @@ def evaluate(
     text_column: str | None,
     label_column: str | None,
     output: str | None,
+    report: str | None,
     json: bool,
     trust_remote_code: bool,
     set: list[str] | None,
@@ -48,8 +50,8 @@ def evaluate(
     results = []
     for checkpoint in checkpoints:
         recipe = evaluation_recipe(checkpoint, flags, list(set or []))
-        results.append({"checkpoint": checkpoint, **measure(recipe)})
         place = Path(checkpoint) / EVALUATION_FILE
+        results.append({"checkpoint": checkpoint, **measure(recipe, _report_folder(report, checkpoint, checkpoints))})
         if output is None and place.parent.is_dir():
             _write(place, {name: value for name, value in results[-1].items() if name != "checkpoint"})
     if output is not None:
@@ -59,6 +61,13 @@ def evaluate(
     else:
         _print_table(results)
     return 0
+
+
+def _report_folder(report: str | None, checkpoint: str, checkpoints: list[str]) -> Path | None:
+    """Where the report of a checkpoint goes: one of several gets a folder of its own."""
+    if report is None:
+        return None
+    return Path(report) / Path(checkpoint).name if len(checkpoints) > 1 else Path(report)
 
 
 def _write(path: Path, value: Any) -> None:
@@ -120,16 +129,19 @@ def default_goal(recipe: Recipe) -> str:
     raise UsageProblem(f"what {recipe.model.checkpoint} was made for can't be told from its config: give --task")
 
 
-def measure(recipe: Recipe) -> dict[str, Any]:
+def measure(recipe: Recipe, report: Path | None = None) -> dict[str, Any]:
     """Metrics of the recipe's checkpoint: `data`, `task`, `metrics`.
+
+    Args:
+        recipe: what to measure and on what.
+        report: folder for a report by class, or None for none.
 
     Raises:
         ValueError: checkpoint, data and task don't fit each other.
     """
     from transformers import PrinterCallback
 
-    from ..trainer.arguments import LNLMTrainingArguments
-    from ..trainer.trainer import LNLMTrainer
+    from ..trainer.arguments import LNLMSeq2SeqTrainingArguments, LNLMTrainingArguments
 
     goal = goal_class(str(recipe.objective.name))(**recipe.objective.options)
     config = load_config(recipe.model)
@@ -139,28 +151,34 @@ def measure(recipe: Recipe) -> dict[str, Any]:
     make = _labelled if isinstance(goal, Task) else _text
     model, dataset, name = make(recipe, goal, tokenizer, config)
     check_vocabulary(tokenizer, model.config)
-    goal = goal.bound(model.config) if isinstance(goal, Task) else goal
+    goal = goal.bound(model.config).measuring(dataset.rows) if isinstance(goal, Task) else goal
     kept = {k: v for k, v in recipe.training.items() if k in ("per_device_eval_batch_size", "seed", "bf16", "use_cpu")}
+    generation = goal.generation() if isinstance(goal, Task) else {}
+    kind = LNLMSeq2SeqTrainingArguments if generation else LNLMTrainingArguments
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = LNLMTrainingArguments(
+        arguments = kind(
             output_dir=scratch,
-            prediction_loss_only=True,
+            **{"prediction_loss_only": True, **generation},
             remove_unused_columns=False,
             dataloader_pin_memory=False,
             carry_state=recipe.training.get("carry_state", False),
             train_sampling_strategy="sequential",
             **kept,
         )
-        trainer = LNLMTrainer(
+        trainer = trainer_class(goal)(
             model=model,
             args=arguments,
             eval_dataset=dataset,
             data_collator=goal.collator(tokenizer, arguments.seed, bookkeeping=True),
             processing_class=tokenizer,
             objective=goal,
+            compute_metrics=goal.rater(tokenizer) if isinstance(goal, Task) else None,
         )
         trainer.remove_callback(PrinterCallback)
         metrics = own_metrics(trainer.evaluate())
+    if report is not None:
+        classes = goal.classes if isinstance(goal, Task) else ()
+        write_report(report, trainer.measured_sums, classes, f"{Path(str(recipe.model.checkpoint)).name} on {name}")
     return {"task": goal.name, "data": name, "metrics": metrics}
 
 

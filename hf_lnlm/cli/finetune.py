@@ -33,6 +33,7 @@ from .recipe import RECIPE_FILE, Recipe, load_recipe
 from .run import Parts, output_folder, publish, seed_everything, train
 from .sizes import SIZES, stock_config_class
 from .tasks import TASKS, Task
+from .wrapped import load_wrapped, wrapping_family
 
 DEFAULT_SHARE = 0.1
 """Share of labelled rows set aside where the recipe says nothing."""
@@ -219,15 +220,17 @@ def text_parts(recipe: Recipe, goal: Any, tokenizer: Any, config: Any) -> Parts:
 
 def labelled_parts(recipe: Recipe, goal: Task, tokenizer: Any, config: Any) -> Parts:
     """Parts for a task: rows with labels, and a model whose head has the labels' names."""
-    require_head(config, goal)
+    head: Any = wrapping_family(recipe.model).config_class() if recipe.model.head else config
+    require_head(head, goal)
     rows = read_rows(recipe, goal)
     names = label_order(recipe, goal, rows)
     recipe.data.block_size = recipe.data.block_size or default_block(config, LONGEST_ROW)
     check_positions(config, recipe.data.block_size)
-    check_fields(type(config), recipe.model.config)
+    check_fields(type(head), recipe.model.config)
     seed_everything(recipe)
     options = recipe.model.config | head_options(config, tokenizer, names)
-    return with_rows(recipe, goal, tokenizer, load_model(recipe.model, goal.auto_class, **options), rows)
+    load = load_wrapped if recipe.model.head else load_model
+    return with_rows(recipe, goal, tokenizer, load(recipe.model, goal.auto_class, **options), rows)
 
 
 def label_order(recipe: Recipe, goal: Task, rows: LabelledRows) -> list[str]:
@@ -248,7 +251,7 @@ def with_rows(recipe: Recipe, goal: Task, tokenizer: Any, model: Any, rows: Labe
     data = recipe.data
     train = encoded(goal.encode, rows.train, recipe, tokenizer, model.config)
     held = encoded(goal.encode_held, rows.validation, recipe, tokenizer, model.config)
-    goal = goal.bound(model.config).weighted(train.rows)
+    goal = goal.bound(model.config).weighted(train.rows).measuring(held.rows if held is not None else [])
     named = data.validation if isinstance(data.validation, str) else data.source
     return Parts(model, tokenizer, goal, train, held, measured_on=source_name(named))
 

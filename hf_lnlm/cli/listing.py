@@ -1,4 +1,4 @@
-"""`hf-lnlm list`: what there is, from the tables of families, objectives and tasks."""
+"""`hf-lnlm list`: what there is, from the tables of families, objectives, tasks and methods."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .sizes import SIZES, STOCK_FAMILIES
 
 
 def list_families(json: bool) -> int:
-    """Print families, objectives and tasks. Returns the exit status."""
+    """Print families, objectives, tasks and methods. Returns the exit status."""
     found: dict[str, Any] = {"families": [_family(row) for row in FAMILIES], "stock": STOCK_FAMILIES}
-    found |= {"objectives": _objectives(), "tasks": _tasks()}
+    found |= {"objectives": _objectives(), "tasks": _tasks(), "methods": _methods()}
     if json:
         print_json(found)
         return 0
@@ -22,6 +22,13 @@ def list_families(json: bool) -> int:
     table("Families of transformers (any other model type works too)", ["family", "what it is"], stock)
     table("Objectives", ["name", "what is learnt", "for", "paper"], [list(row.values()) for row in _objectives()])
     table("Tasks with labels", ["name", "what is learnt", "for"], [list(row.values()) for row in _tasks()])
+    table("Learning from preferences", ["name", "what is learnt", "paper"], [list(m.values()) for m in _methods()])
+    drawn = [list(row.values()) for row in _algorithms()]
+    table(
+        "Algorithms that memories learn (hf-lnlm pretrain --objective …, no data needed)",
+        ["name", "what is learnt"],
+        drawn,
+    )
     print(f"\nSizes: {', '.join(SIZES)}. Start: hf-lnlm pretrain --family {FAMILIES[0].model_type} --data stdlib")
     return 0
 
@@ -55,3 +62,15 @@ def _tasks() -> list[dict[str, str]]:
     from .tasks import TASKS
 
     return [{"name": name, "title": kind.title, "auto_class": kind.auto_class} for name, kind in TASKS.items()]
+
+
+def _methods() -> list[dict[str, str]]:
+    from ..trainer.alignment import METHODS
+
+    return [{"name": name, "title": method.title, "paper": method.paper} for name, method in METHODS.items()]
+
+
+def _algorithms() -> list[dict[str, str]]:
+    from ..data.algorithmic import TASKS
+
+    return [{"name": name, "title": str(kind.__doc__).split(", section")[0]} for name, kind in TASKS.items()]

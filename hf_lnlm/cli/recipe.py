@@ -24,12 +24,16 @@ _MINIMUM_BLOCK = 8
 
 @dataclass
 class ModelSection:
-    """Which model: a family from scratch, or a checkpoint to go on from; `labels` are a new head's classes in order."""
+    """Which model: a family from scratch, or a checkpoint to go on from; `labels` are a new head's classes in order.
+
+    `head` names a family of ours that takes the checkpoint as its encoder (`lnlm_encoder_cnn`).
+    """
 
     family: str | None = None
     size: Literal["tiny", "small", "base"] | None = None
     config: dict[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
+    head: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     labels: list[str] | None = None
@@ -66,6 +70,10 @@ class DataSection:
     tags_column: str = "tags"
     source_column: str = "source"
     target_column: str = "target"
+    question_column: str = "question"
+    context_column: str = "context"
+    answers_column: str = "answers"
+    choices_column: str = "choices"
 
 
 @dataclass
@@ -258,6 +266,8 @@ def _check_ranges(recipe: Recipe) -> None:
         raise UsageProblem(f"data.validation as a share must lie in [0, 1), got {share}")
     if recipe.model.family and recipe.model.checkpoint:
         raise UsageProblem("give model.family (from scratch) or model.checkpoint (go on from it), not both")
+    if recipe.model.head and not recipe.model.checkpoint:
+        raise UsageProblem("model.head needs model.checkpoint: the encoder that it is put on")
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:

@@ -104,8 +104,20 @@ class Task(ABC):
         """The task with the weights of its classes, from encoded training rows; itself where it has none."""
         return self
 
+    def measuring(self, rows: Sequence[Row]) -> Self:
+        """The task with what it must know of the encoded rows that it will be measured on; most need nothing."""
+        return self
+
     def loss_function(self) -> Callable[..., Tensor] | None:
         """What replaces the model's own loss, as Trainer's `compute_loss_func`; None keeps the model's."""
+        return None
+
+    def generation(self) -> dict[str, Any]:
+        """Arguments of Seq2SeqTrainer where evaluation writes texts; empty where it does not."""
+        return {}
+
+    def rater(self, tokenizer: Any) -> Callable[[Any], dict[str, float]] | None:
+        """Trainer's `compute_metrics` for what was written; None where nothing is."""
         return None
 
     def logits(self, outputs: Mapping[str, Any]) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.labelled import Row, label_names
 from ..objectives.base import IGNORED
+from .answers import MultipleChoice, QuestionAnswering
 from .classes import (
     WeightedLoss,
     class_metrics,
@@ -24,6 +25,7 @@ from .classes import (
 )
 from .recipe import DataSection
 from .task import ClassWeights, Task, label_id, summed_nll, tells_texts_apart, words_of
+from .written import WrittenMetrics, generation_fields
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,14 @@ def token_words(words: Sequence[str], offsets: Sequence[tuple[int, int]]) -> lis
 
 @dataclass(frozen=True)
 class TextToText(Task):
-    """A target text for a source text, by an encoder and a decoder."""
+    """A target text for a source text, by an encoder and a decoder.
+
+    Args:
+        prefix: put before every source, as T5 tells tasks apart.
+        generate: let evaluation write texts and rate them (summaries, translations); slow, so not by default.
+        num_beams: of beam search, 1 for greedy.
+        max_new_tokens: most tokens of a written text.
+    """
 
     name: ClassVar[str] = "text_to_text"
     title: ClassVar[str] = "Target text of a source text"
@@ -214,6 +223,23 @@ class TextToText(Task):
     language: ClassVar[bool] = True
 
     prefix: str = ""
+    generate: bool = False
+    num_beams: int = 1
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1 or self.max_new_tokens < 1:
+            raise ValueError(
+                f"num_beams and max_new_tokens must be at least 1, got {self.num_beams} and {self.max_new_tokens}"
+            )
+
+    def generation(self) -> dict[str, Any]:
+        """Arguments of Seq2SeqTrainer if evaluation is to write texts."""
+        return generation_fields(self.num_beams, self.max_new_tokens) if self.generate else {}
+
+    def rater(self, tokenizer: Any) -> Callable[[Any], dict[str, float]] | None:
+        """Rates written texts, if any are: BLEU, chrF, ROUGE-L and the share that is exact."""
+        return WrittenMetrics(tokenizer) if self.generate else None
 
     def columns(self, data: DataSection) -> list[str]:
         """Source and target."""
@@ -267,5 +293,8 @@ def _shortened(ids: list[int], length: int) -> list[int]:
     return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
-TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (SequenceClassification, TokenClassification, TextToText)}
+TASKS: dict[str, type[Task]] = {
+    kind.name: kind
+    for kind in (SequenceClassification, TokenClassification, QuestionAnswering, MultipleChoice, TextToText)
+}
 """Name → class; a new task is one class and one entry."""

@@ -2,7 +2,9 @@
 
 * classification: twenty lines of code → the package they come from;
 * tagging: the words of a line of code → what Python's own `tokenize` says they are;
-* summary: the source of a function → the first line of its docstring.
+* summary: the source of a function → the first line of its docstring;
+* question: what a function returns, answered by a stretch of a passage of code around it;
+* choice: the source of a function → its docstring's first line among those of three others.
 
 Rows carry the `path` of their file; splitting by it keeps a file's rows on one side.
 """
@@ -25,6 +27,9 @@ CLASSES = 8
 LINES = 20
 MIN_CHARACTERS = 200
 MAX_WORDS = 60
+BEFORE, AFTER = 4, 12
+LONGEST_ANSWER = 60
+CHOICES = 4
 _TAGS = {
     tokenize.OP: "operator",
     tokenize.NUMBER: "number",
@@ -108,9 +113,49 @@ def _without_docstring(lines: list[str], node: ast.FunctionDef) -> str:
     return textwrap.dedent("\n".join(kept))
 
 
+def question_rows() -> Iterator[dict[str, Any]]:
+    """Rows `question`, `context`, `answers`, `path`: what does a function return? The context goes on after it."""
+    for row in stdlib_rows():
+        lines = row["text"].split("\n")
+        for node in _functions(row["text"]):
+            last = node.body[-1]
+            if not isinstance(last, ast.Return) or last.value is None or last.value.lineno != last.value.end_lineno:
+                continue
+            first = max(node.lineno - 1 - BEFORE, 0)
+            before = "\n".join(lines[first : last.value.lineno - 1])
+            line = lines[last.value.lineno - 1].encode()
+            start = len(before) + 1 + len(line[: last.value.col_offset].decode())
+            answer = line[last.value.col_offset : last.value.end_col_offset].decode()
+            context = "\n".join(lines[first : (node.end_lineno or node.lineno) + AFTER])
+            if len(answer) <= LONGEST_ANSWER and context[start : start + len(answer)] == answer:
+                answers = {"text": [answer], "answer_start": [start]}
+                yield {"question": f"{node.name} returns", "context": context, "answers": answers, "path": row[PATH]}
+
+
+def _functions(text: str) -> Iterator[ast.FunctionDef]:
+    """All functions of a module, in the order of the tree."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tree = ast.parse(text)
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+def choice_rows() -> Iterator[dict[str, Any]]:
+    """Rows `context`, `choices`, `label`, `path`: which of four docstring lines belongs to a function?"""
+    rows = list(summary_rows())
+    for number, row in enumerate(rows):
+        others = [rows[(number + step * 13 + 1) % len(rows)]["target"] for step in range(CHOICES - 1)]
+        if len({row["target"], *others}) == CHOICES:
+            label = number % CHOICES
+            choices = [*others[:label], row["target"], *others[label:]]
+            yield {"context": row["source"], "choices": choices, "label": label, "path": row["path"]}
+
+
 ROWS = {
     "sequence_classification": classification_rows,
     "token_classification": tagging_rows,
     "text_to_text": summary_rows,
+    "question_answering": question_rows,
+    "multiple_choice": choice_rows,
 }
 """Name of a task → the function that makes its rows."""

@@ -7,6 +7,8 @@ but a plain `nn.Linear` is applied to the identity, which is differentiable and 
 A bias that is added and subtracted again would round small weights; long unit vectors keep it below their last digit.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -19,6 +21,13 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Tell whether weight and bias are all there is to a module: an `nn.Linear` without hooks or a forward of its own."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module) is nn.Linear and not hooked and "forward" not in vars(module)  # accelerate puts one there
+
+
+def unwrapped(module: Any) -> Any:
+    """Return the module inside peft's wrappers: they pass on `forward` and nothing else that a module can be asked."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
 
 
 def _unit_length(module: nn.Module, dtype: torch.dtype, device: torch.device) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerControl
+from transformers import EarlyStoppingCallback, Trainer, TrainerControl
 from transformers.trainer import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
@@ -35,7 +35,7 @@ from .signals import StopRequested, StopSignal, shelter_worker
 from .totals import EvaluationTotals, TrainingTotals, input_tokens
 
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-_ASIDE = ("num_bytes", "reset")
+_ASIDE = ("num_bytes", "reset", "example")
 
 
 class LNLMTrainer(Trainer):
@@ -77,10 +77,13 @@ class LNLMTrainer(Trainer):
             # transformers shifts for the causal models that it knows by name; others would learn to copy the input
             self.label_smoother = partial(smoother, shift_labels=True)
         self._aside: dict[str, Any] = {}
+        self.measured_sums: dict[str, torch.Tensor] = {}  # what the objective measured in the last evaluation
         self._carried: CarriedState | CarriedMemory | None = None
         self._training_totals = TrainingTotals()
         self._evaluation_totals: EvaluationTotals | None = None
         self.add_callback(Constraints())
+        if (patience := getattr(self.args, "early_stopping_patience", None)) is not None:
+            self.add_callback(EarlyStoppingCallback(patience, self.args.early_stopping_threshold))
         if listens:
             self.add_callback(self._signals)
         self._check_carry_state()
@@ -391,7 +394,7 @@ class LNLMTrainer(Trainer):
                 with torch.no_grad():
                     self._training_totals.add_measured(self.objective.sums(self._measured_logits(outputs), inputs))
         elif self.objective is not None and (logits := self._measured_logits(outputs)) is not None:
-            batch = inputs if num_bytes is None else {**inputs, "num_bytes": num_bytes}
+            batch = {**inputs, **self._aside}
             self._evaluation_totals.add_measured(self.objective.sums(logits, batch))
 
     def _measured_logits(self, outputs: Any) -> torch.Tensor | None:
@@ -435,7 +438,7 @@ class LNLMTrainer(Trainer):
         return self._nothing_carried()
 
     def _exact_metrics(self, totals: EvaluationTotals) -> dict[str, float]:
-        measured = totals.all_measured(self._reduce)
+        measured = self.measured_sums = totals.all_measured(self._reduce)
         metrics = dict(self.objective.summary(measured)) if measured else {}
         loss = totals.loss(self._reduce)
         return metrics if loss is None else {**metrics, "loss": loss}

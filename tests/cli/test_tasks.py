@@ -86,10 +86,10 @@ def test_class_metrics_by_hand():
     assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 0, 0])).item())
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "question_answering"])
 def test_sums_do_not_depend_on_batches(name):
     task = TASKS[name]()
-    shape = (6, 3) if name == "sequence_classification" else (6, 5, 3)
+    shape = (6, 3) if name in ("sequence_classification", "multiple_choice") else (6, 5, 3)
     logits, labels = torch.randn(shape), torch.randint(0, 3, shape[:-1])
     whole = task.summary(task.sums(logits, {"labels": labels}))
     parts = [task.sums(logits[i : i + 2], {"labels": labels[i : i + 2]}) for i in (0, 2, 4)]

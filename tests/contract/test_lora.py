@@ -1,4 +1,4 @@
-"""LoRA on every kind of weight: each adapter matrix learns, merging and reloading change nothing."""
+"""LoRA on every kind of weight: nothing changes at first, each adapter matrix learns, merging and reloading are exact."""
 
 from __future__ import annotations
 
@@ -9,80 +9,193 @@ import pytest
 import torch
 from torch import nn
 
-from .cases import Case, add_noise, build, cases, first_output, inputs_of, labels_of
+import hf_lnlm
 
-TASKS = {
-    "AutoModelForCausalLM": "CAUSAL_LM",
-    "AutoModelForSequenceClassification": "SEQ_CLS",
-    "AutoModelForTokenClassification": "TOKEN_CLS",
-    "AutoModelForQuestionAnswering": "QUESTION_ANS",
-}
+from .cases import Case, add_noise, build, cases, first_output, inputs_of, labels_of, one_case_a_family, rows_of
+
+BACKENDS = ("eager", "cpu")
 loss_case = pytest.mark.parametrize("case", cases(loss=True), ids=str)
+family_case = pytest.mark.parametrize("case", one_case_a_family(), ids=str)
 
 
-def all_linear(case: Case) -> dict[str, Any]:
-    """LoRA on every linear layer; peft trains a classifier in full and so must not adapt it."""
-    spared = ["classifier", "score", "qa_outputs"] if case.auto in TASKS and not case.causal else None
-    return {"target_modules": "all-linear", "exclude_modules": spared}
+def head_of(case: Case) -> list[str]:
+    """Modules that peft must train in full and so must not adapt."""
+    return list(hf_lnlm.lora_plan(build(case)).trained)
 
 
-def of_the_row(case: Case) -> dict[str, Any]:
-    """LoRA as the registry's row has it."""
-    parameters = list(case.family.lora_parameters)
-    return {"target_modules": list(case.family.lora_targets)} | (
-        {"target_parameters": parameters} if parameters else {}
+def all_linear(case: Case) -> Any:
+    """LoRA on every linear layer."""
+    spared = head_of(case)
+    return peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules="all-linear", exclude_modules=spared, modules_to_save=spared
     )
 
 
-def adapted(case: Case, targets: dict[str, Any], **fields: Any) -> Any:
-    """Return a model with adapters, noise on both of their matrices, and the base frozen."""
-    config = peft.LoraConfig(r=3, lora_alpha=6, task_type=TASKS.get(case.auto), **targets)
-    model = peft.get_peft_model(build(case, use_cache=False, **fields), config)
+def shaken(model: Any) -> Any:
+    """Noise on both matrices of every adapter: the second one starts at zero."""
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             add_noise(nn.ParameterList([parameter]), seed=len(name))
     return model
 
 
-@loss_case
-@pytest.mark.parametrize("targets", [all_linear, of_the_row], ids=["all-linear", "row"])
-def test_every_adapter_learns_and_merges(case: Case, targets: Any, tmp_path):
-    model = adapted(case, targets(case))
-    inputs = inputs_of(case, batch=6, length=12)
-    model.train()(**inputs, **labels_of(case, inputs)).loss.backward()
-    matrices = {n: p.grad for n, p in model.named_parameters() if "lora_" in n}
-    assert matrices
-    assert not [n for n, gradient in matrices.items() if gradient is None or not gradient.any()]
+def adapted(case: Case, **fields: Any) -> Any:
+    """A model with adapters on everything that they reach; at first they change nothing."""
+    model = build(case, use_cache=False, **fields)
+    return peft.get_peft_model(model, hf_lnlm.lora_config(model, r=3))
 
+
+def decided(model: Any) -> set[str]:
+    """Weight matrices whose fate the plan has decided, by their names in the plain model."""
+    plan = hf_lnlm.lora_plan(model, 3)
+    found = set(plan.left_out)
+    for name, module in model.named_modules():
+        hit = any(f".{name}".endswith(f".{short}") for short in plan.modules)
+        whole = any(f".{top}." in f".{name}." for top in plan.trained)
+        found |= {f"{name}.{key}" for key, _ in module.named_parameters(recurse=False) if hit or whole}
+    names = [name for name, _ in model.named_parameters()]
+    return found | {name for name in names if any(f".{name}".endswith(f".{short}") for short in plan.parameters)}
+
+
+@loss_case
+def test_every_matrix_has_a_place(case: Case):
+    model = build(case)
+    matrices = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight.dim() > 1}
+    assert matrices <= decided(model)
+    assert all(len(why) > 5 for why in hf_lnlm.lora_plan(model).left_out.values())
+
+
+@loss_case
+def test_every_adapter_learns_merges_and_reloads(case: Case, tmp_path):
+    plain = build(case, use_cache=False)
+    inputs = inputs_of(case, batch=6, length=12)
+    before, frozen = first_output(plain, **inputs), {n: p.clone() for n, p in plain.named_parameters()}
+    model = adapted(case)
+    torch.testing.assert_close(first_output(model.eval(), **inputs), before, rtol=1e-5, atol=1e-5)
+    learns = {n for n, p in model.named_parameters() if p.requires_grad}
+    heads = tuple(hf_lnlm.lora_plan(plain).trained)
+    assert not [n for n in learns if "lora_" not in n and not any(f".{head}." in n for head in heads)]
+
+    shaken(model).train()(**inputs, **labels_of(case, inputs)).loss.backward()
+    assert not [n for n, p in model.named_parameters() if n in learns and (p.grad is None or not p.grad.any())]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad, alpha=0.01)
     tuned = first_output(model.eval(), **inputs)
-    plain = first_output(build(case, use_cache=False), **inputs)
-    assert not torch.allclose(tuned, plain, atol=1e-3)
+    assert not torch.allclose(tuned, before, atol=1e-3)
+
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(build(case, use_cache=False), tmp_path).eval()
     torch.testing.assert_close(first_output(again, **inputs), tuned, rtol=1e-6, atol=1e-6)
+    with again.disable_adapter():
+        torch.testing.assert_close(first_output(again, **inputs), before, rtol=1e-5, atol=1e-5)
     merged = again.merge_and_unload()
     torch.testing.assert_close(first_output(merged, **inputs), tuned, rtol=1e-5, atol=1e-5)
+    assert {n for n, _ in merged.named_parameters()} == set(frozen)
 
 
-@loss_case
-def test_targets_of_the_row_reach_every_layer(case: Case):
-    model = adapted(case, of_the_row(case))
-    touched = {
-        n.split("layers.")[1].split(".")[0] for n, _ in model.named_parameters() if "lora_" in n and "layers." in n
-    }
-    layers = {n.split("layers.")[1].split(".")[0] for n, _ in model.named_parameters() if "layers." in n}
-    assert touched == layers
+def runs_on(case: Case, backend: str) -> bool:
+    """Whether a family has the backend and it can run here."""
+    try:
+        first_output(build(case, use_cache=False, backend=backend), **inputs_of(case))
+    except ValueError:
+        return False
+    return True
+
+
+@family_case
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.slow
+def test_merged_equals_unmerged_on_every_backend(case: Case, backend: str):
+    if not runs_on(case, backend):
+        assert backend != "eager", "every family has the eager backend"
+        return
+    model, inputs = shaken(adapted(case, backend=backend)).eval(), inputs_of(case, batch=3, length=12)
+    inputs["attention_mask"][0, -4:] = 0
+    real = inputs["attention_mask"].bool() if case.per_token else slice(None)
+    apart = first_output(model, **inputs)
+    torch.testing.assert_close(
+        first_output(model.merge_and_unload(), **inputs)[real], apart[real], rtol=1e-5, atol=1e-5
+    )
+
+
+@family_case
+def test_adapters_switch(case: Case):
+    """Two adapters on one model: each is what it is alone, and switched off the model is plain."""
+    inputs, model = inputs_of(case), shaken(adapted(case)).eval()
+    first = first_output(model, **inputs)
+    model.add_adapter("second", hf_lnlm.lora_config(build(case), r=3))
+    model.set_adapter("second")
+    second = first_output(model, **inputs)
+    torch.testing.assert_close(second, first_output(build(case), **inputs), rtol=1e-5, atol=1e-5)
+    model.set_adapter("default")
+    torch.testing.assert_close(first_output(model, **inputs), first, rtol=1e-6, atol=1e-6)
+
+
+@family_case
+def test_gradient_checkpointing_changes_no_gradient(case: Case):
+    found = []
+    for on in (False, True):
+        model, inputs = shaken(adapted(case)).train(), inputs_of(case)
+        if on:
+            model.enable_input_require_grads()
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**inputs, **labels_of(case, inputs)).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if "lora_" in n})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+
+
+@family_case
+@pytest.mark.slow
+def test_adapter_folder_resumes_and_auto_classes_load_it(case: Case, tmp_path):
+    from hf_lnlm import LNLMTrainer, LNLMTrainingArguments
+
+    build(case).save_pretrained(tmp_path / "base")
+
+    def trained(folder: str, steps: int, resume: bool = False) -> Any:
+        base = case.cls.from_pretrained(tmp_path / "base")
+        torch.manual_seed(0)  # the first matrices are drawn
+        model = peft.get_peft_model(base, hf_lnlm.lora_config(base, r=3))
+        options = {"max_steps": steps, "save_steps": 2, "use_cpu": True, "seed": 3, "learning_rate": 1e-2}
+        arguments = LNLMTrainingArguments(tmp_path / folder, report_to="none", lr_scheduler_type="constant", **options)
+        trainer = LNLMTrainer(model=model, args=arguments, train_dataset=rows_of(case))
+        trainer.train(resume_from_checkpoint=resume or None)
+        return trainer.model
+
+    straight = trained("straight", 4)
+    trained("cut", 2)
+    resumed = trained("cut", 4, resume=True)
+    for (name, wanted), found in zip(straight.named_parameters(), resumed.parameters()):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, msg=name)
+    resumed.save_pretrained(tmp_path / "adapter")
+    kinds = {"CAUSAL_LM": "ForCausalLM", "SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+    auto = getattr(peft, "AutoPeftModel" + kinds[resumed.peft_config["default"].task_type])
+    labels = {} if case.causal else {"num_labels": 3}
+    loaded, inputs = auto.from_pretrained(tmp_path / "adapter", **labels).eval(), inputs_of(case)
+    torch.testing.assert_close(first_output(loaded, **inputs), first_output(resumed.eval(), **inputs))
+
+
+@family_case
+def test_plain_config_and_all_linear_work(case: Case):
+    """peft's own table knows our families, and all-linear reaches every layer with a gradient."""
+    for config in (peft.LoraConfig(r=3), all_linear(case)):
+        model, inputs = shaken(peft.get_peft_model(build(case, use_cache=False), config)), inputs_of(case, 6, 12)
+        model.train()(**inputs, **labels_of(case, inputs)).loss.backward()
+        matrices = {n: p.grad for n, p in model.named_parameters() if "lora_" in n}
+        assert matrices
+        assert not [n for n, gradient in matrices.items() if gradient is None or not gradient.any()]
 
 
 @pytest.mark.parametrize("case", cases(causal=True), ids=str)
 def test_adapters_hold_while_decoding(case: Case):
     """Every path (whole, ragged, one step) must see the adapted weight."""
-    model = adapted(case, all_linear(case)).eval()
+    model = shaken(adapted(case)).eval()
     inputs = inputs_of(case, length=8)
     inputs["attention_mask"][0, :3] = 0
     inputs["attention_mask"][1, 4] = 0
     whole = first_output(model, **inputs)
-    merged = adapted(case, all_linear(case)).merge_and_unload().eval()
+    merged = shaken(adapted(case)).merge_and_unload().eval()
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(first_output(merged, **inputs)[real], whole[real], rtol=1e-5, atol=1e-5)
     ids = inputs["input_ids"]

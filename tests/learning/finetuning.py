@@ -1,6 +1,6 @@
 """Four labelled corpora x four families from scratch, each for the same CPU time, through the package's own `finetune`.
 
-    python -m tests.learning.finetuning --data DIR [--output FILE] [--only trec] [--seeds 3] [--seconds 30] [--json]
+    python -m tests.learning.finetuning --data DIR [--output FILE] [--only trec] [--seeds 3] [--runs 2] [--seconds 20] [--json]
 
 `--data` holds trec, sst2, wnut17 and ud_ewt_upos as JSON Lines. Every run trains its model (the family's size `tiny`, a
 byte-pair vocabulary of the corpus) for as many steps as fit the CPU time, measured on its first steps, with a learning
@@ -155,8 +155,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with the corpora")
     parser.add_argument("--output", type=Path, help="JSON file that every finished run is added to")
     parser.add_argument("--only", default="", help="run the corpora or families whose name contains this")
+    parser.add_argument("--runs", type=int, default=10**6, help="stop after so many runs; a later call goes on")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=30.0, help="CPU seconds of training a run")
+    parser.add_argument("--seconds", type=float, default=20.0, help="CPU seconds of training a run")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
 
@@ -171,7 +172,8 @@ def main() -> None:
         runs = json.loads(options.output.read_text())["runs"]
     done = {(r["corpus"], r["family"], r["seed"]) for r in runs}
     cells = [(c, f, s) for s in range(options.seeds) for c in CORPORA for f in FAMILIES if options.only in f"{c} {f}"]
-    for corpus, family, seed in (cell for cell in cells if cell not in done):
+    missing = [cell for cell in cells if cell not in done]
+    for corpus, family, seed in missing[: options.runs]:
         runs.append(run(corpus, family, options.data, seed, options.seconds))
         print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
         if options.output:

@@ -66,7 +66,10 @@ def pretrained(library, tmp_path_factory):
 
 def labelled_file(folder: Path) -> Path:
     """Sentences with a label each, as the recipes that name no source want them."""
-    rows = [{"text": text, "label": index % 2} for index, text in enumerate(SENTENCES)]
+    rows = [
+        {"text": text, "label": index % 2, "context": text, "question": "where?", "answer": text.split()[-3]}
+        for index, text in enumerate(SENTENCES)
+    ]
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

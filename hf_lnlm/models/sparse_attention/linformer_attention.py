@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ...nn.effective_weight import unwrapped
 from ...ops.sparse_attention.reference import masked_attention_weights
 from .attention import AttentionPlan, continuing_tokens, in_rows
 from .cache import SparseAttentionCacheLayer
@@ -114,7 +115,7 @@ class LinformerAttention(nn.Module):
         if self.sharing == "none":
             slot_keys = self._project_heads(self.key, self.key_projection, hidden_states, occupied, plan)
             slot_values = self._project_heads(self.value, self.value_projection, hidden_states, occupied, plan)
-            filled = self.key_projection.filled(occupied)
+            filled = unwrapped(self.key_projection).filled(occupied)
         else:
             slot_keys, slot_values, filled = self._project_shared(hidden_states, occupied, plan, shared)
         dropout = self.attention_dropout if self.training else 0.0
@@ -171,7 +172,7 @@ class LinformerAttention(nn.Module):
             for_value = value_project(tokens, occupied)
         slot_keys = self._with_bias(self.key, for_key, project, occupied)
         slot_values = self._with_bias(self.value, for_value, value_project, occupied)
-        return self.split(slot_keys), self.split(slot_values), project.filled(occupied)
+        return self.split(slot_keys), self.split(slot_values), unwrapped(project).filled(occupied)
 
     def _with_bias(
         self, linear: nn.Module, slots: torch.Tensor, project: Projection, occupied: torch.Tensor
