@@ -15,16 +15,21 @@ from .eager import dnc_memory_eager
 from .layout import DNCOptions, DNCOutputs, DNCState, DNCWeights, check_arguments
 from .reference import dnc_memory_reference
 
+LARGEST_ON_CHIP = 2**15  # numbers of a memory that one program of the graphics processor keeps in registers
 SMALL_MEMORY = 16  # slots below which `auto` does not think the compiler's seconds worth while
 
 
-def available_backends(options: DNCOptions) -> tuple[str, ...]:
-    """Backends that implement these options.
+def available_backends(options: DNCOptions, memory: torch.Tensor) -> tuple[str, ...]:
+    """Backends that implement these options and can hold a memory `(B, N, W)`.
 
     Args:
         options: settings; `sharpness` has no compiled form.
+        memory: of the state; the largest do not fit on a graphics chip.
     """
-    return ("reference", "eager") if options.sharpness else ("reference", "eager", "cpu", "gpu")
+    if options.sharpness:
+        return ("reference", "eager")
+    fits = memory.shape[1] * memory.shape[2] <= LARGEST_ON_CHIP
+    return ("reference", "eager", "cpu", "gpu") if fits else ("reference", "eager", "cpu")
 
 
 def dnc_memory(
@@ -58,7 +63,7 @@ def dnc_memory(
     small = backend == "auto" and state.memory.shape[1] < SMALL_MEMORY
     chosen = "eager" if small else backend
     if chosen not in ("reference", "eager"):  # these run anywhere; a traced call must not ask what is installed
-        chosen = pick_backend(backend, inputs.device, available_backends(options), inputs.dtype)
+        chosen = pick_backend(backend, inputs.device, available_backends(options, state.memory), inputs.dtype)
     if mask is not None:
         mask = mask.bool()
         inputs = inputs.masked_fill(~mask[..., None], 0.0)  # what is masked may be anything, NaN too

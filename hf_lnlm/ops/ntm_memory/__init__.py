@@ -16,7 +16,17 @@ from .layout import NTMOptions, NTMOutputs, NTMState, NTMWeights, check_argument
 from .reference import ntm_memory_reference
 
 BACKENDS = ("reference", "eager", "cpu", "gpu")
+LARGEST_ON_CHIP = 2**15  # numbers of a memory that one program of the graphics processor keeps in registers
 SMALL_MEMORY = 16  # slots below which `auto` does not think the compiler's seconds worth while
+
+
+def available_backends(memory: torch.Tensor) -> tuple[str, ...]:
+    """Backends that can hold a memory `(B, N, M)`: all, but that the largest do not fit on a graphics chip.
+
+    Args:
+        memory: of the state.
+    """
+    return BACKENDS if memory.shape[1] * memory.shape[2] <= LARGEST_ON_CHIP else BACKENDS[:-1]
 
 
 def ntm_memory(
@@ -50,7 +60,7 @@ def ntm_memory(
     small = backend == "auto" and state.memory.shape[1] < SMALL_MEMORY
     chosen = "eager" if small else backend
     if chosen not in ("reference", "eager"):  # these run anywhere; a traced call must not ask what is installed
-        chosen = pick_backend(backend, inputs.device, BACKENDS, inputs.dtype)
+        chosen = pick_backend(backend, inputs.device, available_backends(state.memory), inputs.dtype)
     if mask is not None:
         mask = mask.bool()
         inputs = inputs.masked_fill(~mask[..., None], 0.0)  # what is masked may be anything, NaN too

@@ -108,3 +108,9 @@ def test_it_is_refused_where_it_cannot_run():
     options = NTMOptions()
     with pytest.raises(ValueError, match="backend 'gpu' cannot run"):
         ntm_memory(*layer(options), options, backend="gpu")
+
+
+def test_a_memory_too_large_for_the_chip_is_refused():
+    options = NTMOptions()
+    with pytest.raises(ValueError, match="backend must be auto or one of reference, eager, cpu, got 'gpu'"):
+        ntm_memory(*layer(options, slots=2**12, width=16), options, backend="gpu")
