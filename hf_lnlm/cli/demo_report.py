@@ -94,15 +94,35 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+def first_act(act: Any) -> list[str]:
+    """What the report says of the first act; nothing if it was left out."""
+    if not act.table:
+        return []
+    return [
+        "## Learning to copy",
+        "Random bytes are shown, then asked for. Each model was trained on 1 to 10 of them; it has never seen 20 or 40.",
+        markdown_table(act.table[0], act.table[1:]),
+        *(f"![where the memory is written and read]({picture})" for picture in act.pictures),
+    ]
+
+
 def write_report(
     folder: Path,
+    first: Any,
     contenders: list[Contender],
     baselines: dict[str, float],
     samples: dict[str, str],
     claims: list[Claim],
     facts: dict[str, Any],
 ) -> Path:
-    """Write REPORT.md and curves.png; returns the report's path."""
+    """Write REPORT.md and curves.png; returns the report's path.
+
+    Args:
+        folder: where to.
+        first: the first act, with its `table` and `pictures`.
+        contenders, baselines, samples: of the second.
+        claims, facts: what was tested, and how it was made.
+    """
     drawn = draw_curves(contenders, baselines, folder / "curves.png")
     packages = ("hf_lnlm", "torch", "transformers")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
@@ -110,6 +130,8 @@ def write_report(
     picture = "![bits per byte against CPU seconds](curves.png)" if drawn else "No picture: pip install 'hf_lnlm[plot]'"
     lines = [
         "# hf-lnlm demo",
+        *first_act(first),
+        "## Language models",
         "Language models of equal size, trained for equal CPU time on Python's standard library, measured on files that "
         "none of them saw. The compressors are measured on the same files.",
         markdown_table(HEADER, table(contenders, baselines)),

@@ -8,10 +8,13 @@ import re
 import pytest
 
 from hf_lnlm.cli import demo as demo_module
-from hf_lnlm.cli import demo_race
+from hf_lnlm.cli import demo_copy, demo_copy_act, demo_race
+from hf_lnlm.registry import FAMILIES
 
 from .running import run, small_library
 
+ENCODERS = {"lnlm_linformer"}
+"""Causal only in a variant that is no left-to-right language model of a whole text."""
 LABELS = ["RNN-LSTM", "RNN-GRU", "GPT-2 (stock)"]
 FOLDERS = ["rnn-lstm", "rnn-gru", "gpt-2-stock"]
 
@@ -24,6 +27,7 @@ def little():
         patch.setattr(demo_module, "BLOCK", 32)
         patch.setattr(demo_module, "VOCABULARY", 300)
         patch.setattr(demo_module, "ROUNDS", 3)
+        patch.setattr(demo_module, "LEFT_OUT", tuple(set(demo_module.plans(all_families=True)) - set(LABELS)))
         patch.setitem(demo_module.STOCK["GPT-2 (stock)"], "n_layer", 2)
         patch.setitem(demo_module.STOCK["GPT-2 (stock)"], "width_step", 3)
         yield
@@ -42,7 +46,7 @@ def interrupted(library, tmp_path_factory):
 
     with small_library(library), pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_module, "measure", press)
-        result = run("demo", "--seconds", 1, "--output", folder)
+        result = run("demo", "--seconds", 1, "--copy-seconds", 0, "--output", folder)
     written = {name: sorted(path.name for path in (folder / "models" / name / "run").iterdir()) for name in FOLDERS}
     return folder, result, written
 
@@ -129,7 +133,7 @@ def test_a_failing_claim_is_a_failing_command(library, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_module, "race", lambda contenders, validation, *rest: _measured(contenders))
     monkeypatch.setattr(demo_module, "sample", lambda contender, seed: "")
     monkeypatch.setattr(demo_module, "publish_claims", lambda *arguments: [claim])
-    result = run("demo", "--seconds", 1, "--output", tmp_path / "run")
+    result = run("demo", "--seconds", 1, "--copy-seconds", 0, "--output", tmp_path / "run")
     assert result.status == 1
     assert "FAILS  the moon is made of cheese" in result.out
     assert "- FAILS: the moon is made of cheese" in (tmp_path / "run" / "REPORT.md").read_text()
@@ -142,7 +146,9 @@ def _measured(contenders) -> None:
 
 def unfinished(folder, **settings):
     folder.mkdir()
-    (folder / "demo.json").write_text(json.dumps({"all": False, "seconds": 1.0, "seed": 0} | settings))
+    (folder / "demo.json").write_text(
+        json.dumps({"all": False, "seconds": 1.0, "copy_seconds": 0, "seed": 0} | settings)
+    )
     return folder
 
 
@@ -197,3 +203,29 @@ def test_progress_without_its_checkpoint_is_none(library, tmp_path, monkeypatch)
     monkeypatch.setattr(demo_race.Contender, "start", stop)
     assert run("demo", "--resume", "--output", folder).status == 130
     assert seen == {"RNN-LSTM": (0.0, 1)}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Lengths that cost little to test."""
+    monkeypatch.setattr(demo_copy, "SIZES", (10, 20))
+
+
+def test_every_causal_family_is_in_the_table():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_module, "LEFT_OUT", ())
+        shown = {fields["model_type"] for fields in demo_module.plans(all_families=False).values()}
+    assert shown >= {family.model_type for family in FAMILIES if "AutoModelForCausalLM" in family.models} - ENCODERS
+
+
+def test_first_act_is_shown_drawn_and_kept(quick, tmp_path, capsys, monkeypatch):
+    act = demo_copy_act.copy_act(tmp_path, 0.3, seed=0)
+    said = capsys.readouterr().out
+    assert [row[0] for row in act.table[1:]] == ["Neural Turing Machine", "Differentiable Neural Computer", "LSTM"]
+    assert all(f"{row[0]}, {row[2]} CPU s, wrong bits: " in said for row in act.table[1:])
+    assert act.pictures == list(demo_copy_act.PICTURES)
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in act.pictures)
+    assert len(act.claims) == 2
+    monkeypatch.setattr(demo_copy, "copy_race", None)
+    assert demo_copy_act.copy_act(tmp_path, 0.3, seed=0) == act
+    assert demo_copy_act.copy_act(tmp_path, 0.0, seed=0).table == []
