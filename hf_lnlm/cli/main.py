@@ -126,6 +126,24 @@ def finetune(
 
 
 @app.command()
+def align(
+    recipe: Recipe = None,
+    checkpoint: Annotated[str | None, typer.Option(help="The language model to start from.")] = None,
+    method: Annotated[str | None, typer.Option(help="sft, reward, dpo, kto, grpo or rloo.")] = None,
+    data: Data = None,
+    validation: Validation = None,
+    reward: Annotated[str | None, typer.Option(help="grpo, rloo: a reward model's folder, or a reward's name.")] = None,
+    lora: Annotated[bool | None, typer.Option("--lora/--no-lora", help="Train low-rank adapters only.")] = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    set: Settings = None,
+) -> None:
+    """Let a language model learn from preferences, by TRL's trainers."""
+    _call("align", "align", locals())
+
+
+@app.command()
 def evaluate(
     checkpoints: Annotated[list[str], typer.Argument(help="Checkpoints: folders or Hub repositories.")],
     data: Data = None,
@@ -133,6 +151,7 @@ def evaluate(
     text_column: TextColumn = None,
     label_column: Annotated[str | None, typer.Option(help="Column that holds the class.")] = None,
     output: Annotated[str | None, typer.Option(help="JSON file to write; default: evaluation.json beside it.")] = None,
+    report: Annotated[str | None, typer.Option(help="Folder for a report by class, with a picture.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
     trust_remote_code: Trust = False,
     set: Settings = None,
@@ -208,11 +227,15 @@ def demo(
     ] = False,
     output: Annotated[str, typer.Option(help="Folder for report, curves and checkpoints.")] = "runs/demo",
     seconds: Annotated[float | None, typer.Option(min=1.0, help="CPU seconds of training for each family.")] = None,
+    copy_seconds: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="CPU seconds of training for each model of the first act; 0 leaves it out."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train several families on Python's own standard library, side by side, and reload them elsewhere."""
+    """Watch memories learn to copy, and the causal families side by side on Python's own library; reload them elsewhere."""
     _call("demo", "demo", locals())
 
 
