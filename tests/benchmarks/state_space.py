@@ -136,25 +136,34 @@ def mamba1_rows() -> list[Row]:
 
 def mamba2_rows() -> list[Row]:
     stock = stock_model("mamba2")
-    ours = our_model(stock, "auto")
+    ours = {backend: our_model(stock, backend) for backend in BACKENDS}
     rows = []
     for length, (bar, aim) in SSD_BARS.items():
-        times = cpu_times({"peer": training_step(stock, length), "ours": training_step(ours, length)})
-        rows.append(faster(f"Mamba-2 forward and backward, L={length}", times, bar, aim))
+        contenders = {"peer": training_step(stock, length)} | {b: training_step(m, length) for b, m in ours.items()}
+        times = cpu_times(contenders, rounds=5)
+        name = f"Mamba-2 forward and backward, L={length}"
+        rows += [faster(f"{name}, {b}", times, bar, aim if b == "cpu" else None, b) for b in BACKENDS]
     return rows
+
+
+def generate(model: Any) -> Callable[[], None]:
+    ids = torch.randint(VOCABULARY, (1, 16))
+    model.eval()
+
+    def run() -> None:
+        model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+    return run
 
 
 def generation_rows() -> list[Row]:
     rows = []
-    ids = torch.randint(VOCABULARY, (1, 16))
-    options = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    bars: dict[str, tuple] = {"eager": (1.4, None), "cpu": (1.6, 2.5)}
     for kind in ("mamba1", "mamba2"):
-        stock = stock_model(kind).eval()
-        ours = our_model(stock, "auto")
-        times = cpu_times(
-            {"peer": lambda m=stock: m.generate(ids, **options), "ours": lambda m=ours: m.generate(ids, **options)}
-        )
-        rows.append(faster(f"generate, {kind}", times, 1.6, 2.5))
+        stock = stock_model(kind)
+        contenders = {"peer": generate(stock)} | {b: generate(our_model(stock, b)) for b in BACKENDS}
+        times = cpu_times(contenders, rounds=7)
+        rows += [faster(f"generate, 64 tokens, {kind}, {b}", times, *bars[b], b) for b in BACKENDS]
     return rows
 
 

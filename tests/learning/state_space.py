@@ -94,6 +94,8 @@ class Recipe:
         lengths: step from which on → training lengths (both ends) in force.
         tests: test length → accuracy that is asked for there.
         seconds: CPU seconds of training.
+        steps: at most so many; a cosine schedule ends there.
+        schedule: of the learning rate.
         fields: of the model's config.
     """
 
@@ -105,6 +107,7 @@ class Recipe:
     rate: float = 3e-3
     batch: int = 32
     steps: int = 20_000
+    schedule: str = "constant_with_warmup"
     fields: dict[str, Any] = field(default_factory=dict)
 
     def length(self, step: int, generator: torch.Generator) -> int:
@@ -116,6 +119,7 @@ SMALL = {"vocab_size": 16, "hidden_size": 64, "num_hidden_layers": 2}
 HEADS = {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16, "state_size": 64}
 PARITY = HEADS | {"vocab_size": 2, "state_size": 16}
 GROWING = {0: (8, 8), 100: (8, 40)}
+COSINE: dict[str, Any] = {"schedule": "cosine", "steps": 3000}  # rotations must become exact
 RECIPES = (
     Recipe(
         "induction heads",
@@ -136,8 +140,12 @@ RECIPES = (
         batch=64,
         fields=HEADS | {"vocab_size": 64, "mixer": "mamba2"},
     ),
-    Recipe("parity, mamba3", parity, GROWING, {40: 0.99, 256: 0.99}, 200, fields=PARITY | {"mixer": "mamba3"}),
-    Recipe("parity, mamba2", parity, GROWING, {40: 0.99, 256: 0.99}, 200, fields=PARITY | {"mixer": "mamba2"}),
+    Recipe(
+        "parity, mamba3", parity, GROWING, {40: 0.99, 256: 0.99}, 200, fields=PARITY | {"mixer": "mamba3"}, **COSINE
+    ),
+    Recipe(
+        "parity, mamba2", parity, GROWING, {40: 0.99, 256: 0.99}, 200, fields=PARITY | {"mixer": "mamba2"}, **COSINE
+    ),
 )
 
 
@@ -189,7 +197,7 @@ def train(model: Any, recipe: Recipe, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         settings = LNLMTrainingArguments(
             output_dir=folder, max_steps=recipe.steps, per_device_train_batch_size=1, learning_rate=recipe.rate,
-            lr_scheduler_type="constant_with_warmup", warmup_steps=20, weight_decay=0.0, seed=seed, save_strategy="no",
+            lr_scheduler_type=recipe.schedule, warmup_steps=20, weight_decay=0.0, seed=seed, save_strategy="no",
             logging_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
         )  # fmt: skip
         data = Batches(recipe, seed)

@@ -20,6 +20,8 @@ class SSMRMSNorm(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalise the last dimension."""
+        if hidden.dtype == self.weight.dtype and hidden.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
         normal = F.rms_norm(
             hidden.float() if hidden.dtype != torch.float64 else hidden, hidden.shape[-1:], None, self.eps
         )
@@ -48,6 +50,14 @@ class GatedRMSNorm(nn.Module):
         return self.weight * normal.to(y.dtype)
 
 
+def is_plain_conv(module: nn.Module) -> bool:
+    """Tell whether filter and bias are all there is to a convolution: an `nn.Conv1d` that nothing wraps or watches."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return (
+        type(module) is nn.Conv1d and not hooked and "forward" not in vars(module) and not hasattr(module, "_hf_hook")
+    )
+
+
 def conv_filter(module: nn.Module, channels: int, kernel: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return filter `(channels, kernel)` and bias `(channels,)` of a depthwise convolution.
 
@@ -57,9 +67,8 @@ def conv_filter(module: nn.Module, channels: int, kernel: int) -> tuple[torch.Te
         channels: number of channels.
         kernel: width of the filter.
     """
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if type(module) is nn.Conv1d and not hooked and not hasattr(module, "_hf_hook"):
-        return module.weight.squeeze(1), module.bias
+    if is_plain_conv(module):
+        return module.weight.squeeze(1), module.bias  # type: ignore[operator, return-value]
     like = next(module.parameters())
     probe = torch.zeros(2, channels, 1, dtype=like.dtype, device=like.device if like.device.type != "meta" else None)
     probe[0] = 1.0

@@ -28,12 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...nn.effective_weight import effective_weight
+from ...nn.effective_weight import effective_weight, is_plain_linear
 from ...ops.causal_conv import causal_conv
+from ...ops.one_token import s6_token, ssd_token, token_backend
 from ...ops.selective_scan import selective_scan
 from ...ops.ssd import ssd
 from .configuration_ssm import SelectiveSSMConfig
-from .layers import GatedRMSNorm, SSMRMSNorm, conv_filter
+from .layers import GatedRMSNorm, SSMRMSNorm, conv_filter, is_plain_conv
 from .marks import ScanMarks
 
 States = dict[str, torch.Tensor]
@@ -61,6 +62,7 @@ class Mixer(nn.Module):
         self.reverse: Mixer | None = None
         self.backend = config.backend
         self.inner = config.intermediate_size
+        self.kernel = config.conv_kernel
         self.state_size = int(config.state_size or 0)
         if projections:
             self.in_proj = nn.Linear(config.hidden_size, self.projection_size(), bias=config.use_bias)
@@ -107,10 +109,26 @@ class Mixer(nn.Module):
         return self.out_proj(mixed.to(hidden.dtype)), states
 
     def _conv(self, x: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, torch.Tensor]:
-        kernel = self.config.conv_kernel
-        weight, bias = conv_filter(self.conv1d, x.shape[2], kernel)
+        weight, bias = conv_filter(self.conv1d, x.shape[2], self.kernel)
         carried = None if states is None else states["conv"]
         return causal_conv(x, weight, bias, carried, marks.taps, backend=self.backend)
+
+    def _decodes(self, projected: torch.Tensor, states: States | None, marks: ScanMarks) -> str | None:
+        """Backend of a single token without gradients in which nothing is wrapped, masked or begun; else None."""
+        if projected.shape[1] != 1 or torch.is_grad_enabled() or marks.mask is not None or marks.starts is not None:
+            return None
+        if not (is_plain_conv(self.conv1d) and all(is_plain_linear(linear) for linear in self.fused_linears())):
+            return None
+        carried = () if states is None else states.values()
+        return token_backend(self.backend, projected, *carried, *self.fused_weights())
+
+    def fused_linears(self) -> tuple[nn.Module, ...]:
+        """Linear layers that the one-token kernel replaces."""
+        return ()
+
+    def fused_weights(self) -> tuple[torch.Tensor | None, ...]:
+        """Weights that the one-token kernel reads."""
+        raise NotImplementedError
 
     def _make_conv(self, channels: int) -> nn.Conv1d:
         kernel, bias = self.config.conv_kernel, self.config.use_conv_bias
@@ -125,6 +143,7 @@ class S6Mixer(Mixer):
     def __init__(self, config: SelectiveSSMConfig, projections: bool = True) -> None:
         super().__init__(config, projections)
         self.rank = int(config.time_step_rank or 0)
+        self.norms_steps = config.mixer_rms_norm
         self.conv1d = self._make_conv(self.inner)
         self.x_proj = nn.Linear(self.inner, self.rank + 2 * self.state_size, bias=False)
         self.dt_proj = nn.Linear(self.rank, self.inner)
@@ -137,14 +156,31 @@ class S6Mixer(Mixer):
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """The convolution's last inputs and the state, channels last."""
-        return {"conv": (self.config.conv_kernel - 1, self.inner), "ssm": (self.state_size, self.inner)}
+        return {"conv": (self.kernel - 1, self.inner), "ssm": (self.state_size, self.inner)}
+
+    def fused_linears(self) -> tuple[nn.Module, ...]:
+        """The projections of step sizes, B and C."""
+        return self.x_proj, self.dt_proj
+
+    def fused_weights(self) -> tuple[torch.Tensor | None, ...]:
+        """Everything between the projections."""
+        conv, step = self.conv1d, self.dt_proj
+        return conv.weight, conv.bias, self.x_proj.weight, step.weight, step.bias, self.A_log, self.D
+
+    def _token(self, projected: torch.Tensor, states: States | None, backend: str) -> tuple[torch.Tensor, States]:
+        carried = (None, None) if states is None else (states["conv"], states["ssm"])
+        y, conv, ssm = s6_token(backend)(projected, *self.fused_weights(), *carried)
+        return y, {"conv": conv, "ssm": ssm}
 
     def scan(self, projected: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, States]:
         """Algorithm 2 of [1] between the projections."""
+        backend = None if self.norms_steps else self._decodes(projected, states, marks)
+        if backend is not None:
+            return self._token(projected, states, backend)
         x, z = projected.split(self.inner, dim=-1)
         x, conv = self._conv(x, states, marks)
         dt, b, c = self.x_proj(x).split([self.rank, self.state_size, self.state_size], dim=-1)
-        if self.config.mixer_rms_norm:
+        if self.norms_steps:
             dt, b, c = (F.rms_norm(t, t.shape[-1:], None, self.config.mixer_rms_eps) for t in (dt, b, c))
         weight, bias = effective_weight(self.dt_proj, self.rank, dt.dtype, dt.device)
         y, ssm = selective_scan(
@@ -172,6 +208,8 @@ class SSDMixer(Mixer):
     def __init__(self, config: SelectiveSSMConfig, projections: bool = True) -> None:
         self.heads, self.groups = config.heads, config.n_groups
         super().__init__(config, projections)
+        bounds = config.time_step_limit
+        self.limit = None if bounds is None else (float(bounds[0]), float(bounds[1]))
         self.conv1d = self._make_conv(self.conv_size())
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads))
@@ -188,11 +226,25 @@ class SSDMixer(Mixer):
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """The convolution's last inputs and the state."""
-        conv = (self.config.conv_kernel - 1, self.conv_size())
-        return {"conv": conv, "ssm": (self.heads, self.config.head_dim, self.state_size)}
+        conv = (self.kernel - 1, self.conv1d.in_channels)
+        return {"conv": conv, "ssm": (self.heads, self.inner // self.heads, self.state_size)}
+
+    def fused_weights(self) -> tuple[torch.Tensor | None, ...]:
+        """Everything between the projections."""
+        conv = self.conv1d
+        return conv.weight, conv.bias, self.dt_bias, self.A_log, self.D, self.norm.weight
+
+    def _token(self, projected: torch.Tensor, states: States | None, backend: str) -> tuple[torch.Tensor, States]:
+        carried = (None, None) if states is None else (states["conv"], states["ssm"])
+        options = (self.norm.eps, self.groups, self.limit or (0.0, math.inf))
+        y, conv, ssm = ssd_token(backend)(projected, *self.fused_weights(), *options, *carried)
+        return y, {"conv": conv, "ssm": ssm}
 
     def scan(self, projected: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, States]:
         """Section 7 of [2] between the projections."""
+        backend = self._decodes(projected, states, marks)
+        if backend is not None:
+            return self._token(projected, states, backend)
         z, xbc, dt = projected.split([self.inner, self.conv_size(), self.heads], dim=-1)
         xbc, conv = self._conv(xbc, states, marks)
         shared = self.groups * self.state_size
@@ -216,8 +268,7 @@ class SSDMixer(Mixer):
     def _step(self, dt: torch.Tensor) -> torch.Tensor:
         dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
         step = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
-        limit = self.config.time_step_limit
-        return step if limit is None else step.clamp(float(limit[0]), float(limit[1]))
+        return step if self.limit is None else step.clamp(*self.limit)
 
 
 class TrapezoidalMixer(Mixer):

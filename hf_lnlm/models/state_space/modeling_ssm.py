@@ -190,6 +190,9 @@ class SelectiveSSMModel(SelectiveSSMPreTrainedModel):
         self.layers = nn.ModuleList([SelectiveSSMBlock(config, i) for i in range(config.num_hidden_layers)])
         self.norm = SSMRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
+        # A config's attributes are slow to read, which a decoded token would feel.
+        self.kernel, self.kind, self.reads_both_ways = config.conv_kernel, config.mixer, config.reads_both_ways
+        self.has_attention = bool(config.attn_layer_indices)
         self.post_init()
 
     @merge_with_config_defaults
@@ -226,15 +229,14 @@ class SelectiveSSMModel(SelectiveSSMPreTrainedModel):
         cache = self._cache(past_key_values, use_cache)
         past = cache.get_seq_length() if cache is not None else 0
         offsets = kwargs.get("cu_seq_lens_q")
-        kernel = self.config.conv_kernel
-        marks = scan_marks(hidden, attention_mask, position_ids, seq_idx, offsets, past, kernel)
+        marks = scan_marks(hidden, attention_mask, position_ids, seq_idx, offsets, past, self.kernel)
         scores_mask = self._scores_mask(hidden, attention_mask, marks, past)
         for index, layer in enumerate(self.layers):
             states = self._read(cache, index, hidden.shape[0])
             keys = cache if layer.attends else None
             hidden, states = layer(hidden, states, marks, scores_mask, past_key_values=keys)
             if cache is not None and states is not None:
-                cache.layers[index].write(self.config.mixer, states, hidden.shape[1])
+                cache.layers[index].write(self.kind, states, hidden.shape[1])
         normal = self.norm(hidden.to(self.norm.weight.dtype))
         return BaseModelOutputWithPast(last_hidden_state=normal, past_key_values=cache if use_cache else None)
 
@@ -248,7 +250,7 @@ class SelectiveSSMModel(SelectiveSSMPreTrainedModel):
         return hidden
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
-        if self.config.reads_both_ways:
+        if self.reads_both_ways:
             if past_key_values is not None:
                 raise ValueError("a bidirectional model reads whole sequences: past_key_values must be None")
             return None
@@ -267,15 +269,15 @@ class SelectiveSSMModel(SelectiveSSMPreTrainedModel):
         layer: Any = self.layers[index]
         if cache is None or layer.attends:
             return None
-        return cache.layers[index].read(self.config.mixer, batch_size, layer.mixer.state_shapes())
+        return cache.layers[index].read(self.kind, batch_size, layer.mixer.state_shapes())
 
     def _scores_mask(
         self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, marks: ScanMarks, past: int
     ) -> torch.Tensor | None:
-        if not self.config.attn_layer_indices or (attention_mask is None and hidden.shape[1] == 1):
+        if not self.has_attention or (attention_mask is None and hidden.shape[1] == 1):
             return None
         like = hidden.to(self.norm.weight.dtype)
-        return attention_scores_mask(like, attention_mask, marks, past, not self.config.reads_both_ways)
+        return attention_scores_mask(like, attention_mask, marks, past, not self.reads_both_ways)
 
 
 class SelectiveSSMForCausalLM(SelectiveSSMPreTrainedModel, GenerationMixin):

@@ -2,7 +2,8 @@
 
 `y_t = act(bias + Σ_j weight_{K-1-j} x_{t-j})`: the short convolution in front of a selective scan.
 
-Backends: `reference` (float64 sum), `eager` (torch, any device), `cpu` (numba, fused with SiLU).
+Backends: `reference` (float64 sum), `eager` (torch, any device), `cpu` (numba, fused with SiLU), `gpu`
+(Triton, likewise).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .reference import causal_conv_reference
 from .step import causal_conv_step
 from .taps import tap_table
 
-BACKENDS = ("reference", "eager", "cpu")
+BACKENDS = ("reference", "eager", "cpu", "gpu")
 
 __all__ = ["BACKENDS", "causal_conv", "tap_table"]
 
@@ -42,7 +43,7 @@ def causal_conv(
             document. With `reverse`, made of the flipped mask.
         activation: whether SiLU follows.
         reverse: run from the last position to the first; the state then stands for the inputs after `x`.
-        backend: `auto`, `reference`, `eager` or `cpu`.
+        backend: `auto`, `reference`, `eager`, `cpu` or `gpu`.
 
     Returns:
         `y` like `x`, and the next state `(batch, kernel - 1, channels)` in the computation's dtype (float32, or float64
@@ -55,8 +56,10 @@ def causal_conv(
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
     if x.shape[1] == 1 and taps is None and backend != "reference" and runs_directly(x, weight, bias, state):
-        if backend != "auto":
-            pick_backend(backend, x.device, BACKENDS, x.dtype)
+        if pick_backend(backend, x.device, BACKENDS, x.dtype) == "cpu":
+            from .cpu import causal_conv_cpu_step
+
+            return causal_conv_cpu_step(x, weight, bias, state, activation)
         return causal_conv_step(x, weight, bias, state, activation)
     if reverse:
         x = x.flip(1)

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution on the CPU: numba kernels, fused with SiLU, one pass over the rows.
+"""Causal depthwise convolution on the CPU: numba kernels of explicit vectors, fused with SiLU, one pass over the rows.
 
 Complexity: O(B · L · E · K) time and no memory beyond the result; the backward pass recomputes the pre-activation.
 """
@@ -10,191 +10,166 @@ from typing import Any
 import numpy as np
 import torch
 
-from .fast_math import STRICT, compiled, sigmoidf
-from .flat import flat_rows
+from .compiled import STRICT, compiled
+from .flat import Flat, flat_integers, flat_rows, flat_vector
+from .lanes import (
+    WIDTH,
+    add,
+    fma,
+    load,
+    load_row,
+    mul,
+    padded_size,
+    read_double,
+    read_float,
+    read_integer,
+    sigmoid,
+    splat,
+    store,
+    store_row,
+    sub,
+    write_double,
+    write_float,
+)
 
 # Tokens whose contributions to a weight's gradient are summed in float32 before they are added in float64.
 BLOCK = 64
 
-Array = Any  # numba's own array types: kernels are compiled for float32
+Vector = Any  # sixteen channels
+Inputs = Any  # addresses and one row stride: (x, stride, weight, bias, state or 0, taps or 0)
+Sizes = Any  # (batch, length, channels, kernel)
 
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
-_NO_TAPS = np.empty((0, 0, 0), np.int64)
 
 
-@compiled(STRICT)
-def _source(taps: Array, r: int, t: int, k: int, kernel: int) -> int:
+@compiled(STRICT, forceinline=True)
+def _source(inputs: Inputs, r: int, t: int, k: int, sizes: Sizes) -> int:
     """Row that tap `k` reads at position `t`, counted from the zero row (see `tap_table`)."""
-    return taps[r, t, k] if taps.size > 0 else t + k + 1
+    taps, length, kernel = inputs[5], sizes[1], sizes[3]
+    if taps == 0 or k == kernel - 1:
+        return t + k + 1
+    return read_integer(taps, (r * (length + 1) + t) * (kernel - 1) + k)
 
 
-@compiled(STRICT)
-def _row(source: int, r: int, kernel: int, length: int, xs: int, channels: int) -> int:
-    """Offset of a source row: into the input from `kernel` on, else into the state."""
-    if source >= kernel:
-        return (r * length + source - kernel) * xs
-    return (r * (kernel - 1) + source - 1) * channels
-
-
-@compiled(STRICT)
-def _add_row(out: Array, weight: Array, row: Array, at: int, width: int) -> None:
-    """`out += weight · row`, for one row that begins at `at`."""
-    for e in range(width):
-        out[e] += weight[e] * row[at + e]
-
-
-@compiled(STRICT)
-def _total(
-    x: Array, xs: int, weight: Array, bias: Array, state: Array, taps: Array, r: int, t: int, sizes: Any, out: Array
-) -> None:
-    """The sum before the activation, for one position."""
+@compiled(STRICT, forceinline=True)
+def _read(inputs: Inputs, source: int, r: int, e: int, sizes: Sizes) -> Vector:
+    """Sixteen channels of a source row: of the input from `kernel` on, of the state from 1 on, else zero."""
+    x, stride, _weight, _bias, state, _taps = inputs
     _batch, length, channels, kernel = sizes
-    at = (r * length + t) * xs
-    current = weight[kernel - 1]
-    for e in range(channels):
-        out[e] = bias[e] + current[e] * x[at + e]
-    for k in range(kernel - 1):
-        source = _source(taps, r, t, k, kernel)
-        at = _row(source, r, kernel, length, xs, channels)
-        if source >= kernel:
-            _add_row(out, weight[k], x, at, channels)
-        elif source > 0 and state.size > 0:
-            _add_row(out, weight[k], state, at, channels)
+    if source >= kernel:
+        return load_row(x, (r * length + source - kernel) * stride + e, channels - e)
+    if source > 0 and state != 0:
+        return load_row(state, (r * (kernel - 1) + source - 1) * channels + e, channels - e)
+    return splat(_ZERO)
+
+
+@compiled(STRICT, forceinline=True)
+def _total(inputs: Inputs, r: int, t: int, e: int, sizes: Sizes) -> Vector:
+    """The sum before the activation, for sixteen channels of one position."""
+    channels, kernel = sizes[2], sizes[3]
+    value = load_row(inputs[3], e, channels - e) if inputs[3] != 0 else splat(_ZERO)
+    for k in range(kernel):
+        row = _read(inputs, _source(inputs, r, t, k, sizes), r, e, sizes)
+        value = fma(load_row(inputs[2], k * channels + e, channels - e), row, value)
+    return value
 
 
 @compiled(STRICT)
-def _forward(
-    x: Array,
-    xs: int,
-    weight: Array,
-    bias: Array,
-    state: Array,
-    taps: Array,
-    y: Array,
-    last: Array,
-    sizes: Any,
-    activation: bool,
-) -> None:
+def _forward(inputs: Inputs, y: int, last: int, sizes: Sizes, activation: bool) -> None:
     batch, length, channels, kernel = sizes
-    row = np.empty(channels, np.float32)
     for r in range(batch):
         for t in range(length):
-            _total(x, xs, weight, bias, state, taps, r, t, sizes, row)
-            at = (r * length + t) * channels
-            if activation:
-                for e in range(channels):
-                    y[at + e] = row[e] * sigmoidf(row[e])
-            else:
-                for e in range(channels):
-                    y[at + e] = row[e]
+            for e in range(0, channels, WIDTH):
+                value = _total(inputs, r, t, e, sizes)
+                if activation:
+                    value = mul(value, sigmoid(value))
+                store_row(y, (r * length + t) * channels + e, value, channels - e)
         for k in range(kernel - 1):
-            source = _source(taps, r, length, k, kernel)
-            at = _row(source, r, kernel, length, xs, channels)
-            for e in range(channels):
-                last[r, k, e] = x[at + e] if source >= kernel else _ZERO
-            if 0 < source < kernel and state.size > 0:
-                for e in range(channels):
-                    last[r, k, e] = state[at + e]
+            for e in range(0, channels, WIDTH):
+                kept = _read(inputs, _source(inputs, r, length, k, sizes), r, e, sizes)
+                store_row(last, (r * (kernel - 1) + k) * channels + e, kept, channels - e)
 
 
-@compiled(STRICT)
-def _spread(grad: Array, factor: Array, dx: Array, dstate: Array, source: int, r: int, sizes: Any) -> None:
-    """Add `factor · grad` to the gradient of the row that a tap had read."""
+@compiled(STRICT, forceinline=True)
+def _give(grad: Vector, source: int, r: int, e: int, sizes: Sizes, dx: int, dstate: int) -> None:
+    """Add to the gradient of the row that a tap had read."""
     _batch, length, channels, kernel = sizes
-    at = _row(source, r, kernel, length, channels, channels)
+    left = channels - e
     if source >= kernel:
-        for e in range(channels):
-            dx[at + e] += factor[e] * grad[e]
+        at = (r * length + source - kernel) * channels + e
+        store_row(dx, at, add(load_row(dx, at, left), grad), left)
     elif source > 0:
-        for e in range(channels):
-            dstate[at + e] += factor[e] * grad[e]
+        at = (r * (kernel - 1) + source - 1) * channels + e
+        store_row(dstate, at, add(load_row(dstate, at, left), grad), left)
 
 
 @compiled(STRICT)
-def _flush(part: Array, total: Array) -> None:
-    """Move block sums into the float64 totals."""
-    for k in range(part.shape[0]):
-        for e in range(part.shape[1]):
-            total[k, e] += part[k, e]
-            part[k, e] = _ZERO
-
-
-@compiled(STRICT)
-def _slope(row: Array, dy: Array, at: int, grad: Array, activation: bool) -> None:
-    """Gradient before the activation, for one position; `row` is the pre-activation."""
-    if activation:
-        for e in range(grad.size):
-            s = sigmoidf(row[e])
-            grad[e] = dy[at + e] * s * (_ONE + row[e] * (_ONE - s))
-    else:
-        for e in range(grad.size):
-            grad[e] = dy[at + e]
-
-
-@compiled(STRICT)
-def _gather(grad: Array, x: Array, xs: int, state: Array, taps: Array, r: int, t: int, sizes: Any, part: Array) -> None:
-    """One position's part of the weights' and bias's gradients; `part` has the bias as its last row."""
+def _retreat(
+    inputs: Inputs, dy: int, r: int, t: int, sizes: Sizes, activation: bool, part: int, dx: int, dstate: int
+) -> None:  # fmt: skip
+    """One position's gradients; `part` takes those of the weights and, as its last row, of the bias."""
     _batch, length, channels, kernel = sizes
-    at = (r * length + t) * xs
-    for e in range(channels):
-        part[kernel - 1, e] += grad[e] * x[at + e]
-        part[kernel, e] += grad[e]
-    for k in range(kernel - 1):
-        source = _source(taps, r, t, k, kernel)
-        at = _row(source, r, kernel, length, xs, channels)
-        if source >= kernel:
-            _add_row(part[k], grad, x, at, channels)
-        elif source > 0 and state.size > 0:
-            _add_row(part[k], grad, state, at, channels)
+    padded = padded_size(channels)
+    one = splat(_ONE)
+    for e in range(0, channels, WIDTH):
+        grad = load_row(dy, (r * length + t) * channels + e, channels - e)
+        if activation:
+            value = _total(inputs, r, t, e, sizes)
+            s = sigmoid(value)
+            grad = mul(mul(grad, s), fma(value, sub(one, s), one))
+        store(part, kernel * padded + e, add(load(part, kernel * padded + e), grad))
+        for k in range(kernel):
+            source = _source(inputs, r, t, k, sizes)
+            at = k * padded + e
+            store(part, at, fma(grad, _read(inputs, source, r, e, sizes), load(part, at)))
+            weight = load_row(inputs[2], k * channels + e, channels - e)
+            _give(mul(grad, weight), source, r, e, sizes, dx, dstate)
+
+
+@compiled(STRICT)
+def flush(part: int, totals: int, count: int) -> None:
+    """Move a block's float32 sums into the float64 totals."""
+    for i in range(count):
+        write_double(totals, i, read_double(totals, i) + read_float(part, i))
+        write_float(part, i, _ZERO)
 
 
 @compiled(STRICT)
 def _backward(
-    x: Array, xs: int, weight: Array, bias: Array, state: Array, taps: Array, dy: Array, dlast: Array, dx: Array,
-    dstate: Array, dweight: Array, sizes: Any, activation: bool,
-) -> None:  # fmt: skip
-    """`dweight` has the bias's gradient as its last row."""
+    inputs: Inputs, dy: int, dlast: int, dx: int, dstate: int, part: int, totals: int, sizes: Sizes, activation: bool
+) -> None:
+    """`part` and `totals` have a row for each tap and one for the bias, padded to whole vectors."""
     batch, length, channels, kernel = sizes
-    row = np.empty(channels, np.float32)
-    grad = np.empty(channels, np.float32)
-    ones = np.ones(channels, np.float32)
-    part = np.zeros((kernel + 1, channels), np.float32)
+    count = (kernel + 1) * padded_size(channels)
     for r in range(batch):
         for k in range(kernel - 1):
-            _spread(dlast[r, k], ones, dx, dstate, _source(taps, r, length, k, kernel), r, sizes)
+            for e in range(0, channels, WIDTH):
+                grad = load_row(dlast, (r * (kernel - 1) + k) * channels + e, channels - e)
+                _give(grad, _source(inputs, r, length, k, sizes), r, e, sizes, dx, dstate)
         for t in range(length):
-            if activation:
-                _total(x, xs, weight, bias, state, taps, r, t, sizes, row)
-            _slope(row, dy, (r * length + t) * channels, grad, activation)
-            _gather(grad, x, xs, state, taps, r, t, sizes, part)
-            _spread(grad, weight[kernel - 1], dx, dstate, t + kernel, r, sizes)
-            for k in range(kernel - 1):
-                _spread(grad, weight[k], dx, dstate, _source(taps, r, t, k, kernel), r, sizes)
+            _retreat(inputs, dy, r, t, sizes, activation, part, dx, dstate)
             if t % BLOCK == BLOCK - 1:
-                _flush(part, dweight)
-        _flush(part, dweight)
+                flush(part, totals, count)
+        flush(part, totals, count)
 
 
-def _arguments(call: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[int, int, int, int]]:
-    """Turn the operator's tensors into the kernels' leading arguments and the sizes."""
-    x, weight, bias = call["x"], call["weight"], call["bias"]
-    rows, stride = flat_rows(x)
-    kernel = weight.shape[1]
-    shift = np.zeros(x.shape[2], np.float32) if bias is None else bias.detach().float().contiguous().numpy()
-    state = call["state"]
-    state = flat_rows(None if state is None else state.contiguous())[0]
-    taps = _NO_TAPS if call["taps"] is None else call["taps"].contiguous().numpy()
-    return (rows, stride, weight.detach().float().t().contiguous().numpy(), shift, state, taps), (*x.shape, kernel)
+def _inputs(call: dict[str, Any]) -> tuple[list[Flat], tuple[int, ...], tuple[int, int, int, int]]:
+    """Turn the operator's tensors into memory to keep alive, the kernels' inputs and the sizes."""
+    x, weight, taps = flat_rows(call["x"]), flat_vector(call["weight"].t()), call["taps"]
+    bias, state = flat_vector(call["bias"]), flat_vector(call["state"])
+    table = flat_integers(taps)
+    inputs = (x.address, x.stride, weight.address, bias.address, state.address, table.address)
+    return [x, weight, bias, state, table], inputs, (*call["x"].shape, call["weight"].shape[1])
 
 
 def causal_conv_cpu(call: dict[str, Any], activation: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward pass; arguments and results as in `causal_conv_eager`, always float32."""
-    arguments, sizes = _arguments(call)
+    _kept, inputs, sizes = _inputs(call)
     batch, length, channels, kernel = sizes
     y = torch.empty(batch, length, channels)
     last = torch.empty(batch, kernel - 1, channels)
-    _forward(*arguments, y.numpy().reshape(-1), last.numpy(), sizes, activation)
+    _forward(inputs, y.data_ptr(), last.data_ptr(), sizes, activation)
     return y, last
 
 
@@ -202,13 +177,65 @@ def causal_conv_cpu_backward(
     grad_y: torch.Tensor, grad_state: torch.Tensor, call: dict[str, Any], activation: bool
 ) -> dict[str, torch.Tensor]:
     """Backward pass; arguments and results as in `causal_conv_eager_backward`."""
-    arguments, sizes = _arguments(call)
+    _kept, inputs, sizes = _inputs(call)
     batch, length, channels, kernel = sizes
     dx = torch.zeros(batch, length, channels)
     dstate = torch.zeros(batch, kernel - 1, channels)
-    dweight = torch.zeros(kernel + 1, channels, dtype=torch.float64)
-    dy, _ = flat_rows(grad_y.contiguous())
-    out = [t.numpy() for t in (dx.view(-1), dstate.view(-1), dweight)]
-    _backward(*arguments, dy, grad_state.detach().float().contiguous().numpy(), *out, sizes, activation)
-    dweight = dweight.float()
-    return {"x": dx, "weight": dweight[:-1].t().clone(), "bias": dweight[-1].clone(), "state": dstate}
+    part = torch.zeros(kernel + 1, padded_size(channels))
+    totals = part.double()
+    dy, dlast = flat_vector(grad_y), flat_vector(grad_state)
+    out = [t.data_ptr() for t in (dx, dstate, part, totals)]
+    _backward(inputs, dy.address, dlast.address, *out, sizes, activation)
+    sums = totals[:, :channels].float()
+    return {"x": dx, "weight": sums[:-1].t().clone(), "bias": sums[-1].clone(), "state": dstate}
+
+
+@compiled(STRICT)
+def convolve_token(
+    x: int, at: int, weight: int, bias: int, state: int, r: int, channels: int, kernel: int, activation: bool, y: int,
+    y_at: int, last: int,
+) -> None:  # fmt: skip
+    """One position of row `r`: `x` from element `at` on, `y` from `y_at`; `weight` is `(E, K)`, states `(B, K - 1, E)`."""
+    rows = r * (kernel - 1) * channels
+    for e in range(channels):
+        current = read_float(x, at + e)
+        value = current * read_float(weight, (e + 1) * kernel - 1)
+        if bias != 0:
+            value += read_float(bias, e)
+        for k in range(kernel - 1):
+            before = read_float(state, rows + k * channels + e) if state != 0 else _ZERO
+            value += before * read_float(weight, e * kernel + k)
+            if k > 0:
+                write_float(last, rows + (k - 1) * channels + e, before)
+        if kernel > 1:
+            write_float(last, rows + (kernel - 2) * channels + e, current)
+        write_float(y, y_at + e, value)
+    if activation:
+        for e in range(0, channels, WIDTH):
+            sums = load_row(y, y_at + e, channels - e)
+            store_row(y, y_at + e, mul(sums, sigmoid(sums)), channels - e)
+
+
+@compiled(STRICT)
+def _step(
+    x: int, stride: int, weight: int, bias: int, state: int, batch: int, channels: int, kernel: int, activation: bool,
+    y: int, last: int,
+) -> None:  # fmt: skip
+    """One position of every row."""
+    for r in range(batch):
+        convolve_token(
+            x, r * stride, weight, bias, state, r, channels, kernel, activation, y, r * channels, last
+        )  # fmt: skip
+
+
+def causal_conv_cpu_step(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: torch.Tensor | None, activation: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One position; arguments and results as in `causal_conv_step`."""
+    batch, _, channels = x.shape
+    kernel = weight.shape[1]
+    rows, filters, shift, carried = flat_rows(x), flat_vector(weight), flat_vector(bias), flat_vector(state)
+    y, last = x.new_empty(x.shape, dtype=torch.float32), x.new_empty((batch, kernel - 1, channels), dtype=torch.float32)
+    addresses = rows.address, rows.stride, filters.address, shift.address, carried.address
+    _step(*addresses, batch, channels, kernel, activation, y.data_ptr(), last.data_ptr())
+    return y.to(x.dtype), last

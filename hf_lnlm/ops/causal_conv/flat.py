@@ -1,55 +1,80 @@
-"""Views of tensors that numba kernels read: flat float32 arrays, so that slices of a projection need no copy."""
+"""How numba kernels see tensors: by address and row stride, so that slices of a projection need no copy."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
-EMPTY = np.empty(0, np.float32)
-_NO_BYTES = np.empty(0, np.uint8)
+
+class Flat(NamedTuple):
+    """Memory of a tensor that a kernel reads.
+
+    Attributes:
+        tensor: keeps the memory alive; None for an absent argument.
+        address: of the first element; 0 for None.
+        stride: elements from one row to the next.
+    """
+
+    tensor: torch.Tensor | None
+    address: int
+    stride: int
 
 
-def flat_rows(tensor: torch.Tensor | None) -> tuple[Any, int]:
-    """View `(..., width)` as one flat array in which row `i` begins at `i · stride`.
+_ABSENT = Flat(None, 0, 0)
+
+
+def flat_rows(tensor: torch.Tensor | None) -> Flat:
+    """View `(..., width)` as float32 rows of which row `i` begins at element `i · stride`.
 
     Args:
-        tensor: any float tensor whose last dimension is the row, or None.
-
-    Returns:
-        The array and the row stride in elements; an empty array and 0 for None. Other dtypes than float32, and layouts
-        whose rows are not evenly spaced, are copied.
+        tensor: any float tensor whose last dimension is the row, or None. Other dtypes than float32, and layouts whose
+            rows are not evenly spaced, are copied.
     """
     if tensor is None:
-        return EMPTY, 0
+        return _ABSENT
     tensor = tensor.detach().float()
-    if tensor.numel() == 0:
-        return EMPTY, 0
-    if not _evenly_spaced(tensor):
-        tensor = tensor.contiguous()
-    width = tensor.shape[-1]
-    rows = tensor.numel() // width
-    stride = tensor.stride(-2) if tensor.dim() > 1 and rows > 1 else width
-    return tensor.as_strided(((rows - 1) * stride + width,), (1,)).numpy(), stride
+    stride = _row_stride(tensor)
+    if stride is None:
+        tensor, stride = tensor.contiguous(), tensor.shape[-1]
+    return Flat(tensor, tensor.data_ptr(), stride)
 
 
-def _evenly_spaced(tensor: torch.Tensor) -> bool:
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        return False
-    step = tensor.stride(-2) if tensor.dim() > 1 else 0
-    for dim in range(tensor.dim() - 3, -1, -1):
-        if tensor.shape[dim] > 1 and tensor.stride(dim) != step * tensor.shape[dim + 1]:
-            return False
-        step = step * tensor.shape[dim + 1]
-    return True
+def _row_stride(tensor: torch.Tensor) -> int | None:
+    """Elements from one row to the next; None if rows are not evenly spaced."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return None
+    first = following = 0
+    for dim in range(tensor.dim() - 2, -1, -1):
+        if tensor.shape[dim] == 1:
+            continue
+        stride = tensor.stride(dim)
+        if stride == 0 or (following and stride != following):
+            return None
+        first = first or stride
+        following = stride * tensor.shape[dim]
+    return first or tensor.shape[-1]
 
 
-def flat_vector(tensor: torch.Tensor | None, size: int) -> Any:
-    """A contiguous float32 array of a vector; zeros of `size` for None."""
-    return np.zeros(size, np.float32) if tensor is None else tensor.detach().float().contiguous().view(-1).numpy()
+def flat_vector(tensor: torch.Tensor | None) -> Flat:
+    """Contiguous float32 memory of a tensor."""
+    if tensor is None:
+        return _ABSENT
+    tensor = tensor.detach().float().contiguous()
+    return Flat(tensor, tensor.data_ptr(), tensor.shape[-1])
 
 
-def bytes_of(tensor: torch.Tensor | None) -> Any:
-    """A flat uint8 array of a boolean tensor; empty for None."""
-    return _NO_BYTES if tensor is None else tensor.detach().to(torch.uint8).contiguous().view(-1).numpy()
+def flat_bytes(tensor: torch.Tensor | None) -> Flat:
+    """Contiguous memory of a boolean tensor, one byte each."""
+    if tensor is None:
+        return _ABSENT
+    tensor = tensor.detach().to(torch.uint8).contiguous()
+    return Flat(tensor, tensor.data_ptr(), tensor.shape[-1])
+
+
+def flat_integers(tensor: torch.Tensor | None) -> Flat:
+    """Contiguous memory of a tensor of 64-bit integers."""
+    if tensor is None:
+        return _ABSENT
+    tensor = tensor.detach().long().contiguous()
+    return Flat(tensor, tensor.data_ptr(), tensor.shape[-1])

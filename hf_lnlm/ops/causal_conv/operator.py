@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from ..backend import pick_backend
-from ..operator import define_operator, sibling, source_namespace
+from ..operator import define_operator, sibling, source_namespace, triton_sources
 from .eager import causal_conv_eager, causal_conv_eager_backward
 
-_NAMESPACE = source_namespace(__file__, *(sibling(__file__, name) for name in ("eager", "cpu", "fast_math", "flat")))
-BACKENDS = ("eager", "cpu")
+_SOURCES = ("eager", "cpu", "compiled", "flat", "gpu", "lanes")
+_NAMESPACE = source_namespace(__file__, *(sibling(__file__, name) for name in _SOURCES), *triton_sources(__file__))
+BACKENDS = ("eager", "cpu", "gpu")
 
 _INPUTS = ("x", "weight", "bias", "state", "taps")
 _SCHEMA = "Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? taps, bool activation, str backend"
@@ -19,10 +20,15 @@ _SCHEMA = "Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? taps, b
 
 def _forward(*values: Any) -> tuple[torch.Tensor, torch.Tensor]:
     call, (activation, backend) = dict(zip(_INPUTS, values)), values[len(_INPUTS) :]
-    if pick_backend(backend, call["x"].device, BACKENDS, call["x"].dtype) == "cpu":
+    chosen = pick_backend(backend, call["x"].device, BACKENDS, call["x"].dtype)
+    if chosen == "cpu":
         from .cpu import causal_conv_cpu
 
         y, state = causal_conv_cpu(call, activation)
+    elif chosen == "gpu":
+        from .gpu import causal_conv_gpu
+
+        y, state = causal_conv_gpu(call, activation)
     else:
         y, state = causal_conv_eager(call, activation)
     return y.to(call["x"].dtype), state
@@ -36,10 +42,15 @@ def _forward_fake(*values: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _backward(grad_y: torch.Tensor, grad_state: torch.Tensor, *values: Any) -> tuple[torch.Tensor, ...]:
     call, (activation, backend) = dict(zip(_INPUTS, values)), values[len(_INPUTS) :]
-    if pick_backend(backend, call["x"].device, BACKENDS, call["x"].dtype) == "cpu":
+    chosen = pick_backend(backend, call["x"].device, BACKENDS, call["x"].dtype)
+    if chosen == "cpu":
         from .cpu import causal_conv_cpu_backward
 
         grads = causal_conv_cpu_backward(grad_y, grad_state, call, activation)
+    elif chosen == "gpu":
+        from .gpu import causal_conv_gpu_backward
+
+        grads = causal_conv_gpu_backward(grad_y, grad_state, call, activation)
     else:
         grads = causal_conv_eager_backward(grad_y, grad_state, call, activation)
     return tuple(

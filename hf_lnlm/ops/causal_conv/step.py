@@ -29,6 +29,6 @@ def causal_conv_step(
     if state is None:
         state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2], dtype=dtype)
     window = torch.cat([state.to(dtype), x.to(dtype)], 1)
-    y = (window * weight.t().to(dtype)).sum(1, keepdim=True)
+    y = (window * weight.to(dtype).t()).sum(1, keepdim=True)
     y = y if bias is None else y.add_(bias)
     return (F.silu(y, inplace=True) if activation else y).to(x.dtype), window[:, 1:]

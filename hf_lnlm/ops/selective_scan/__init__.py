@@ -6,8 +6,8 @@
 
 Reference: Gu, Dao: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv:2312.00752.
 
-Backends: `reference` (float64, one token at a time), `eager` (torch, any device), `cpu` (numba, fused). All computation
-is in float32 (float64 for float64 input) whatever the dtype of the arguments.
+Backends: `reference` (float64, one token at a time), `eager` (torch, any device), `cpu` (numba, fused), `gpu`
+(Triton, fused). All computation is in float32 (float64 for float64 input) whatever the dtype of the arguments.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .operator import selective_scan_forward
 from .reference import selective_scan_reference
 from .step import selective_scan_step
 
-BACKENDS = ("reference", "eager", "cpu")
+BACKENDS = ("reference", "eager", "cpu", "gpu")
 
 __all__ = ["BACKENDS", "selective_scan"]
 
@@ -56,7 +56,7 @@ def selective_scan(
         reset: `(batch, length)` booleans, true at a real position that begins a document, or None.
         softplus: whether the step size is `softplus(dt + dt_bias)` or `dt + dt_bias` itself.
         reverse: run from the last position to the first; `reset` then marks where documents end.
-        backend: `auto`, `reference`, `eager` or `cpu`.
+        backend: `auto`, `reference`, `eager`, `cpu` or `gpu`.
 
     Returns:
         `y` like `u`, and the final state `(batch, states, channels)` in the computation's dtype. Outputs at masked
@@ -70,8 +70,10 @@ def selective_scan(
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
     alone = u.shape[1] == 1 and mask is None and reset is None and backend != "reference"
     if alone and runs_directly(u, dt, A, B, C, D, z, dt_bias, initial_state):
-        if backend != "auto":
-            pick_backend(backend, u.device, BACKENDS, u.dtype)
+        if pick_backend(backend, u.device, BACKENDS, u.dtype) == "cpu" and softplus:
+            from .cpu import selective_scan_cpu_step
+
+            return selective_scan_cpu_step(u, dt, A, B, C, D, z, dt_bias, initial_state)
         return selective_scan_step(u, dt, A, B, C, D, z, dt_bias, initial_state, softplus)
     if reverse:
         u, dt, B, C = (t.flip(1) for t in (u, dt, B, C))

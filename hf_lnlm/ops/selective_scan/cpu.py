@@ -1,11 +1,12 @@
 """Selective scan on the CPU: numba kernels, forward and backward, fused with softplus, skip connection and gate.
 
-Tensors keep the `(batch, length, channel)` layout that the projections around the scan read and write. Channels are the
-vector lanes; a tile of `TILE` channels keeps its `N · TILE` state in the first-level cache while time runs. The forward
-pass stores the state at the entry of every block of `BLOCK` tokens; the backward pass recomputes a block from there, so
-that nothing of size `L · N · E` ever exists.
+Tensors keep the `(batch, length, channel)` layout that the projections around the scan read and write, and slices of a
+fused projection are read in place. Time runs in blocks of `BLOCK` tokens. Within a block, step sizes are made for all
+channels, then sixteen channels at a time run through all of its tokens, their `N · 16` state in the first-level cache.
+The forward pass stores the state at the entry of every block; the backward pass recomputes a block from there, so that
+nothing of size `L · N · E` ever exists.
 
-Kernels see flat arrays and row strides: a slice of a fused projection is read in place.
+Packed arrays hold `(channels / 16, N, 16)` numbers, channels padded with zeros: what sixteen channels need lies together.
 
 Complexity: O(B · L · E · N) time, O(B · L · E · N / BLOCK) memory when gradients are wanted.
 """
@@ -17,287 +18,324 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..causal_conv.fast_math import LANES, LOG2E, STRICT, compiled, decayf, sigmoidf, softplusf
-from ..causal_conv.flat import bytes_of, flat_rows, flat_vector
+from ..causal_conv.compiled import STRICT, compiled
+from ..causal_conv.cpu import flush
+from ..causal_conv.flat import Flat, flat_bytes, flat_rows, flat_vector
+from ..causal_conv.lanes import (
+    WIDTH,
+    add,
+    decay,
+    exp,
+    fma,
+    load,
+    load_column,
+    load_row,
+    mul,
+    padded_size,
+    read_byte,
+    read_float,
+    sigmoid,
+    softplus,
+    splat,
+    store,
+    store_row,
+    sub,
+    total,
+    write_float,
+)
 
 BLOCK = 16
-TILE = 256
 
-Array = Any  # numba's own array types: kernels are compiled for float32
-Operands = Any  # (u, stride, dt, stride, z, stride, A, B, stride, C, stride, D, dt_bias, mask, reset)
-Sizes = Any  # (batch, length, channels, states, tile, block)
+Vector = Any  # sixteen channels
+Operands = (
+    Any  # addresses and strides: (u, stride, dt, stride, z, stride, A, B, stride, C, stride, D, dt_bias, mask, reset)
+)
+Sizes = Any  # (batch, length, channels, states, padded channels)
+Scratch = Any  # addresses of buffers
 
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
 _LN2 = np.float32(0.6931471805599453)
+_LOG2E = np.float32(1.4426950408889634)
 
 
 @compiled(STRICT)
-def _copy(source: Array, source_at: int, target: Array, target_at: int, width: int) -> None:
-    """Copy columns of a `(states, ...)` array."""
-    for n in range(target.shape[0]):
-        for e in range(width):
-            target[n, target_at + e] = source[n, source_at + e]
+def _pack(source: int, at: int, factor: Any, packed: int, sizes: Sizes) -> None:
+    """`(N, E)` numbers from element `at` on, times a factor, into a packed array."""
+    channels, states = sizes[2], sizes[3]
+    for e in range(0, channels, WIDTH):
+        for n in range(states):
+            row = load_row(source, at + n * channels + e, channels - e)
+            store(packed, e * states + n * WIDTH, mul(row, splat(factor)))
 
 
 @compiled(STRICT)
-def _load_decay(operands: Operands, start: int, width: int, a: Array) -> None:
-    """Load a tile of `A`, as powers of two."""
-    source = operands[6]
-    for n in range(a.shape[0]):
-        for e in range(width):
-            a[n, e] = source[n, start + e] * LOG2E
+def _unpack(packed: int, target: int, at: int, sizes: Sizes) -> None:
+    """A packed array into `(N, E)` numbers from element `at` on."""
+    channels, states = sizes[2], sizes[3]
+    for e in range(0, channels, WIDTH):
+        for n in range(states):
+            store_row(target, at + n * channels + e, load(packed, e * states + n * WIDTH), channels - e)
 
 
-@compiled(STRICT)
-def _weight(operands: Operands, i: int) -> Any:
-    """0 at a masked token."""
-    mask = operands[13]
-    return mask[i] if mask.size > 0 else _ONE
+@compiled(STRICT, forceinline=True)
+def _real(operands: Operands, i: int) -> bool:
+    """Whether token `i` counts."""
+    return operands[13] == 0 or read_byte(operands[13], i) != 0
 
 
-@compiled(STRICT)
-def _fresh(operands: Operands, i: int) -> Any:
+@compiled(STRICT, forceinline=True)
+def _fresh(operands: Operands, i: int) -> bool:
     """Whether token `i` forgets the state before it."""
-    reset = operands[14]
-    return reset.size > 0 and reset[i] != 0 and _weight(operands, i) != _ZERO
+    return operands[14] != 0 and read_byte(operands[14], i) != 0 and _real(operands, i)
+
+
+@compiled(STRICT, forceinline=True)
+def _raw_step(operands: Operands, i: int, e: int, left: int) -> Vector:
+    """`dt + dt_bias`."""
+    raw = load_row(operands[2], i * operands[3] + e, left)
+    return add(raw, load_row(operands[12], e, left)) if operands[12] != 0 else raw
+
+
+@compiled(STRICT, forceinline=True)
+def _skip(operands: Operands, e: int, left: int) -> Vector:
+    """`D`."""
+    return load_row(operands[11], e, left) if operands[11] != 0 else splat(_ZERO)
 
 
 @compiled(STRICT)
-def _discretise(operands: Operands, i: int, start: int, width: int, delta: Array, slope: Array, source: Array) -> None:
-    """`Δ = softplus(dt + bias) · mask`, its derivative with respect to `dt`, and `Δ u`, for one token of a tile."""
-    u, us, dt, ds = operands[0], operands[1], operands[2], operands[3]
-    bias = operands[12]
-    weight = _weight(operands, i)
-    at, u_at = i * ds + start, i * us + start
-    for e in range(width):
-        raw = dt[at + e] + bias[start + e]
-        step = softplusf(raw) * weight
-        delta[e] = step
-        source[e] = step * u[u_at + e]
-    for e in range(width):
-        slope[e] = sigmoidf(dt[at + e] + bias[start + e]) * weight
+def _discretise(operands: Operands, i: int, j: int, sizes: Sizes, delta: int, source: int) -> None:
+    """`Δ = softplus(dt + bias)` and `Δ u` of token `i`, row `j` of the block; zeros if it is masked."""
+    channels, padded = sizes[2], sizes[4]
+    real = _real(operands, i)
+    for e in range(0, channels, WIDTH):
+        step, value = splat(_ZERO), splat(_ZERO)
+        if real:
+            step = softplus(_raw_step(operands, i, e, channels - e))
+            value = mul(step, load_row(operands[0], i * operands[1] + e, channels - e))
+        store(delta, j * padded + e, step)
+        store(source, j * padded + e, value)
 
 
 @compiled(STRICT)
-def _advance(delta: Array, source: Array, a: Array, b: Array, c: Array, h: Array, y: Array, width: int) -> None:
-    """One token: `h ← exp(Δ A) h + Δ u B` in place and `y = Σ_n h C`, for one tile."""
-    for e in range(width):
-        y[e] = _ZERO
-    for n in range(a.shape[0]):
-        bn = b[n]
-        cn = c[n]
-        for e in range(width):
-            x = decayf(delta[e] * a[n, e]) * h[n, e] + source[e] * bn
-            h[n, e] = x
-            y[e] += x * cn
+def _advance(operands: Operands, i: int, count: int, e: int, sizes: Sizes, scratch: Scratch) -> None:
+    """Sixteen channels through the block that begins at token `i`: `h ← exp(Δ A) h + Δ u B`, `y = Σ_n h C`."""
+    states, padded = sizes[3], sizes[4]
+    delta, source, rows, state, a = scratch
+    for j in range(count):
+        b, c = (i + j) * operands[8], (i + j) * operands[10]
+        d, s, y = load(delta, j * padded + e), load(source, j * padded + e), splat(_ZERO)
+        fresh = _fresh(operands, i + j)
+        for n in range(states):
+            at = e * states + n * WIDTH
+            h = splat(_ZERO) if fresh else load(state, at)
+            h = fma(decay(mul(d, load(a, at))), h, mul(s, splat(read_float(operands[7], b + n))))
+            store(state, at, h)
+            y = fma(h, splat(read_float(operands[9], c + n)), y)
+        store(rows, j * padded + e, y)
 
 
 @compiled(STRICT)
-def _emit(operands: Operands, i: int, start: int, width: int, row: Array, y: Array, at: int) -> None:
-    """Write `(y + D u) · silu(z)` of one token of a tile."""
-    u, us, z, zs, skip = operands[0], operands[1], operands[4], operands[5], operands[11]
-    u_at, z_at = i * us + start, i * zs + start
-    if z.size > 0:
-        for e in range(width):
-            gate = z[z_at + e]
-            y[at + e] = (row[e] + skip[start + e] * u[u_at + e]) * gate * sigmoidf(gate)
-    else:
-        for e in range(width):
-            y[at + e] = row[e] + skip[start + e] * u[u_at + e]
+def _emit(operands: Operands, i: int, j: int, sizes: Sizes, rows: int, y: int) -> None:
+    """Write `(y + D u) · silu(z)` of token `i`, row `j` of the block."""
+    channels, padded = sizes[2], sizes[4]
+    for e in range(0, channels, WIDTH):
+        left = channels - e
+        u = load_row(operands[0], i * operands[1] + e, left)
+        value = fma(_skip(operands, e, left), u, load(rows, j * padded + e))
+        if operands[4] != 0:
+            gate = load_row(operands[4], i * operands[5] + e, left)
+            value = mul(mul(value, gate), sigmoid(gate))
+        store_row(y, i * channels + e, value, left)
 
 
 @compiled(STRICT)
-def _forward(operands: Operands, h: Array, y: Array, entries: Array, sizes: Sizes) -> None:
-    """All tiles, rows and tokens; `h` `(B, N, E)` enters as the initial and leaves as the final state."""
-    batch, length, channels, states, tile, block = sizes
-    b, bs, c, cs = operands[7], operands[8], operands[9], operands[10]
-    scratch = np.empty((4, tile), np.float32)
-    delta, slope, source, row = scratch[0], scratch[1], scratch[2], scratch[3]
-    state, a = np.empty((states, tile), np.float32), np.empty((states, tile), np.float32)
-    for start in range(0, channels, tile):
-        width = min(tile, channels - start)
-        _load_decay(operands, start, width, a)
-        for r in range(batch):
-            _copy(h[r], start, state, 0, width)
-            for t in range(length):
-                i = r * length + t
-                if entries.size > 0 and t % block == 0:
-                    _copy(state, 0, entries[t // block, r], start, width)
-                if _fresh(operands, i):
-                    state[:] = _ZERO
-                _discretise(operands, i, start, width, delta, slope, source)
-                _advance(delta, source, a, b[i * bs :], c[i * cs :], state, row, width)
-                _emit(operands, i, start, width, row, y, i * channels + start)
-            _copy(state, 0, h[r], start, width)
+def _forward(operands: Operands, h: int, y: int, entries: int, scratch: Scratch, sizes: Sizes) -> None:
+    """All rows and tokens; `h` `(B, N, E)` enters as the initial and leaves as the final state."""
+    batch, length, channels, states = sizes[0], sizes[1], sizes[2], sizes[3]
+    delta, source, rows, state, a = scratch
+    one_state = states * channels
+    _pack(operands[6], 0, _LOG2E, a, sizes)
+    for r in range(batch):
+        _pack(h, r * one_state, _ONE, state, sizes)
+        for first in range(0, length, BLOCK):
+            i = r * length + first
+            count = min(BLOCK, length - first)
+            if entries != 0:
+                _unpack(state, entries, (first // BLOCK * batch + r) * one_state, sizes)
+            for j in range(count):
+                _discretise(operands, i + j, j, sizes, delta, source)
+            for e in range(0, channels, WIDTH):
+                _advance(operands, i, count, e, sizes, scratch)
+            for j in range(count):
+                _emit(operands, i + j, j, sizes, rows, y)
+        _unpack(state, h, r * one_state, sizes)
+
+
+@compiled(STRICT)
+def _prepare(operands: Operands, i: int, j: int, sizes: Sizes, dy: int, slope: int, grad: int) -> None:
+    """Derivative of `Δ` and the gradient before the gate, of token `i`, row `j` of the block."""
+    channels, padded = sizes[2], sizes[4]
+    real = _real(operands, i)
+    for e in range(0, channels, WIDTH):
+        left = channels - e
+        store(slope, j * padded + e, sigmoid(_raw_step(operands, i, e, left)) if real else splat(_ZERO))
+        g = load_row(dy, i * channels + e, left)
+        if operands[4] != 0:
+            gate = load_row(operands[4], i * operands[5] + e, left)
+            g = mul(mul(g, gate), sigmoid(gate))
+        store(grad, j * padded + e, g)
 
 
 @compiled(STRICT)
 def _replay(
-    delta: Array, source: Array, a: Array, b: Array, c: Array, decay: Array, before: Array, after: Array, y: Array,
-    fresh: bool, width: int,
-) -> None:  # fmt: skip
-    """One token of a block again, keeping the decays and the states this time."""
-    for e in range(width):
-        y[e] = _ZERO
-    for n in range(a.shape[0]):
-        bn = b[n]
-        cn = c[n]
-        for e in range(width):
-            p = decayf(delta[e] * a[n, e])
-            x = p * before[n, e] + source[e] * bn
-            decay[n, e] = p
-            after[n, e] = x
-            y[e] += x * cn
-        if fresh:
-            for e in range(width):
-                y[e] += (source[e] * bn - after[n, e]) * cn
-                after[n, e] = source[e] * bn
-                decay[n, e] = _ZERO
+    operands: Operands, i: int, count: int, e: int, sizes: Sizes, rows: Scratch, packed: Scratch, y: int
+) -> None:
+    """The block again for sixteen channels, keeping its decays and states this time; outputs into rows of `y`."""
+    states, padded = sizes[3], sizes[4]
+    delta, source = rows[0], rows[1]
+    a, decays, history = packed[0], packed[2], packed[3]
+    for j in range(count):
+        b, c = (i + j) * operands[8], (i + j) * operands[10]
+        d, s, value = load(delta, j * padded + e), load(source, j * padded + e), splat(_ZERO)
+        fresh = _fresh(operands, i + j)
+        for n in range(states):
+            at = (j * states + n) * WIDTH
+            h, p = splat(_ZERO), splat(_ZERO)
+            if not fresh:
+                h, p = load(history, at), decay(mul(d, load(a, e * states + n * WIDTH)))
+            h = fma(p, h, mul(s, splat(read_float(operands[7], b + n))))
+            store(decays, at, p)
+            store(history, at + states * WIDTH, h)
+            value = fma(h, splat(read_float(operands[9], c + n)), value)
+        store(y, j * padded + e, value)
 
 
 @compiled(STRICT)
-def _ungate(
-    operands: Operands, i: int, start: int, width: int, row: Array, dy: Array, dz: Array, at: int, grad: Array
-) -> None:
-    """Gradient before the gate into `grad`, and the gate's own into `dz`."""
-    u, us, z, zs, skip = operands[0], operands[1], operands[4], operands[5], operands[11]
-    u_at, z_at = i * us + start, i * zs + start
-    if z.size > 0:
-        for e in range(width):
-            gate = z[z_at + e]
-            s = sigmoidf(gate)
-            g = dy[at + e] * s
-            dz[at + e] = g * (row[e] + skip[start + e] * u[u_at + e]) * (_ONE + gate * (_ONE - s))
-            grad[e] = g * gate
-    else:
-        for e in range(width):
-            grad[e] = dy[at + e]
-
-
-@compiled(LANES)
-def _retreat(
-    grad: Array, delta: Array, source: Array, a: Array, b: Array, c: Array, decay: Array, before: Array, after: Array,
-    carry: Array, gain: Array, pull: Array, da: Array, db: Array, dc: Array, width: int,
-) -> None:  # fmt: skip
-    """One token of the adjoint recurrence `g ← exp(Δ_{t+1} A) g + C_t ∂y_t` and its part of every gradient."""
-    for e in range(width):
-        gain[e] = _ZERO
-        pull[e] = _ZERO
-    for n in range(a.shape[0]):
-        bn = b[n]
-        cn = c[n]
-        to_b = _ZERO
-        to_c = _ZERO
-        for e in range(width):
-            g = carry[n, e] + cn * grad[e]
-            to_c += after[n, e] * grad[e]
-            to_b += g * source[e]
-            gain[e] += g * bn
-            back = g * decay[n, e]
-            through = back * before[n, e]
-            pull[e] += through * a[n, e]
-            da[n, e] += through * delta[e]
-            carry[n, e] = back
-        db[n] += to_b
-        dc[n] += to_c
+def _retreat(operands: Operands, i: int, count: int, e: int, sizes: Sizes, rows: Scratch, packed: Scratch) -> None:
+    """The adjoint recurrence `g ← exp(Δ_{t+1} A) g + C_t ∂y_t` for sixteen channels, and its part of every gradient."""
+    states, padded = sizes[3], sizes[4]
+    delta, source, grad, gain, pull = rows
+    a, carry, decays, history, da, db, dc = packed
+    for j in range(count - 1, -1, -1):
+        b, c = (i + j) * operands[8], (i + j) * operands[10]
+        row = j * padded + e
+        d, s, dy = load(delta, row), load(source, row), load(grad, row)
+        to_u, to_step = splat(_ZERO), splat(_ZERO)
+        for n in range(states):
+            at, place = (j * states + n) * WIDTH, e * states + n * WIDTH
+            g = fma(splat(read_float(operands[9], c + n)), dy, load(carry, place))
+            store(dc, at, fma(load(history, at + states * WIDTH), dy, load(dc, at)))
+            store(db, at, fma(g, s, load(db, at)))
+            to_u = fma(g, splat(read_float(operands[7], b + n)), to_u)
+            g = mul(g, load(decays, at))
+            store(carry, place, g)
+            g = mul(g, load(history, at))
+            to_step = fma(g, load(a, place), to_step)
+            store(da, place, fma(g, d, load(da, place)))
+        store(gain, row, to_u)
+        store(pull, row, to_step)
 
 
 @compiled(STRICT)
 def _write(
-    operands: Operands, i: int, at: int, start: int, width: int, grad: Array, delta: Array, slope: Array, gain: Array,
-    pull: Array, du: Array, ddt: Array, sums: Array,
-) -> None:  # fmt: skip
-    """One token's gradients of `u` and `dt`, and its part of those of `D` and `dt_bias`."""
-    u, us, skip = operands[0], operands[1], operands[11]
-    u_at = i * us + start
-    for e in range(width):
-        v = u[u_at + e]
-        slant = (gain[e] * v + pull[e] * _LN2) * slope[e]  # `A` is in powers of two
-        ddt[at + e] = slant
-        du[at + e] = gain[e] * delta[e] + skip[start + e] * grad[e]
-        sums[0, e] += grad[e] * v
-        sums[1, e] += slant
+    operands: Operands, i: int, j: int, sizes: Sizes, dy: int, rows: Scratch, slope: int, y: int, sums: int, out: Any
+) -> None:
+    """Gradients of `u`, `dt` and `z` of token `i`, row `j` of the block, and its part of those of `D` and `dt_bias`."""
+    channels, padded = sizes[2], sizes[4]
+    delta, _source, grad, gain, pull = rows
+    du, ddt, dz = out[0], out[1], out[2]
+    for e in range(0, channels, WIDTH):
+        left, row, at = channels - e, j * padded + e, i * channels + e
+        u, skip, g = load_row(operands[0], i * operands[1] + e, left), _skip(operands, e, left), load(grad, row)
+        slant = mul(
+            fma(load(gain, row), u, mul(load(pull, row), splat(_LN2))), load(slope, row)
+        )  # `A` is in powers of 2
+        store_row(ddt, at, slant, left)
+        store_row(du, at, fma(load(gain, row), load(delta, row), mul(skip, g)), left)
+        store(sums, e, fma(g, u, load(sums, e)))
+        store(sums, padded + e, add(slant, load(sums, padded + e)))
+        if operands[4] != 0:
+            gate = load_row(operands[4], i * operands[5] + e, left)
+            s = sigmoid(gate)
+            bend = mul(s, fma(gate, sub(splat(_ONE), s), splat(_ONE)))
+            value = mul(fma(skip, u, load(y, row)), load_row(dy, at, left))
+            store_row(dz, at, mul(value, bend), left)
 
 
 @compiled(STRICT)
-def _flush(part: Array, total: Array, start: int, width: int) -> None:
-    """Move a block's float32 sums into the float64 totals."""
-    for n in range(part.shape[0]):
-        for e in range(width):
-            total[n, start + e] += part[n, e]
-            part[n, e] = _ZERO
+def _collect(part: int, i: int, count: int, states: int, target: int) -> None:
+    """Sum each token's gradient of `B` or `C` over the lanes, and clear the buffer."""
+    for at in range(count * states):
+        write_float(target, i * states + at, total(load(part, at * WIDTH)))
+        store(part, at * WIDTH, splat(_ZERO))
 
 
 @compiled(STRICT)
 def _backward_block(
-    operands: Operands, r: int, k: int, start: int, width: int, sizes: Sizes, a: Array, carry: Array, history: Array,
-    decays: Array, rows: Array, parts: Any, dy: Array, out: Any,
+    operands: Operands, r: int, k: int, sizes: Sizes, dy: int, entries: int, rows: Scratch, packed: Scratch, more: Any,
+    out: Any,
 ) -> None:  # fmt: skip
-    """Replay a block of tokens, then retreat through it; `rows` is scratch, `(8, block, tile)`."""
-    _batch, length, channels, _states, _tile, block = sizes
-    b, bs, c, cs = operands[7], operands[8], operands[9], operands[10]
-    delta, slope, source, grad = rows[0], rows[1], rows[2], rows[3]
-    row, gain, pull = rows[4, 0], rows[5, 0], rows[6, 0]
-    du, ddt, dz, db, dc = out
-    count = min(block, length - k * block)
+    """Replay a block of tokens, then retreat through it."""
+    batch, length, channels, states = sizes[0], sizes[1], sizes[2], sizes[3]
+    slope, y, sums = more
+    i = r * length + k * BLOCK
+    count = min(BLOCK, length - k * BLOCK)
     for j in range(count):
-        i = r * length + k * block + j
-        at = i * channels + start
-        _discretise(operands, i, start, width, delta[j], slope[j], source[j])
-        _replay(delta[j], source[j], a, b[i * bs :], c[i * cs :], decays[j], history[j], history[j + 1], row,
-                _fresh(operands, i), width)  # fmt: skip
-        _ungate(operands, i, start, width, row, dy, dz, at, grad[j])
-    for j in range(count - 1, -1, -1):
-        i = r * length + k * block + j
-        at = i * channels + start
-        _retreat(grad[j], delta[j], source[j], a, b[i * bs :], c[i * cs :], decays[j], history[j], history[j + 1],
-                 carry, gain, pull, parts[0], db[i], dc[i], width)  # fmt: skip
-        _write(operands, i, at, start, width, grad[j], delta[j], slope[j], gain, pull, du, ddt, parts[1])
+        _discretise(operands, i + j, j, sizes, rows[0], rows[1])
+        _prepare(operands, i + j, j, sizes, dy, slope, rows[2])
+    for e in range(0, channels, WIDTH):
+        for n in range(states):
+            entry = load_row(entries, ((k * batch + r) * states + n) * channels + e, channels - e)
+            store(packed[3], n * WIDTH, entry)
+        _replay(operands, i, count, e, sizes, rows, packed, y)
+        _retreat(operands, i, count, e, sizes, rows, packed)
+    for j in range(count):
+        _write(operands, i + j, j, sizes, dy, rows, slope, y, sums, out)
+    _collect(packed[5], i, count, states, out[3])
+    _collect(packed[6], i, count, states, out[4])
 
 
 @compiled(STRICT)
 def _backward(
-    operands: Operands, entries: Array, dy: Array, dh: Array, da: Array, sums: Array, out: Any, sizes: Sizes
-) -> None:
-    """Blocks from last to first. `dh` enters as ∂final and leaves as ∂initial state; `sums` is ∂D and ∂dt_bias."""
-    batch, length, channels, states, tile, block = sizes
-    rows = np.empty((7, block, tile), np.float32)
-    decays = np.empty((block, states, tile), np.float32)
-    history = np.empty((block + 1, states, tile), np.float32)
-    carry, a = np.empty((states, tile), np.float32), np.empty((states, tile), np.float32)
-    parts = (np.zeros((states, tile), np.float32), np.zeros((2, tile), np.float32))
-    for start in range(0, channels, tile):
-        width = min(tile, channels - start)
-        _load_decay(operands, start, width, a)
-        for r in range(batch):
-            _copy(dh[r], start, carry, 0, width)
-            for k in range((length + block - 1) // block - 1, -1, -1):
-                _copy(entries[k, r], start, history[0], 0, width)
-                _backward_block(operands, r, k, start, width, sizes, a, carry, history, decays, rows, parts, dy, out)
-                _flush(parts[0], da, start, width)
-                _flush(parts[1], sums, start, width)
-            _copy(carry, 0, dh[r], start, width)
+    operands: Operands, entries: int, dy: int, dh: int, totals: Any, rows: Scratch, packed: Scratch, more: Any,
+    out: Any, sizes: Sizes,
+) -> None:  # fmt: skip
+    """Blocks from last to first. `dh` enters as ∂final and leaves as ∂initial state; `totals` are ∂A and ∂D, ∂dt_bias."""
+    batch, length, channels, states, padded = sizes
+    one_state = states * channels
+    _pack(operands[6], 0, _LOG2E, packed[0], sizes)
+    for r in range(batch):
+        _pack(dh, r * one_state, _ONE, packed[1], sizes)
+        for k in range((length + BLOCK - 1) // BLOCK - 1, -1, -1):
+            _backward_block(operands, r, k, sizes, dy, entries, rows, packed, more, out)
+            flush(packed[4], totals[0], padded * states)
+            flush(more[2], totals[1], 2 * padded)
+        _unpack(packed[1], dh, r * one_state, sizes)
 
 
-def _operands(call: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """Turn the operator's tensors into the kernels' operands and sizes."""
-    u, a = call["u"], call["A"]
+def _operands(call: dict[str, Any]) -> tuple[list[Flat], tuple[int, ...], tuple[int, ...]]:
+    """Turn the operator's tensors into memory to keep alive, the kernels' operands and sizes."""
+    u, mask = call["u"], call["mask"]
     batch, length, channels = u.shape
-    operands: list[Any] = []
-    for name in ("u", "dt", "z"):
-        operands.extend(flat_rows(call[name]))
-    operands.append(a.detach().float().t().contiguous().numpy())
-    for name in ("B", "C"):
-        operands.extend(flat_rows(call[name]))
-    operands.extend(flat_vector(call[name], channels) for name in ("D", "dt_bias"))
-    operands.extend((flat_rows(call["mask"])[0], bytes_of(call["reset"])))
-    return tuple(operands), (batch, length, channels, a.shape[1], min(TILE, channels), BLOCK)
+    kept = [flat_rows(call[name]) for name in ("u", "dt", "z", "B", "C")]
+    kept += [flat_vector(call["A"].t()), flat_vector(call["D"]), flat_vector(call["dt_bias"])]
+    kept += [flat_bytes(None if mask is None else mask != 0), flat_bytes(call["reset"])]
+    rows = [number for flat in kept[:3] for number in (flat.address, flat.stride)]
+    mixing = [number for flat in kept[3:5] for number in (flat.address, flat.stride)]
+    operands = (*rows, kept[5].address, *mixing, *(flat.address for flat in kept[6:]))
+    return kept, operands, (batch, length, channels, call["A"].shape[1], padded_size(channels))
 
 
 def _writable(state: torch.Tensor) -> torch.Tensor:
     """A contiguous float32 copy."""
     return state.detach().float().clone(memory_format=torch.contiguous_format)
+
+
+def _buffers(*sizes: int) -> tuple[list[torch.Tensor], tuple[int, ...]]:
+    """Zeroed buffers and their addresses."""
+    tensors = [torch.zeros(size) for size in sizes]
+    return tensors, tuple(tensor.data_ptr() for tensor in tensors)
 
 
 def selective_scan_cpu(call: dict[str, Any], save: bool) -> tuple[torch.Tensor, ...]:
@@ -310,13 +348,14 @@ def selective_scan_cpu(call: dict[str, Any], save: bool) -> tuple[torch.Tensor, 
     Returns:
         `y` `(B, L, E)` float32, final state `(B, N, E)` float32, entry states `(blocks, B, N, E)` or empty.
     """
-    operands, sizes = _operands(call)
-    batch, length, channels, states = sizes[:4]
+    _kept, operands, sizes = _operands(call)
+    batch, length, channels, states, padded = sizes
     shape = (batch, states, channels)
     final = torch.zeros(shape) if call["initial_state"] is None else _writable(call["initial_state"])
     y = torch.empty(batch, length, channels)
     entries = torch.empty((-(-length // BLOCK) if save else 0, *shape))
-    _forward(operands, final.numpy(), y.numpy().reshape(-1), entries.numpy(), sizes)
+    _tensors, scratch = _buffers(*[BLOCK * padded] * 3, states * padded, states * padded)
+    _forward(operands, final.data_ptr(), y.data_ptr(), entries.data_ptr() if save else 0, scratch, sizes)
     return y, final, entries
 
 
@@ -334,18 +373,75 @@ def selective_scan_cpu_backward(
     Returns:
         Gradients by argument name, float32; `A`'s as `(E, N)`.
     """
-    operands, sizes = _operands(call)
-    batch, length, channels, states = sizes[:4]
-    rows = (batch, length, channels)
-    du, ddt, dz = torch.empty(rows), torch.empty(rows), torch.empty(rows if call["z"] is not None else 0)
-    db, dc = torch.zeros(batch * length, states), torch.zeros(batch * length, states)
+    _kept, operands, sizes = _operands(call)
+    batch, length, channels, states, padded = sizes
+    shape = (batch, length, channels)
+    du, ddt, dz = torch.empty(shape), torch.empty(shape), torch.empty(shape if call["z"] is not None else 0)
+    db, dc = torch.empty(batch, length, states), torch.empty(batch, length, states)
     # Sums over the whole batch are kept in float64: their terms are block sums in float32.
-    da = torch.zeros(states, channels, dtype=torch.float64)
-    sums = torch.zeros(2, channels, dtype=torch.float64)
-    dh = _writable(grad_state)
-    dy, _ = flat_rows(grad_y.contiguous())
-    out = (du.view(-1).numpy(), ddt.view(-1).numpy(), dz.view(-1).numpy(), db.numpy(), dc.numpy())
-    _backward(operands, entries.numpy(), dy, dh.numpy(), da.numpy(), sums.numpy(), out, sizes)
-    grads = {"u": du, "dt": ddt, "z": dz, "A": da.t().float(), "D": sums[0].float(), "dt_bias": sums[1].float()}
-    grads |= {"B": db.view(batch, length, states), "C": dc.view(batch, length, states), "initial_state": dh}
-    return grads
+    da = torch.zeros(padded // WIDTH, states, WIDTH, dtype=torch.float64)
+    sums = torch.zeros(2, padded, dtype=torch.float64)
+    dh, dy = _writable(grad_state), flat_vector(grad_y)
+    many, few = BLOCK * padded, BLOCK * states * WIDTH
+    _rows, rows = _buffers(*[many] * 5)
+    _packed, packed = _buffers(states * padded, states * padded, few, few + states * WIDTH, states * padded, few, few)
+    _more, more = _buffers(many, many, 2 * padded)
+    out = tuple(tensor.data_ptr() for tensor in (du, ddt, dz, db, dc))
+    totals = (da.data_ptr(), sums.data_ptr())
+    _backward(operands, entries.data_ptr(), dy.address, dh.data_ptr(), totals, rows, packed, more, out, sizes)
+    by_channel = da.transpose(1, 2).flatten(0, 1)[:channels]
+    skip, bias = (row[:channels].float() for row in sums)
+    grads = {"u": du, "dt": ddt, "z": dz, "A": by_channel.float(), "D": skip, "dt_bias": bias}
+    return grads | {"B": db, "C": dc, "initial_state": dh}
+
+
+@compiled(STRICT)
+def _step(
+    u: int, us: int, dt: int, ds: int, z: int, zs: int, a: int, b: int, bs: int, c: int, cs: int, skip: int, bias: int,
+    state: int, batch: int, channels: int, states: int, y: int, last: int,
+) -> None:  # fmt: skip
+    """One token of every row; `a` is `(E, N)`, `state` and `last` are `(B, N, E)`."""
+    for r in range(batch):
+        for e in range(0, channels, WIDTH):
+            left = channels - e
+            raw = load_row(dt, r * ds + e, left)
+            step = softplus(add(raw, load_row(bias, e, left)) if bias != 0 else raw)
+            x = load_row(u, r * us + e, left)
+            source = mul(step, x)
+            value = mul(load_row(skip, e, left), x) if skip != 0 else splat(_ZERO)
+            for n in range(states):
+                at = (r * states + n) * channels + e
+                h = mul(source, splat(read_float(b, r * bs + n)))
+                if state != 0:
+                    rate = load_column(a, e * states + n, states, left)
+                    h = fma(exp(mul(step, rate)), load_row(state, at, left), h)
+                store_row(last, at, h, left)
+                value = fma(h, splat(read_float(c, r * cs + n)), value)
+            if z != 0:
+                gate = load_row(z, r * zs + e, left)
+                value = mul(mul(value, gate), sigmoid(gate))
+            store_row(y, r * channels + e, value, left)
+
+
+def selective_scan_cpu_step(
+    u: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    state: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token; arguments and results as in `selective_scan_step` with softplus."""
+    rows = [flat_rows(tensor) for tensor in (u, dt, z, B, C)]
+    x, steps, gates, to_state, from_state = ((flat.address, flat.stride) for flat in rows)
+    vectors = [flat_vector(tensor) for tensor in (A, D, dt_bias, state)]
+    rates, skip, bias, carried = (flat.address for flat in vectors)
+    batch, _, channels = u.shape
+    y = u.new_empty(u.shape, dtype=torch.float32)
+    last = u.new_empty((batch, A.shape[1], channels), dtype=torch.float32)
+    mixing = (*to_state, *from_state, skip, bias, carried)
+    _step(*x, *steps, *gates, rates, *mixing, batch, channels, A.shape[1], y.data_ptr(), last.data_ptr())
+    return y.to(u.dtype), last

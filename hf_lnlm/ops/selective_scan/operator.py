@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..backend import pick_backend
-from ..operator import define_operator, sibling, source_namespace
+from ..operator import define_operator, sibling, source_namespace, triton_sources
 from .eager import BLOCK, selective_scan_eager, selective_scan_eager_backward
 
-_NAMESPACE = source_namespace(__file__, *(sibling(__file__, name) for name in ("eager", "cpu", "gpu")))
-BACKENDS = ("eager", "cpu")
+_SOURCES = ("eager", "cpu", "gpu")
+_SHARED = ("compiled", "flat", "lanes")  # of causal_conv, as package files or flattened into a checkpoint's folder
+
+
+def _sources() -> list[Path]:
+    """Files that implement the operators; those that do not exist are left out of the hash."""
+    own = [sibling(__file__, name) for name in (*_SOURCES, *_SHARED)]
+    shared = [path.parent.parent / "causal_conv" / path.name for path in own[len(_SOURCES) :]]
+    flat = [path.with_name(path.name.replace("selective_scan", "causal_conv")) for path in own]
+    return own + shared + flat + triton_sources(__file__)
+
+
+_NAMESPACE = source_namespace(__file__, *_sources())
+BACKENDS = ("eager", "cpu", "gpu")
 
 _INPUTS = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "mask", "reset")
 _LEARNED = _INPUTS[:9]
@@ -21,18 +34,24 @@ _SCHEMA = (
 )
 
 
-def _compiled(call: dict[str, Any], softplus: bool, backend: str) -> bool:
-    """Whether the numba kernels run. They take decays of at most 1, so growth falls to the eager path."""
+def _chosen(call: dict[str, Any], softplus: bool, backend: str) -> str:
+    """The backend that runs. The numba kernels take decays of at most 1, so growth falls to the eager path."""
     chosen = pick_backend(backend, call["u"].device, BACKENDS, call["u"].dtype)
-    return chosen == "cpu" and softplus and not bool((call["A"] > 0).any())
+    grows = chosen == "cpu" and not (softplus and not bool((call["A"] > 0).any()))
+    return "eager" if grows else chosen
 
 
 def _forward(*values: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     call, (softplus, backend, save) = dict(zip(_INPUTS, values)), values[len(_INPUTS) :]
-    if _compiled(call, softplus, backend):
+    chosen = _chosen(call, softplus, backend)
+    if chosen == "cpu":
         from .cpu import selective_scan_cpu
 
         y, state, entries = selective_scan_cpu(call, save)
+    elif chosen == "gpu":
+        from .gpu import selective_scan_gpu
+
+        y, state, entries = selective_scan_gpu(call, softplus, save)
     else:
         y, state, entries = selective_scan_eager(call, softplus, save)
     return y.to(call["u"].dtype), state, entries
@@ -48,10 +67,15 @@ def _forward_fake(*values: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 def _backward(grad_y: torch.Tensor, grad_state: torch.Tensor, entries: torch.Tensor, *values: Any) -> Any:
     call, (softplus, backend) = dict(zip(_INPUTS, values)), values[len(_INPUTS) :]
-    if _compiled(call, softplus, backend):
+    chosen = _chosen(call, softplus, backend)
+    if chosen == "cpu":
         from .cpu import selective_scan_cpu_backward
 
         grads = selective_scan_cpu_backward(grad_y, grad_state, call, entries)
+    elif chosen == "gpu":
+        from .gpu import selective_scan_gpu_backward
+
+        grads = selective_scan_gpu_backward(grad_y, grad_state, call, entries, softplus)
     else:
         grads = selective_scan_eager_backward(grad_y, grad_state, call, entries, softplus)
     return tuple(

@@ -8,20 +8,22 @@ For Mamba-2 `scale = Δ` and `log_decay = Δ A`; Mamba-3 chooses both freely.
 References:
     [1] Dao, Gu: "Transformers are SSMs", arXiv:2405.21060.
 
-Backends: `reference` (float64, one token at a time) and `eager` (torch's matrix products, any device). All computation
-is in float32 (float64 for float64 input) whatever the dtype of the arguments.
+Backends: `reference` (float64, one token at a time), `eager` (torch's matrix products, any device), `cpu` (the same
+products, numba between them), `gpu` (Triton, fused). All computation is in float32 (float64 for float64 input) whatever
+the dtype of the arguments.
 """
 
 from __future__ import annotations
 
 import torch
 
+from ..backend import pick_backend
 from ..operator import runs_directly
 from .operator import ssd_forward
 from .reference import ssd_reference
 from .step import ssd_step
 
-BACKENDS = ("reference", "eager")
+BACKENDS = ("reference", "eager", "cpu", "gpu")
 CHUNK_SIZE = 64
 
 __all__ = ["BACKENDS", "CHUNK_SIZE", "ssd"]
@@ -55,21 +57,24 @@ def ssd(
         reset: `(batch, length)` booleans, true at a real position that begins a document, or None.
         diagonal: `(batch, length, heads)`, factor of a token's own part in its own output (not in the state), or None.
         reverse: run from the last position to the first; `reset` then marks where documents end.
-        chunk_size: tokens that are computed by matrix products at once.
-        backend: `auto`, `reference` or `eager`; `cpu` and `gpu` mean `eager`, whose products are the machine's own.
+        chunk_size: tokens that are computed by matrix products at once; on the CPU at most `CHUNK_SIZE`, beyond which the
+            masked products only cost more.
+        backend: `auto`, `reference`, `eager`, `cpu` or `gpu`.
 
     Returns:
         `y` like `x`, and the final state `(batch, heads, width, states)` in the computation's dtype. Outputs at masked
         positions are finite and meaningless.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown backend.
+        ValueError: shapes that do not fit, or a backend that cannot run.
     """
     _check(x, scale, log_decay, B, C, chunk_size)
-    if backend not in ("auto", "cpu", "gpu", *BACKENDS):
+    if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
     alone = x.shape[1] == 1 and mask is None and reset is None and backend != "reference"
     if alone and runs_directly(x, scale, log_decay, B, C, D, initial_state, diagonal):
+        if backend != "auto":
+            pick_backend(backend, x.device, BACKENDS, x.dtype)
         return ssd_step(x, scale, log_decay, B, C, D, initial_state, diagonal)
     if mask is not None:
         real = mask != 0
@@ -82,9 +87,10 @@ def ssd(
         y, state = ssd_reference(x, scale, log_decay, B, C, D, initial_state, reset, diagonal)
         y, state = y.to(x.dtype), state if x.dtype == torch.float64 else state.float()
     else:
+        chunk_size = min(chunk_size, CHUNK_SIZE) if x.device.type == "cpu" else chunk_size
         tensors = (x, scale, log_decay, B, C, D, initial_state, diagonal, reset)
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        y, state, _ = ssd_forward(*tensors, chunk_size, save)
+        y, state, _ = ssd_forward(*tensors, chunk_size, backend, save)
     return (y.flip(1) if reverse else y), state
 
 

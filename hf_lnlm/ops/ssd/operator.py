@@ -6,26 +6,45 @@ from typing import Any
 
 import torch
 
-from ..operator import define_operator, sibling, source_namespace
+from ..backend import pick_backend
+from ..operator import define_operator, sibling, source_namespace, triton_sources
 from .eager import ssd_eager, ssd_eager_backward
 
-_NAMESPACE = source_namespace(__file__, sibling(__file__, "eager"))
+_NAMESPACE = source_namespace(
+    __file__, *(sibling(__file__, name) for name in ("eager", "cpu", "gpu")), *triton_sources(__file__)
+)
+BACKENDS = ("eager", "cpu", "gpu")
 _INPUTS = ("x", "scale", "log_decay", "B", "C", "D", "initial_state", "diagonal", "reset")
 _LEARNED = _INPUTS[:8]
 _SCHEMA = (
     "Tensor x, Tensor scale, Tensor log_decay, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, Tensor? diagonal,"
-    " Tensor? reset, int chunk_size"
+    " Tensor? reset, int chunk_size, str backend"
 )
 
 
+def _chosen(call: dict[str, Any], backend: str) -> str:
+    """The backend that runs."""
+    return pick_backend(backend, call["x"].device, BACKENDS, call["x"].dtype)
+
+
 def _forward(*values: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    call, (chunk_size, save) = dict(zip(_INPUTS, values)), values[len(_INPUTS) :]
-    y, state, entries = ssd_eager(call, chunk_size, save)
+    call, (chunk_size, backend, save) = dict(zip(_INPUTS, values)), values[len(_INPUTS) :]
+    chosen = _chosen(call, backend)
+    if chosen == "cpu":
+        from .cpu import ssd_cpu
+
+        y, state, entries = ssd_cpu(call, chunk_size, save)
+    elif chosen == "gpu":
+        from .gpu import ssd_gpu
+
+        y, state, entries = ssd_gpu(call, chunk_size, save)
+    else:
+        y, state, entries = ssd_eager(call, chunk_size, save)
     return y.to(call["x"].dtype), state, entries
 
 
 def _forward_fake(*values: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x, b, (chunk_size, save) = values[0], values[3], values[len(_INPUTS) :]
+    x, b, (chunk_size, _backend, save) = values[0], values[3], values[len(_INPUTS) :]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     state = x.new_empty((x.shape[0], x.shape[2], x.shape[3], b.shape[3]), dtype=dtype)
     chunks = (x.shape[1] + chunk_size - 1) // chunk_size if save else 0
@@ -33,8 +52,18 @@ def _forward_fake(*values: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def _backward(grad_y: torch.Tensor, grad_state: torch.Tensor, entries: torch.Tensor, *values: Any) -> Any:
-    call, (chunk_size,) = dict(zip(_INPUTS, values)), values[len(_INPUTS) :]
-    grads = ssd_eager_backward(grad_y, grad_state, call, entries, chunk_size)
+    call, (chunk_size, backend) = dict(zip(_INPUTS, values)), values[len(_INPUTS) :]
+    chosen = _chosen(call, backend)
+    if chosen == "cpu":
+        from .cpu import ssd_cpu_backward
+
+        grads = ssd_cpu_backward(grad_y, grad_state, call, entries, chunk_size)
+    elif chosen == "gpu":
+        from .gpu import ssd_gpu_backward
+
+        grads = ssd_gpu_backward(grad_y, grad_state, call, entries, chunk_size)
+    else:
+        grads = ssd_eager_backward(grad_y, grad_state, call, entries, chunk_size)
     return tuple(
         grads[name].to(call[name].dtype) if call[name] is not None else grad_y.new_empty(0) for name in _LEARNED
     )
@@ -46,15 +75,15 @@ def _backward_fake(grad_y: torch.Tensor, grad_state: torch.Tensor, entries: torc
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.save_for_backward(output[2], *inputs[: len(_INPUTS)])
-    ctx.chunk_size = inputs[len(_INPUTS)]
+    ctx.options = inputs[len(_INPUTS) : -1]
     ctx.mark_non_differentiable(output[2])
 
 
 def _differentiate(ctx: Any, grad_y: torch.Tensor, grad_state: torch.Tensor, _: Any) -> tuple[Any, ...]:
     entries, *values = ctx.saved_tensors
-    grads = ssd_backward(grad_y, grad_state, entries, *values, ctx.chunk_size)
+    grads = ssd_backward(grad_y, grad_state, entries, *values, *ctx.options)
     wanted = [g if v is not None and need else None for g, v, need in zip(grads, values, ctx.needs_input_grad)]
-    return (*wanted, None, None, None)
+    return (*wanted, None, None, None, None)
 
 
 ssd_backward = define_operator(

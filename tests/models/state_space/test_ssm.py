@@ -81,6 +81,27 @@ def test_token_by_token(fields):
 
 
 @every_case
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_tokens_decoded_in_one_kernel(fields, backend):
+    """Without gradients a single token takes another path than a sequence: for every backend and several rows."""
+    model, ids = build(**fields, backend=backend), tokens(batch=3)
+    cache = DynamicCache(config=model.config)
+    parts = [ids[:, :1], *ids[:, 1:].split([7, 1, 1, 1, 5, 1, 1, 6], 1)]
+    close(torch.cat([logits(model, part, past_key_values=cache) for part in parts], 1), logits(model, ids))
+
+
+def test_wrapped_modules_are_not_read_around_while_decoding():
+    """A hook on a projection between the projections must act on single tokens too."""
+    model, ids = build(), tokens()
+    for layer in model.model.layers:
+        layer.mixer.x_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+        layer.mixer.conv1d.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+    cache = DynamicCache(config=model.config)
+    parts = [logits(model, ids[:, t : t + 1], past_key_values=cache) for t in range(LENGTH)]
+    close(torch.cat(parts, 1), logits(model, ids))
+
+
+@every_case
 @pytest.mark.parametrize("places", [range(6, 30), range(24), [*range(2), *range(4, 9), *range(12, 29)]], ids=str)
 def test_padding_left_right_inside(fields, places):
     model, ids, places = build(**fields), tokens(), list(places)
@@ -338,3 +359,48 @@ def test_a_broken_weight_is_seen():
     with torch.no_grad():
         model.model.layers[0].mixer.A_log[3, 2] = float("nan")
     assert logits(model, tokens()).isnan().any()
+
+
+def test_labels_that_are_all_ignored_are_seen_too():
+    """As in torch: a mean over nothing is no number; over the items of a larger batch it adds nothing."""
+    model, ids = build(), tokens()
+    nothing = torch.full_like(ids, -100)
+    assert model(ids, labels=nothing).loss.isnan()
+    loss = model(ids, labels=nothing, num_items_in_batch=5).loss
+    loss.backward()
+    assert loss == 0
+    assert all(parameter.grad.abs().max() == 0 for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float16, 4e-3), (torch.bfloat16, 3e-2)], ids=str)
+def test_half_precision_on_the_cpu(mixer, dtype, bar):
+    """Weights of two bytes; scans and states stay in float32, in one piece and token by token."""
+    exact, ids = build(mixer=mixer), tokens()
+    expected = logits(exact, ids)
+    model = build(mixer=mixer).to(dtype)
+    cache = DynamicCache(config=model.config)
+    steps = torch.cat([logits(model, ids[:, t : t + 1], past_key_values=cache) for t in range(LENGTH)], 1)
+    for got in (logits(model, ids), steps):
+        assert got.dtype == dtype
+        assert (got.float() - expected).abs().max() <= bar * expected.abs().max()
+    assert cache.layers[0].states["ssm"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_row_without_any_real_token(mixer):
+    """It has finite outputs, leaves its state at zero, and its neighbour does not notice."""
+    model, ids = build(mixer=mixer, use_bias=True), tokens()
+    mask = torch.ones_like(ids)
+    mask[0] = 0
+    cache = DynamicCache(config=model.config)
+    found = logits(model, ids, attention_mask=mask, past_key_values=cache)
+    assert found.isfinite().all()
+    close(found[1:], logits(model, ids[1:]))
+    assert all(not state[0].any() for layer in cache.layers for state in layer.states.values())
+
+
+def test_a_checkpoint_of_another_mixer_is_refused(tmp_path):
+    build().save_pretrained(tmp_path)
+    with pytest.raises((RuntimeError, ValueError), match=r"mismatch|size"):
+        SelectiveSSMForCausalLM.from_pretrained(tmp_path, config=config(mixer="mamba2"))

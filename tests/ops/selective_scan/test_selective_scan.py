@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
@@ -242,3 +244,12 @@ def test_an_explicit_backend_that_cannot_run_raises():
     assert selective_scan(**call)[0].dtype == torch.float64
     with pytest.raises(ValueError, match="gpu"):
         selective_scan(**arguments(), backend="gpu")
+
+
+def test_threads_do_not_share_scratch():
+    """The kernels run without the interpreter's lock."""
+    calls = [arguments(1, 400, 64, 16, seed=seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda call: selective_scan(**call, backend="cpu")[0], calls * 4))
+    for i, got in enumerate(together):
+        assert torch.equal(got, selective_scan(**calls[i % 4], backend="cpu")[0])

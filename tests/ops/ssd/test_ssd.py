@@ -7,7 +7,8 @@ import torch
 
 from hf_lnlm.ops.ssd import ssd
 
-NAMES = ("x", "scale", "log_decay", "B", "C", "D", "initial_state")
+FAST = ("eager", "cpu")
+every_backend = pytest.mark.parametrize("backend", FAST)
 
 
 def arguments(batch=2, length=70, heads=4, width=8, groups=2, states=16, step=0.1):
@@ -33,12 +34,12 @@ def relative(got, expected):
     return ((got.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
 
 
-def compare(call, **options):
+def compare(call, backend, **options):
     torch.manual_seed(2)
     doubled = {n: None if v is None else v.double().requires_grad_() for n, v in call.items()}
     single = {n: None if v is None else v.clone().requires_grad_() for n, v in call.items()}
     expected = ssd(**doubled, backend="reference", **{k: v for k, v in options.items() if k != "chunk_size"})
-    got = ssd(**single, backend="eager", **options)
+    got = ssd(**single, backend=backend, **options)
     weights = [torch.randn_like(t) for t in got]
     names = [n for n, v in call.items() if v is not None]
     for pair in zip(got, expected):
@@ -49,46 +50,72 @@ def compare(call, **options):
         assert relative(grad, true) <= 2e-6, name
 
 
+@every_backend
 @pytest.mark.parametrize(
     "shape",
     [(2, 70, 4, 8, 2, 16), (1, 129, 4, 8, 1, 64), (3, 64, 3, 5, 3, 8), (1, 1, 4, 8, 4, 8), (2, 33, 2, 7, 1, 128)],
     ids=str,
 )
-def test_outputs_state_and_gradients_match_the_reference(shape):
-    compare(arguments(*shape))
+def test_outputs_state_and_gradients_match_the_reference(backend, shape):
+    compare(arguments(*shape), backend)
 
 
+@every_backend
 @pytest.mark.parametrize("step", [20.0, 650.0], ids=["e^-80", "dt·|A| = 2600"])
-def test_hard_decays(step):
-    compare(arguments(step=step))
+def test_hard_decays(backend, step):
+    compare(arguments(step=step), backend)
 
 
-def test_long_memory():
+@every_backend
+def test_long_memory(backend):
     call = arguments(1, 8192, 2, 4, 1, 8, step=1e-4)
     y, state = ssd(**{n: v.double() for n, v in call.items()}, backend="eager")
-    got, last = ssd(**call, backend="eager")
+    got, last = ssd(**call, backend=backend)
     assert relative(got, y) <= 5e-6
     assert relative(last, state) <= 5e-6
 
 
+@every_backend
 @pytest.mark.parametrize("reverse", [False, True])
-def test_masks_resets_and_direction(reverse):
-    compare(arguments(), reverse=reverse, **marks(2, 70))
+def test_masks_resets_and_direction(backend, reverse):
+    compare(arguments(), backend, reverse=reverse, **marks(2, 70))
 
 
+@every_backend
 @pytest.mark.parametrize("reverse", [False, True])
-def test_diagonal(reverse):
-    compare(arguments() | {"diagonal": torch.rand(2, 70, 4)}, reverse=reverse, **marks(2, 70))
+def test_diagonal(backend, reverse):
+    compare(arguments() | {"diagonal": torch.rand(2, 70, 4)}, backend, reverse=reverse, **marks(2, 70))
 
 
+@every_backend
 @pytest.mark.parametrize("absent", ["D", "initial_state"])
-def test_optional_arguments(absent):
-    compare(arguments() | {absent: None})
+def test_optional_arguments(backend, absent):
+    compare(arguments() | {absent: None}, backend)
 
 
+@every_backend
+def test_slices_of_a_projection_are_read_in_place(backend):
+    call = arguments(length=40)
+    wide = torch.cat([call["x"].flatten(2), torch.randn(2, 40, 5)], 2)
+    sliced = ssd(**(call | {"x": wide[..., :32].unflatten(2, (4, 8))}), backend=backend)
+    for got, expected in zip(sliced, ssd(**call, backend=backend)):
+        assert torch.equal(got, expected)
+
+
+@every_backend
+def test_bfloat16_is_computed_in_float32(backend):
+    call = arguments()
+    rows = ("x", "B", "C")
+    narrow = {n: v.bfloat16() if n in rows else v for n, v in call.items()}
+    got, _ = ssd(**narrow, backend=backend)
+    expected, _ = ssd(**{n: v.float() for n, v in narrow.items()}, backend=backend)
+    assert torch.equal(got, expected.bfloat16())
+
+
+@every_backend
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, 256])
-def test_chunk_size_does_not_matter(chunk_size):
-    compare(arguments(), chunk_size=chunk_size)
+def test_chunk_size_does_not_matter(backend, chunk_size):
+    compare(arguments(), backend, chunk_size=chunk_size)
 
 
 def test_gradcheck_with_masks_and_resets():
@@ -100,27 +127,30 @@ def test_gradcheck_with_masks_and_resets():
     assert torch.autograd.gradcheck(function, tuple(call.values()))
 
 
-def test_every_split_continues_exactly():
+@every_backend
+def test_every_split_continues_exactly(backend):
     call = arguments(length=9)
     rows = ("x", "scale", "log_decay", "B", "C")
-    y, state = ssd(**call)
+    y, state = ssd(**call, backend=backend)
     for split in range(1, 9):
-        left, middle = ssd(**{n: v[:, :split] if n in rows else v for n, v in call.items()})
+        left, middle = ssd(**{n: v[:, :split] if n in rows else v for n, v in call.items()}, backend=backend)
         second = {n: v[:, split:] if n in rows else v for n, v in call.items()}
-        right, last = ssd(**(second | {"initial_state": middle}))
+        right, last = ssd(**(second | {"initial_state": middle}), backend=backend)
         assert relative(torch.cat([left, right], 1), y.double()) <= 1e-6
         assert relative(last, state.double()) <= 1e-6
 
 
-def test_not_a_number_is_not_hidden():
+@every_backend
+def test_not_a_number_is_not_hidden(backend):
     call = arguments()
     call["log_decay"][:, 5, 1] = float("nan")
-    y, _ = ssd(**call)
+    y, _ = ssd(**call, backend=backend)
     assert y[:, 6:, 1].isnan().all()
     assert not y[:, :, 0].isnan().any()
 
 
-def test_compiled_as_one_node_without_recompiling_over_lengths():
+@every_backend
+def test_compiled_as_one_node_without_recompiling_over_lengths(backend):
     call = arguments()
     rows = ("x", "scale", "log_decay", "B", "C")
     graphs = []
@@ -130,10 +160,10 @@ def test_compiled_as_one_node_without_recompiling_over_lengths():
         return graph
 
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *values: ssd(*values), fullgraph=True, dynamic=True, backend=keep)
+    compiled = torch.compile(lambda *values: ssd(*values, backend=backend), fullgraph=True, dynamic=True, backend=keep)
     for length in (70, 40, 9):
         part = {n: v[:, :length].clone() if n in rows else v for n, v in call.items()}
-        for got, expected in zip(compiled(*part.values()), ssd(**part)):
+        for got, expected in zip(compiled(*part.values()), ssd(**part, backend=backend)):
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
     assert len(graphs) == 1
     assert sum("ssd" in target for target in graphs[0]) == 1

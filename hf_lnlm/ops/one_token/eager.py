@@ -1,0 +1,67 @@
+"""One decoded token between a mixer's projections in plain torch: as few calls as the equations allow."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..causal_conv.step import causal_conv_step
+
+
+def s6_token_eager(
+    projected: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None,
+    x_weight: torch.Tensor,
+    step_weight: torch.Tensor,
+    step_bias: torch.Tensor | None,
+    a_log: torch.Tensor,
+    skip: torch.Tensor,
+    conv_state: torch.Tensor | None,
+    state: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One token of Mamba-1; arguments and results as in `s6_token_cpu`, on any device, float32 or float64."""
+    x, z = projected.chunk(2, -1)
+    u, conv = causal_conv_step(x, conv_weight.squeeze(1), conv_bias, conv_state, True)
+    u = u[:, 0]
+    mixed = F.linear(u, x_weight)
+    rank, states = step_weight.shape[1], a_log.shape[1]
+    step = F.softplus(F.linear(mixed[:, :rank], step_weight, step_bias), threshold=30.0)
+    last = mixed[:, rank : rank + states].unsqueeze(2) * (step * u).unsqueeze(1)
+    if state is not None:
+        decay = torch.mul(step.unsqueeze(1), a_log.exp().t()).neg_().exp_()
+        last = last.addcmul_(decay, state)
+    y = (mixed[:, rank + states :].unsqueeze(1) @ last).addcmul_(skip, u.unsqueeze(1))
+    return y.mul_(F.silu(z)), conv, last
+
+
+def ssd_token_eager(
+    projected: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None,
+    step_bias: torch.Tensor,
+    a_log: torch.Tensor,
+    skip: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    groups: int,
+    limit: tuple[float, float],
+    conv_state: torch.Tensor | None,
+    state: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One token of Mamba-2; arguments and results as in `ssd_token_cpu`, on any device, float32 or float64."""
+    batch, heads, inner, channels = projected.shape[0], a_log.shape[0], norm_weight.shape[0], conv_weight.shape[0]
+    z, xbc, dt = projected.split([inner, channels, heads], -1)
+    mixed, conv = causal_conv_step(xbc, conv_weight.squeeze(1), conv_bias, conv_state, True)
+    shared = (channels - inner) // 2
+    x, b, c = mixed.split([inner, shared, shared], -1)
+    x = x.view(batch, groups, heads // groups, -1)
+    step = F.softplus(dt + step_bias).clamp_(*limit).view(batch, groups, -1, 1)
+    last = (x * step).unsqueeze(-1) * b.view(batch, groups, 1, 1, -1)
+    if state is not None:
+        kept = (step * -a_log.exp().view(groups, -1, 1)).exp_().unsqueeze(-1)
+        last = last.addcmul_(kept, state.view(last.shape))
+    y = (last @ c.view(batch, groups, 1, -1, 1)).squeeze(-1).addcmul_(skip.view(groups, -1, 1), x)
+    gated = (y.view(batch, 1, inner) * F.silu(z)).view(batch, 1, groups, -1)
+    normal = F.rms_norm(gated, gated.shape[-1:], None, eps).view(batch, 1, inner)
+    return normal * norm_weight, conv, last.view(batch, heads, inner // heads, -1)
