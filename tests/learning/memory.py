@@ -187,9 +187,9 @@ def lstm(task: Task, seed: int) -> LSTMTransducer:
     return LSTMTransducer(task)
 
 
-NTM_COPY, DNC_COPY = Recipe(sequences=16_000), Recipe(batch=16, sequences=30_000, first=None)
+NTM_COPY, DNC_COPY = Recipe(sequences=32_000, decay=0.3), Recipe(batch=16, sequences=30_000, first=None)
 AT_ONCE = Recipe(sequences=30_000, first=None)
-LONG = Recipe(batch=16, sequences=184_000, first=None, rate=5e-4, seconds=600.0, decay=0.5)
+LONG = Recipe(batch=16, sequences=168_000, first=None, rate=5e-4, seconds=600.0, decay=0.5)
 CURVE = Recipe(batch=8, sequences=10**6, first=2, seconds=300.0, decay=0.0)
 
 
@@ -227,6 +227,26 @@ def ntm_copy_long(seed: int, keep: Path | None) -> dict[str, Any]:
     saved(model, keep, f"ntm_copy_long_{seed}")
     found["sequences"] += NTM_COPY.sequences
     return found | {"wrong_bits": errors(model, Copy(), (20, 30, 50, 100, 120))}
+
+
+def trainer_cost(seed: int, keep: Path | None) -> dict[str, Any]:
+    """Milliseconds a step of copy at length 20 by Trainer, and by the barest loop over the same batches."""
+    recipe, task = Recipe(sequences=2000, first=None, decay=0.0), Copy(shortest=20)
+    found = {"trainer": 0.0, "bare loop": 0.0}
+    for _ in range(2):  # the first time warms up
+        model = ntm(task, seed, controller_type="feedforward")
+        found["trainer"] = train(model, task, seed, recipe)["ms_a_step"]
+        model, rows, steps = ntm(task, seed, controller_type="feedforward"), iter(Stream(task, 4, seed)), 500
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+        begin = time.process_time()
+        for _ in range(steps):
+            loss = model(**pad_rows([next(rows) for _ in range(4)])).loss
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+            optimizer.step()
+        found["bare loop"] = round(1e3 * (time.process_time() - begin) / steps, 2)
+    return {"ms_a_step": found}
 
 
 def lstm_copy(seed: int, keep: Path | None) -> dict[str, Any]:
@@ -330,6 +350,7 @@ def runs(data: Path | None) -> dict[str, tuple[tuple[int, ...], Callable[[int, P
         "ntm copy, lstm controller, no curriculum": (SEEDS, partial(ntm_copy_at_once, "lstm")),
         "dnc copy": (SEEDS, dnc_copy),
         "lstm copy": (few, lstm_copy),
+        "what trainer costs": (few, trainer_cost),
         "ntm copy, long": (SEEDS, ntm_copy_long),
         "associative recall, dnc": (few, partial(curve, partial(dnc, memory_size=32), AssociativeRecall(), CURVE)),
         "associative recall, lstm": (few, partial(curve, lstm, AssociativeRecall(), CURVE)),
