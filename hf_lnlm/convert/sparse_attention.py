@@ -3,17 +3,20 @@
 * `linformer_from_stock`, `linformer_to_stock`: BERT and RoBERTa, every head that both sides have. Everything but E and F
   is copied. With `projection="mean_pool"` and k = n the result computes exactly what the stock model does, at every
   length and under padding; a learned E = I does so for inputs of full length. A smaller k is a start for fine-tuning.
+* `linformer_checkpoint`: the same from folder to folder, tokenizer included.
 * `gpt3_from_gpt2`, `gpt3_from_gpt_neo`: exact imports.
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models import bert, roberta
 
 from ..models.sparse_attention import configuration_gpt3, configuration_linformer, modeling_gpt3, modeling_linformer
@@ -87,6 +90,33 @@ def linformer_from_stock(model: PreTrainedModel, *, initial: str = "mean_pool", 
         if isinstance(module, LearnedProjection) and initial != "random":
             _initialise(module, initial)
     return ours.train(model.training)
+
+
+def linformer_checkpoint(
+    source: str | Path, target: str | Path, *, initial: str = "mean_pool", **overrides: Any
+) -> PreTrainedModel:
+    """Convert a saved BERT or RoBERTa, with the head it was saved with, and copy its tokenizer.
+
+    Args:
+        source: folder or Hub name of a checkpoint in safetensors.
+        target: folder to write.
+        initial: what learned projections start from, one of `INITIAL_PROJECTIONS`.
+        overrides: fields of `LinformerConfig`.
+
+    Returns:
+        The Linformer.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or does not say its head.
+    """
+    head = (AutoConfig.from_pretrained(source).architectures or ["none"])[0]
+    if not head.startswith(("Bert", "Roberta")) or not hasattr(transformers, head):
+        raise ValueError(f"architectures of {source} must name a Bert… or Roberta… class, got {head}")
+    stock = getattr(transformers, head).from_pretrained(source, use_safetensors=True)
+    model = linformer_from_stock(stock, initial=initial, **overrides)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    return model
 
 
 def linformer_config(config: Any, **overrides: Any) -> configuration_linformer.LinformerConfig:

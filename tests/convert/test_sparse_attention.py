@@ -13,15 +13,18 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
 )
 
 from hf_lnlm.convert.sparse_attention import (
     gpt3_from_gpt2,
     gpt3_from_gpt_neo,
+    linformer_checkpoint,
     linformer_config,
     linformer_from_stock,
     linformer_to_stock,
 )
+from hf_lnlm.data.tokenizers import build_tokenizer
 
 LENGTH, VOCABULARY = 24, 40
 ENCODER_HEADS = (
@@ -117,6 +120,22 @@ def test_mean_pool_start_averages_windows():
     inputs = encoder_inputs(AutoModel)
     assert (outputs(learned, inputs) - outputs(pooled, inputs)).abs().max() <= 1e-12
     assert torch.allclose(learned.layers[0].attention.key_projection.weight.sum(0), torch.ones(6, dtype=torch.float64))
+
+
+def test_checkpoints_from_folder_to_folder(tmp_path):
+    stock = stock_encoder("roberta", AutoModelForMaskedLM)
+    stock.save_pretrained(tmp_path / "stock")
+    build_tokenizer("byte").save_pretrained(tmp_path / "stock")
+    expected = linformer_from_stock(stock, projected_size=6)
+    found = linformer_checkpoint(tmp_path / "stock", tmp_path / "ours", projected_size=6)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "ours", dtype=torch.float64)
+    inputs = encoder_inputs(AutoModelForMaskedLM)
+    for model in (found.double().eval(), loaded.eval()):
+        assert (outputs(model, inputs) - outputs(expected, inputs)).abs().max() <= 1e-12
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours")("ab")["input_ids"]
+    gpt("gpt2", AutoModel, num_hidden_layers=1).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match="must name a Bert"):
+        linformer_checkpoint(tmp_path / "gpt2", tmp_path / "none")
 
 
 def gpt(kind, auto, **fields):
