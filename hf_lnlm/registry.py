@@ -228,6 +228,7 @@ FAMILIES: tuple[Family, ...] = (
             "base": {"hidden_size": 768, "num_hidden_layers": 4, "memory_size": 128, "num_read_heads": 4},
         },
         lora_targets=("input_proj", "recurrent_proj", "interface_proj", "output_proj"),
+        demo={"NTM": {"memory_size": 32}},
     ),
     Family(
         model_type="lnlm_dnc",
@@ -251,6 +252,7 @@ FAMILIES: tuple[Family, ...] = (
         },
         bidirectional={"bidirectional": True},
         lora_targets=("input_proj", "recurrent_proj", "interface_proj", "output_proj"),
+        demo={"DNC": {"memory_size": 32}},
     ),
     Family(
         model_type="lnlm_encoder_cnn",
