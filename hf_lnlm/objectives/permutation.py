@@ -49,7 +49,7 @@ class PermutationObjective(Objective):
     Args:
         rate: Share of tokens predicted, 1/K; between 0 and 1.
         max_gram: Longest span in words.
-        whole_word: Spans are of whole words; rows need `word_ids`.
+        whole_word: Spans are of whole words; rows need `word_ids`, which lanes don't have. None: yes, without a memory.
         perm_size: Tokens of a block that is permuted by itself; the whole row if None.
         memory: Rows are contiguous lanes and the model's memory is carried from batch to batch.
     """
@@ -62,7 +62,7 @@ class PermutationObjective(Objective):
 
     rate: float = 1 / 6
     max_gram: int = 5
-    whole_word: bool = True
+    whole_word: bool | None = None
     perm_size: int | None = None
     memory: bool = False
 
@@ -73,6 +73,13 @@ class PermutationObjective(Objective):
             raise ValueError(f"max_gram must be 1 or more, got {self.max_gram}")
         if self.perm_size is not None and self.perm_size < 2:
             raise ValueError(f"perm_size must be 2 or more, got {self.perm_size}")
+        if self.memory and self.whole_word:
+            raise ValueError("whole_word must be false with memory=True, got true: lanes bring no word numbers")
+
+    @property
+    def by_words(self) -> bool:
+        """Whether spans are of whole words."""
+        return not self.memory if self.whole_word is None else self.whole_word
 
     @classmethod
     def learns(cls, config: Any) -> bool:
@@ -92,7 +99,7 @@ class PermutationObjective(Objective):
     def packing(self, tokenizer: Any, length: int) -> dict[str, Any]:
         """Rows of `length` tokens that end in sep and cls, as far as the tokenizer has them."""
         tail = tuple(i for i in (tokenizer.sep_token_id, tokenizer.cls_token_id) if i is not None)
-        return {"length": length, "words": self.whole_word, "tail": tail}
+        return {"length": length, "words": self.by_words, "tail": tail}
 
     def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> PermutationCollator:
         """Makes batches with orders and spans keyed by (seed, epoch, example_id)."""
@@ -160,7 +167,7 @@ class PermutationCollator:
     def _starts(self, row: Row, length: int) -> np.ndarray:
         """Which tokens begin a word, bool `[tokens]`; all if words don't matter."""
         starts = np.ones(length, bool)
-        if self.objective.whole_word:
+        if self.objective.by_words:
             if "word_ids" not in row:
                 raise ValueError(
                     f"whole_word=True needs rows with word_ids (words=True when packing), got {sorted(row)}"

@@ -208,6 +208,9 @@ def test_what_does_not_fit_is_refused() -> None:
         PLAIN.check(BertConfig(), TOKENIZER)
     with pytest.raises(ValueError, match="memory=True needs a model with mem_len of 1 or more, got None"):
         objective("permutation", memory=True).check(XLNetConfig(mem_len=None), TOKENIZER)
+    with pytest.raises(ValueError, match="whole_word must be false with memory=True"):
+        objective("permutation", memory=True, whole_word=True)
+    assert not objective("permutation", memory=True).by_words and objective("permutation").by_words
     with pytest.raises(ValueError, match="nothing to predict"):
         PLAIN.collator(TOKENIZER)([{"input_ids": [SEP, CLS], "example_id": 0}])
     for options, message in (({"rate": 0.0}, "rate"), ({"max_gram": 0}, "max_gram"), ({"perm_size": 1}, "perm_size")):

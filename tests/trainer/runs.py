@@ -59,9 +59,7 @@ COMPOSED = ("replaced_token", "sentence_order", "next_sentence", "bidirectional"
 
 def learnt_of(case: Case) -> Any:
     """Return the case's objective; permutation over lanes carries its memory."""
-    options = (
-        {"memory": True, "whole_word": False} if (case["objective"], case["data"]) == ("permutation", "lanes") else {}
-    )
+    options = {"memory": True} if (case["objective"], case["data"]) == ("permutation", "lanes") else {}
     return objective(case["objective"], **options)
 
 
