@@ -12,7 +12,7 @@ from hf_lnlm.ops.ntm_memory.reference import ntm_memory_reference
 from .cases import NAMES, gradients, layer, relative
 
 ONE = {"batch": 1, "steps": 1, "slots": 7, "width": 3}
-ODD = {"batch": 2, "steps": 4, "slots": 13, "width": 5}
+ODD = {"batch": 2, "steps": 3, "slots": 13, "width": 5}
 VARIANTS = [("lstm", True, 1, False), ("feedforward", False, 2, True), ("lstm", False, 0, True)]
 
 
