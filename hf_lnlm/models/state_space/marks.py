@@ -92,6 +92,9 @@ def scan_marks(
     """
     batch, length = inputs.shape[:2]
     mask = _current_mask(attention_mask, batch, length, past)
+    goes_on = length == 1 and past > 0 and seq_idx is None and not is_torchdynamo_compiling()
+    if goes_on and position_ids is not None and bool(position_ids.all()):  # a decoded token that begins no document
+        position_ids = None
     starts = _document_starts(inputs, mask, position_ids, seq_idx, cu_seq_lens)
     if not is_torchdynamo_compiling():
         if mask is not None and bool(mask.all()):

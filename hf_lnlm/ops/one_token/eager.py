@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..causal_conv.step import causal_conv_step
+
+def _convolve(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Convolve `(batch, 1, channels)` and apply SiLU; returns `(batch, channels)` and the next state."""
+    kernel = weight.shape[2]
+    window = torch.cat([x.new_zeros(x.shape[0], kernel - 1, x.shape[2]) if state is None else state, x], 1)
+    y = (window * weight.view(-1, kernel).t()).sum(1)
+    return F.silu(y if bias is None else y.add_(bias), inplace=True), window[:, 1:]
 
 
 def s6_token_eager(
@@ -22,16 +30,15 @@ def s6_token_eager(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One token of Mamba-1; arguments and results as in `s6_token_cpu`, on any device, float32 or float64."""
     x, z = projected.chunk(2, -1)
-    u, conv = causal_conv_step(x, conv_weight.squeeze(1), conv_bias, conv_state, True)
-    u = u[:, 0]
-    mixed = F.linear(u, x_weight)
+    u, conv = _convolve(x, conv_weight, conv_bias, conv_state)
     rank, states = step_weight.shape[1], a_log.shape[1]
-    step = F.softplus(F.linear(mixed[:, :rank], step_weight, step_bias), threshold=30.0)
-    last = mixed[:, rank : rank + states].unsqueeze(2) * (step * u).unsqueeze(1)
+    mixed, b, c = F.linear(u, x_weight).split([rank, states, states], 1)
+    step = F.softplus(F.linear(mixed, step_weight, step_bias), threshold=30.0)
+    u, step = u.unsqueeze(1), step.unsqueeze(1)
+    last = b.unsqueeze(2) * (step * u)
     if state is not None:
-        decay = torch.mul(step.unsqueeze(1), a_log.exp().t()).neg_().exp_()
-        last = last.addcmul_(decay, state)
-    y = (mixed[:, rank + states :].unsqueeze(1) @ last).addcmul_(skip, u.unsqueeze(1))
+        last.addcmul_(torch.mul(a_log.exp().t(), -step).exp_(), state)
+    y = torch.bmm(c.unsqueeze(1), last).addcmul_(u, skip)
     return y.mul_(F.silu(z)), conv, last
 
 
@@ -52,7 +59,7 @@ def ssd_token_eager(
     """One token of Mamba-2; arguments and results as in `ssd_token_cpu`, on any device, float32 or float64."""
     batch, heads, inner, channels = projected.shape[0], a_log.shape[0], norm_weight.shape[0], conv_weight.shape[0]
     z, xbc, dt = projected.split([inner, channels, heads], -1)
-    mixed, conv = causal_conv_step(xbc, conv_weight.squeeze(1), conv_bias, conv_state, True)
+    mixed, conv = _convolve(xbc, conv_weight, conv_bias, conv_state)
     shared = (channels - inner) // 2
     x, b, c = mixed.split([inner, shared, shared], -1)
     x = x.view(batch, groups, heads // groups, -1)
