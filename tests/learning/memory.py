@@ -252,7 +252,7 @@ def trainer_cost(seed: int, keep: Path | None) -> dict[str, Any]:
 def lstm_copy(seed: int, keep: Path | None) -> dict[str, Any]:
     """An LSTM on the Turing machine's task, by its recipe but with 40,000 sequences."""
     model = lstm(Copy(), seed)
-    found = train(model, Copy(), seed, replace(NTM_COPY, sequences=40_000))
+    found = train(model, Copy(), seed, Recipe())
     found["wrong_bits"] = errors(model, Copy(), (10, 20, 30))
     return found | {"passed": found["wrong_bits"]["20"] >= 10}
 
