@@ -91,7 +91,7 @@ def _start_history(plan: _Plan, x: torch.Tensor, weights: Tensors, state: _Carri
     batch, steps = x.shape[:2]
     gates = torch.addmm(weights[1], x.reshape(batch * steps, -1), weights[0].t())
     chunks, following = -(-steps // plan.every), (batch, steps, plan.sizes.linked, *state.read.shape[1:])
-    history = History(
+    tensors = [
         gates.view(batch, steps, -1),
         x.new_empty(batch, steps + 1 if plan.sizes.lstm else 1, plan.sizes.hidden),
         x.new_empty(batch, steps + 1, state.hidden.shape[1]),
@@ -102,7 +102,8 @@ def _start_history(plan: _Plan, x: torch.Tensor, weights: Tensors, state: _Carri
         x.new_empty(batch, chunks, *state.memory.shape[1:]),
         x.new_empty(batch, chunks, *state.link.shape[1:]),
         torch.empty_like(state.write),
-    )
+    ]
+    history = History(*tensors)
     if plan.sizes.lstm:
         history.cells[:, 0] = state.cells
     for name in ("hidden", "usage", "precedence", "write", "read"):

@@ -30,7 +30,7 @@ from ..ntm_memory.gpu_vectors import (
     store_row,
     store_tile,
 )
-from ..triton_math import kernel, sigmoid, softplus, tl
+from ..triton_math import kernel, log_of_share, sigmoid, softplus, tl
 
 
 class Sizes(NamedTuple):
@@ -153,7 +153,7 @@ def ordered_sum(
             term = load_row(values, j, s.slots)
             counts = (other[:, None] > own[None, :]) | (equal & (j[:, None] > slot[None, :]))
         else:
-            term = tl.log(1e-6 + (1 - 1e-6) * other)
+            term = log_of_share(1e-6 + (1 - 1e-6) * other)
             counts = (other[:, None] < own[None, :]) | (equal & (j[:, None] < slot[None, :]))
         total += tl.sum(tl.where(counts & (j[:, None] < s.slots), term[:, None], 0.0), 0)
     return total

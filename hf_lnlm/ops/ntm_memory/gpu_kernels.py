@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..triton_math import kernel, sigmoid, softplus, tanh, tl
+from ..triton_math import kernel, log_of_share, sigmoid, softplus, tanh, tl
 from .gpu_vectors import (
     add_row,
     clear_row,
@@ -186,7 +186,7 @@ def _memory_step(
     for i in range(heads):
         last = load_row(before + i * s.slots, slot, s.slots)
         _k, _n, _b, _g, power, _s, _c, _w, _d, shifted = _head(raw + i * size, last, memory, inverse, slot, s)
-        store_row(after + i * s.slots, slot, softmax(power * tl.log(shifted), slot < s.slots), s.slots)
+        store_row(after + i * s.slots, slot, softmax(power * log_of_share(shifted), slot < s.slots), s.slots)
     tl.debug_barrier()
     vectors = raw + heads * size
     if s.read_first:
@@ -323,7 +323,7 @@ def _address_backward(
         raw, before, memory, inverse, slot, s
     )
     slopes = weighting * (d_weighting - tl.sum(weighting * d_weighting, 0))
-    d_power = tl.sum(slopes * tl.log(shifted), 0)
+    d_power = tl.sum(slopes * log_of_share(shifted), 0)
     d_gated = _shift_backward(shift, gated, power * slopes / shifted, d_raw, slot, s)
     d_gate = tl.sum(d_gated * (content - before), 0)
     added, d_key, d_strength = content_backward(memory, inverse, scores, key, norm, strength, content, gate * d_gated)

@@ -65,9 +65,7 @@ def selective_scan(
     Raises:
         ValueError: shapes that do not fit, or a backend that cannot run.
     """
-    _check(u, dt, A, B, C)
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+    _check(u, dt, A, B, C, backend)
     alone = u.shape[1] == 1 and mask is None and reset is None and backend != "reference"
     if alone and runs_directly(u, dt, A, B, C, D, z, dt_bias, initial_state):
         if pick_backend(backend, u.device, BACKENDS, u.dtype) == "cpu" and softplus:
@@ -88,7 +86,9 @@ def selective_scan(
     return (y.flip(1) if reverse else y), state
 
 
-def _check(u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> None:
+def _check(u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, backend: str) -> None:
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
     if u.dim() != 3 or u.shape[1] == 0:
         raise ValueError(f"u must be (batch, length ≥ 1, channels), got {tuple(u.shape)}")
     if dt.shape != u.shape:

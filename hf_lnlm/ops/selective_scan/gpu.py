@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..triton_math import kernel, power_of_two, sigmoid, softplus, tl
+from ..triton_math import exp2, kernel, power_of_two, sigmoid, softplus, tl
 
 try:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -167,7 +167,7 @@ def _forward(
             _store_tile(entries + (t // s.block * batch + b) * size, n, e, state, s)
         u, delta, _slope, keep = _discretise(o, k, b, t, length, e, s)
         source = (delta * u)[None, :] * _token(o.B, k.B, b, t, n, s.states)[:, None]
-        state = tl.exp2(delta[None, :] * a) * keep * state + source
+        state = exp2(delta[None, :] * a) * keep * state + source
         row = tl.sum(state * _token(o.C, k.C, b, t, n, s.states)[:, None], 0) + skip * u
         if s.gated:
             z = _token(o.z, k.z, b, t, e, s.channels)
@@ -197,7 +197,7 @@ def _run_block_again(
         _store_tile(d.states + (b * s.block + t - first) * size, n, e, state, s)
         u, delta, _slope, keep = _discretise(o, k, b, t, length, e, s)
         source = (delta * u)[None, :] * _token(o.B, k.B, b, t, n, s.states)[:, None]
-        state = tl.exp2(delta[None, :] * a) * keep * state + source
+        state = exp2(delta[None, :] * a) * keep * state + source
 
 
 @kernel
@@ -242,7 +242,7 @@ def _retreat(
     u, delta, slope, keep = _discretise(o, k, b, t, length, e, s)
     skip = _vector(o.D, e, s.channels, s.skipped)
     bn, cn = _token(o.B, k.B, b, t, n, s.states), _token(o.C, k.C, b, t, n, s.states)
-    decay, source = tl.exp2(delta[None, :] * a) * keep, delta * u
+    decay, source = exp2(delta[None, :] * a) * keep, delta * u
     after = decay * before + source[None, :] * bn[:, None]
     grad = _through_gate(o, k, d, tl.sum(after * cn[:, None], 0) + skip * u, b, t, length, e, s)
     g = carry + cn[:, None] * grad[None, :]
@@ -301,12 +301,12 @@ def _operands(call: dict[str, Any], softplus: bool, save: bool) -> tuple[Operand
     vectors = [u if call[name] is None else call[name].contiguous() for name in ("D", "dt_bias")]
     mask = u if call["mask"] is None else call["mask"].to(torch.float32).contiguous()
     reset = u if call["reset"] is None else call["reset"].to(torch.uint8).contiguous()
-    operands = Operands(u, dt, z, call["A"].contiguous(), B, C, *vectors, mask, reset)
+    operands = Operands(*[u, dt, z, call["A"].contiguous(), B, C, *vectors, mask, reset])
     states = call["A"].shape[1]
     padded = power_of_two(states, 1)
     tile = min(power_of_two(u.shape[2]), max(16, 1024 // padded))
     present = [call[name] is not None for name in ("z", "D", "dt_bias", "mask", "reset")]
-    sizes = Sizes(u.shape[2], states, BLOCK, padded, tile, softplus, *present, save)
+    sizes = Sizes(*[u.shape[2], states, BLOCK, padded, tile, softplus, *present, save])
     return operands, Strides(*[(t.stride(0), t.stride(1)) for t in (u, dt, z, B, C)]), sizes
 
 

@@ -57,8 +57,7 @@ def ssd(
         reset: `(batch, length)` booleans, true at a real position that begins a document, or None.
         diagonal: `(batch, length, heads)`, factor of a token's own part in its own output (not in the state), or None.
         reverse: run from the last position to the first; `reset` then marks where documents end.
-        chunk_size: tokens that are computed by matrix products at once; on the CPU at most `CHUNK_SIZE`, beyond which the
-            masked products only cost more.
+        chunk_size: tokens that are computed by matrix products at once; on the CPU at most `CHUNK_SIZE`.
         backend: `auto`, `reference`, `eager`, `cpu` or `gpu`.
 
     Returns:
@@ -68,9 +67,7 @@ def ssd(
     Raises:
         ValueError: shapes that do not fit, or a backend that cannot run.
     """
-    _check(x, scale, log_decay, B, C, chunk_size)
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+    _check(x, scale, log_decay, B, C, chunk_size, backend)
     alone = x.shape[1] == 1 and mask is None and reset is None and backend != "reference"
     if alone and runs_directly(x, scale, log_decay, B, C, D, initial_state, diagonal):
         if backend != "auto":
@@ -95,8 +92,11 @@ def ssd(
 
 
 def _check(
-    x: torch.Tensor, scale: torch.Tensor, log_decay: torch.Tensor, B: torch.Tensor, C: torch.Tensor, chunk_size: int
-) -> None:
+    x: torch.Tensor, scale: torch.Tensor, log_decay: torch.Tensor, B: torch.Tensor, C: torch.Tensor, chunk_size: int,
+    backend: str,
+) -> None:  # fmt: skip
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
     if x.dim() != 4 or x.shape[1] == 0:
         raise ValueError(f"x must be (batch, length ≥ 1, heads, width), got {tuple(x.shape)}")
     for name, tensor in (("scale", scale), ("log_decay", log_decay)):

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..triton_math import kernel, power_of_two, tl
+from ..triton_math import exp, kernel, power_of_two, tl
 
 _MOST_TOKENS = 64  # of a tile
 _STATE_ENTRIES = 4096  # of a program's part of the state
@@ -142,8 +142,8 @@ def _decays(o: tl.tensor, b: tl.tensor, t: tl.tensor, last: tl.tensor, length: t
     sums, total = tl.cumsum(log_decay, 0), tl.sum(log_decay, 0)
     place = tl.arange(0, s.tokens)
     past = place[:, None] >= place[None, :]
-    weights = tl.exp(tl.where(past, (sums[:, None] - sums[None, :]).to(tl.float32), float("-inf")))
-    return weights, tl.exp(sums.to(tl.float32)), tl.exp((total - sums).to(tl.float32)), tl.exp(total.to(tl.float32))
+    weights = exp(tl.where(past, (sums[:, None] - sums[None, :]).to(tl.float32), float("-inf")))
+    return weights, exp(sums.to(tl.float32)), exp((total - sums).to(tl.float32)), exp(total.to(tl.float32))
 
 
 @kernel
@@ -337,7 +337,8 @@ def _operands(call: dict[str, Any], chunk_size: int, save: bool) -> tuple[Operan
     tile = min(power_of_two(x.shape[3]), max(16, _STATE_ENTRIES // states))
     present = [call[name] is not None for name in ("D", "diagonal", "reset")]
     tokens = min(_MOST_TOKENS, power_of_two(chunk_size))
-    sizes = Sizes(*x.shape[2:], *B.shape[2:], chunk_size, tokens, tile, states, *present, save)
+    shape = [*x.shape[2:], *B.shape[2:], chunk_size, tokens, tile, states]
+    sizes = Sizes(*[*shape, *present, save])
     strides = Strides(*[(t.stride(0), t.stride(1), t.stride(2)) for t in (x, B, C)])
     return Operands(x, scale, log_decay, B, C, skip, diagonal, reset), strides, sizes
 
