@@ -116,7 +116,9 @@ def short_lengths(given: argparse.Namespace) -> list[Row]:
     cases += [(n, 32, 1) for n in (64, 100, 200, 400)] + [(n, STRIDE, 4) for n in (300, 512, 900)]
     for length, stride, batch in cases:
         for training in (False, True):
-            times = cpu_times(attention_calls(length, training, stride, batch), 7, calls=max(1, 1200 // length // batch))
+            times = cpu_times(
+                attention_calls(length, training, stride, batch), 7, calls=max(1, 1200 // length // batch)
+            )
             slowest = max(PATTERNS, key=lambda kind: times[kind])
             name = f"slowest ({slowest}) / dense, n={length}, l={stride}, batch {batch}, {mode(training)}"
             rows.append(at_most(name, times[slowest], times["dense"], 1.1, 1.0))

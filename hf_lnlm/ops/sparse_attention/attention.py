@@ -54,6 +54,9 @@ def sparse_attention(
     patterns = (patterns,) if isinstance(patterns, SparsePattern) else tuple(patterns)
     _check(query, key, value, patterns, mask, dropout)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    simple = mask is None and backend == "auto" and len(patterns) == 1 and query.shape == key.shape
+    if simple and not torch.compiler.is_compiling():  # the shortest way through counts where the text is short
+        return _attend(query, key, value, patterns[0], None, scale, dropout)
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     traced = torch.compiler.is_compiling()
     if not traced and mask is not None and bool(mask.all()):
@@ -115,9 +118,9 @@ def _attend(
     scale: float,
     dropout: float,
 ) -> torch.Tensor:
-    if not pattern.is_dense(query.shape[2]):
-        rows = query.shape[0] * query.shape[1]
-        if (pattern.causal or lengths is None) and dense_is_cheaper(pattern, query.shape[2], rows):
+    length = query.shape[2]
+    if not pattern.is_dense(length):
+        if (pattern.causal or lengths is None) and dense_is_cheaper(pattern, length):
             return sparse_attention_dense(query, key, value, pattern, scale, dropout)
         return sparse_attention_eager(query, key, value, pattern, scale, dropout, lengths)
     allowed = None

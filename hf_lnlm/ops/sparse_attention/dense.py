@@ -16,38 +16,48 @@ from .parts import blocking_bias
 from .pattern import SparsePattern
 from .tiles import fused_attention_available, fused_causal_attention
 
-DENSE_ROWS, LOCAL_ROWS = 256, 128
-"""Queries attended at once, and those of the local pattern (tuning values, no effect on results)."""
+DENSE_ROWS, DENSE_SPLIT, LOCAL_ROWS = 256, (350, 600), 128
+"""Queries attended at once where the length lies in `DENSE_SPLIT` (else all are), and those of the local pattern
+(tuning values, no effect on results)."""
 
-_KEYS_PER_QUERY, _KEYS_PER_COLUMN_MERGE, _KEYS_PER_SUMMARY_MERGE = 40.0, 120.0, 100.0
-"""Measured overheads of the blocks path for one query, in keys attended to by the dense path in the same time."""
+LONG_STRIDE = 96
+"""From this stride on the first block, which sees all of its past, is attended to without a bias of its own."""
 
-_SCORES_PER_CALL = 150_000.0
-"""Measured overhead of one call of the blocks path, in scores computed by the dense path in the same time."""
+LONGEST_DENSE = 4096
+"""Longest sequence that may be attended to densely: its bias takes 64 MiB in float32."""
+
+LOCAL_STRIDES, LOCAL_LENGTH = 8, 256
+"""Causal local attention is cheaper row by row than in blocks up to so many strides, and up to this length."""
+
+_WINDOW, _BLOCK, _BASE, _COLUMN, _SUMMARY, _CAUSAL = 0.58, 0.8, 60.0, 100.0, 80.0, 48.0
+"""Measured times of the blocks path for one query, in keys attended to by dense attention in the same time: for each
+key of a window, for each key of a block, at all, for merging a column, for merging summaries; and what a causal query
+attends to in vain in dense attention."""
 
 
-def dense_is_cheaper(pattern: SparsePattern, length: int, rows: int = 1) -> bool:
-    """Whether one dense masked attention beats the blocks, by keys per query and measured costs of merging.
+@lru_cache(maxsize=256)
+def dense_is_cheaper(pattern: SparsePattern, length: int) -> bool:
+    """Whether dense attention under a mask beats the blocks, by measured times for each query.
 
     Args:
         pattern: the index set.
         length: number of tokens.
-        rows: batch × heads.
     """
-    if length == pattern.stride or empty_queries(pattern) >= length:
+    stride, blocks = pattern.stride, -(-length // pattern.stride)
+    if length == stride or empty_queries(pattern) >= length:
         return False
-    blocks = -(-length // pattern.stride)
-    half = 0.5 if pattern.causal else 1.0
-    keys = _KEYS_PER_QUERY + _SCORES_PER_CALL / (rows * length)
+    if pattern.kind == "local" and pattern.causal:
+        return length < max(LOCAL_LENGTH, LOCAL_STRIDES * stride)
+    half, keys = (0.5, 0.0) if pattern.causal else (1.0, 0.0)
     if pattern.kind in ("local", "strided"):
-        keys += (2 if pattern.causal else 3) * pattern.stride
+        keys += _BASE + _WINDOW * (2 if pattern.causal else 3) * stride
     if pattern.kind in ("block", "fixed"):
-        keys += pattern.stride
+        keys += _BASE + _BLOCK * stride
     if pattern.kind in ("column", "strided"):
-        keys += half * blocks + _KEYS_PER_COLUMN_MERGE
+        keys += _COLUMN + half * blocks
     if pattern.kind in ("summary", "fixed"):
-        keys += half * blocks * pattern.summary + _KEYS_PER_SUMMARY_MERGE
-    return keys * blocks * pattern.stride > 1.1 * half * length**2
+        keys += _SUMMARY + half * blocks * pattern.summary
+    return length <= LONGEST_DENSE and keys * blocks * stride > (half * length + _CAUSAL) * length
 
 
 def empty_queries(pattern: SparsePattern) -> int:
@@ -78,35 +88,46 @@ def sparse_attention_dense(
         `(batch, heads, length, head_dim)`.
     """
     length, fused = query.shape[2], dropout == 0.0 and fused_attention_available(query)
-    bias = _dense_bias(pattern, length, query.dtype, query.device)
-    rows = []
-    for first, end in itertools.pairwise(_row_bounds(pattern, length)):
-        seen = slice(max(0, first - pattern.stride + 1) if pattern.kind == "local" else 0, end)
-        at = query[:, :, first:end], key[:, :, seen], value[:, :, seen], bias[:, :, first:end, seen]
-        if fused and pattern.causal and seen.start == first:
-            rows.append(fused_causal_attention(*at, scale))
+    bounds, rows = _row_bounds(pattern, length), []
+    for first, end in itertools.pairwise(bounds):
+        start = max(0, first - pattern.stride + 1) if pattern.kind == "local" and pattern.causal else 0
+        at = query, key, value
+        if len(bounds) > 2 or first:
+            at = query[:, :, first:end], key[:, :, start:end], value[:, :, start:end]
+        if first == 0 and pattern.causal and pattern.is_dense(end):
+            rows.append(F.scaled_dot_product_attention(*at, dropout_p=dropout, is_causal=True, scale=scale))
+            continue
+        bias = _bias(pattern, first - start, end - start, query.dtype, query.device)
+        if fused and pattern.causal and start == first:
+            rows.append(fused_causal_attention(*at, bias, scale))
         else:
-            rows.append(F.scaled_dot_product_attention(*at, dropout_p=dropout, scale=scale))
+            rows.append(F.scaled_dot_product_attention(*at, attn_mask=bias, dropout_p=dropout, scale=scale))
     blind = empty_queries(pattern) if pattern.causal else 0
     if blind:
         rows.insert(0, query.new_zeros((*query.shape[:2], blind, query.shape[3])))
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
 
 
+@lru_cache(maxsize=256)
 def _row_bounds(pattern: SparsePattern, length: int) -> list[int]:
     """Where the rows of queries that are attended at once begin and end."""
     if not pattern.causal:
         return [0, length]
-    start = empty_queries(pattern)
+    start, at_once, head = empty_queries(pattern), length, []
     if pattern.kind == "local":
-        pieces = max(1, length // LOCAL_ROWS)
-    else:
-        pieces = max(1, round((length - start) / DENSE_ROWS))
-    return [start + (length - start) * i // pieces for i in range(pieces + 1)]
+        at_once = LOCAL_ROWS
+    elif DENSE_SPLIT[0] <= length < DENSE_SPLIT[1]:
+        at_once = DENSE_ROWS
+    if pattern.stride >= LONG_STRIDE and length > 2.2 * pattern.stride and pattern.is_dense(pattern.stride):
+        start, head, at_once = pattern.stride, [0], min(at_once, max(DENSE_ROWS, LOCAL_ROWS))
+    pieces = max(1, round((length - start) / at_once))
+    return [*head, *(start + (length - start) * i // pieces for i in range(pieces + 1))]
 
 
 @lru_cache(maxsize=16)
-def _dense_bias(pattern: SparsePattern, length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _bias(pattern: SparsePattern, first: int, end: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Bias `(1, 1, end - first, end)` of the queries `first … end - 1` over the keys `0 … end - 1`; the local pattern
+    depends on their distance alone, so that its rows share one."""
     with torch.inference_mode(False):  # a bias made in inference mode could not be used in training later
-        positions = torch.arange(length, device=device)
-        return blocking_bias(pattern.visible(positions, positions), torch.empty(0, dtype=dtype, device=device))
+        positions = torch.arange(end, device=device)
+        return blocking_bias(pattern.visible(positions[first:], positions), torch.empty(0, dtype=dtype, device=device))

@@ -17,7 +17,6 @@ from .parts import Part, parts_of
 from .pattern import SparsePattern
 from .tiles import tile_backward, tile_forward
 
-
 CHUNK_NUMBERS = 2**20
 """Numbers of a query tensor taken at once (a tuning value, no effect on results)."""
 

@@ -50,7 +50,7 @@ def fused_causal_attention(
         bias: added to the scores, broadcastable to `(batch, heads, length, length)`.
         scale: factor of the scores.
     """
-    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     return operator(query, key, value, 0.0, True, attn_mask=bias, scale=scale)[0]
 
 

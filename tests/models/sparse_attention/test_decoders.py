@@ -110,10 +110,24 @@ def test_caches_hold_no_more_than_promised():
     for length in range(1, LENGTH + 1):
         past = model(ids[:, length - 1 : length], past_key_values=past, use_cache=True).past_key_values
         entries = past.layers[0].keys.shape[2]
-        assert entries <= STRIDE + SUMMARY * (length // STRIDE)
+        assert entries == length % STRIDE + SUMMARY * (length // STRIDE) <= STRIDE + SUMMARY * (length // STRIDE)
         assert past.get_seq_length() == length
     strided = in_chunks(build("sparse", attention_pattern="strided"), ids, (0, LENGTH))[1]
     assert strided.layers[0].keys.shape[2] == LENGTH
+
+
+@pytest.mark.parametrize("pattern", ["local", "strided", "fixed"])
+def test_a_stride_longer_than_the_text_is_dense(pattern):
+    ids = tokens()
+    dense = build("sparse", attention_pattern="full", position_shape=[8, 8])
+    sparse = build("sparse", attention_pattern=pattern, position_shape=[8, 8], stride=1000)
+    assert (sparse(ids).logits - dense(ids).logits).abs().max() <= 1e-12
+
+
+def test_assisted_decoding_is_refused():
+    model = build("sparse", attention_pattern="fixed")
+    with pytest.raises(ValueError, match="stateful"):
+        model.generate(tokens(9), assistant_model=build("gpt3"), max_new_tokens=4)
 
 
 def test_cache_rows_can_be_reordered_and_repeated_but_not_cropped():

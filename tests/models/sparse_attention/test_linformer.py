@@ -238,6 +238,21 @@ def test_losses_add_up_over_accumulated_batches():
         assert torch.allclose(parts[0] + parts[1], whole), cls.__name__
 
 
+def test_discriminator_leaves_padding_out_of_its_loss():
+    model, ids = build(LinformerForPreTraining), tokens()
+    replaced = (torch.rand(ids.shape) < 0.3).long()
+    expected = model(ids, labels=replaced)
+    wide, mask = padded(ids, 0, 5)
+    labels = torch.nn.functional.pad(replaced, (0, 5), value=1)
+    found = model(wide, attention_mask=mask, labels=labels)
+    assert (found.loss - expected.loss).abs() <= 1e-12
+    assert (found.logits[:, :LENGTH] - expected.logits).abs().max() <= 1e-12
+    labels[:, :9] = -100
+    part = model(wide, attention_mask=mask, labels=labels).loss
+    rest = torch.nn.functional.binary_cross_entropy_with_logits(expected.logits[:, 9:], replaced[:, 9:].double())
+    assert (part - rest).abs() <= 1e-6
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

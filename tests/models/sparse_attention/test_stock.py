@@ -123,6 +123,16 @@ def test_padding_reaches_the_attention(kind):
     assert (model(ids, attention_mask=mask).logits[:1, :33] - alone).abs().max() <= 2e-6
 
 
+@pytest.mark.parametrize("kind", (*CAUSAL, *ENCODERS))
+def test_a_row_of_padding_alone_gives_no_nan(kind):
+    model, ids = enable_sparse_attention(build(kind), stride=STRIDE, summary_size=SUMMARY), tokens()
+    mask = torch.ones_like(ids)
+    mask[0] = 0
+    logits = model(ids, attention_mask=mask).logits
+    assert logits.isfinite().all()
+    assert (logits[1] - model(ids).logits[1]).abs().max() <= 2e-6
+
+
 @pytest.mark.parametrize("kind", ["xlnet", "gpt_neo", "longformer", "t5", "switch_transformers", "opt"])
 def test_models_that_would_ignore_it_are_refused_by_name(kind):
     small = {"vocab_size": 40, "num_hidden_layers": 1, "num_layers": 1, "attention_types": [[["global"], 1]]}

@@ -53,20 +53,25 @@ def worst(ours, theirs):
     return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.fixture(params=["blocks", "dense", "written_out"])
+@pytest.fixture(params=["blocks", "dense", "rows", "written_out"])
 def path(request, monkeypatch):
     """Forces one way of computing; groups and rows are small, so that short inputs reach every branch."""
     monkeypatch.setattr(parts, "GROUP_QUERIES", 3 * STRIDE)
     monkeypatch.setattr(dense, "DENSE_ROWS", 20)
+    monkeypatch.setattr(dense, "DENSE_SPLIT", (30, 70))
+    monkeypatch.setattr(dense, "LONG_STRIDE", STRIDE if request.param == "rows" else 96)
+    dense._row_bounds.cache_clear()
     monkeypatch.setattr(dense, "LOCAL_ROWS", 11)
     monkeypatch.setattr(merge, "CHUNK_NUMBERS", 1000)
     real = dense_is_cheaper
-    forced = {"blocks": lambda *a: False, "dense": lambda p, n, r: n != p.stride and n > 5, "written_out": real}
+    forced = {"blocks": lambda *a: False, "written_out": real}
+    forced |= dict.fromkeys(("dense", "rows"), lambda p, n: n != p.stride and n > 5)
     monkeypatch.setattr(attention, "dense_is_cheaper", forced[request.param])
     if request.param == "written_out":
         monkeypatch.setattr(tiles, "_is_fused", lambda query, dropout: False)
         monkeypatch.setattr(attention, "dense_is_cheaper", lambda *a: False)
-    return request.param
+    yield request.param
+    dense._row_bounds.cache_clear()
 
 
 @pytest.mark.parametrize(("kind", "causal"), list(itertools.product(SPARSE_KINDS, (True, False))))
@@ -254,6 +259,31 @@ def test_never_builds_the_square(monkeypatch):
         seen.clear()
         sparse_attention(query, query, query, SparsePattern(kind, stride))
         assert sum(q * k * tiles_ for q, k, tiles_ in seen) <= bound * length
+
+
+def test_the_cheaper_path_is_taken(monkeypatch):
+    """Dense where few keys are hidden, blocks where most are; never a square of a long text."""
+    taken = []
+    for name in ("dense", "eager"):
+        real = getattr(attention, f"sparse_attention_{name}")
+        spy = lambda *args, name=name, real=real: taken.append(name) or real(*args)  # noqa: E731
+        monkeypatch.setattr(attention, f"sparse_attention_{name}", spy)
+    expected = {150: ["dense"] * 3, 320: ["dense"] * 3, 1536: ["eager"] * 3}
+    for length, paths in expected.items():
+        taken.clear()
+        for kind in ("local", "strided", "fixed"):
+            sparse_attention(*(torch.randn(1, 1, length, 8) for _ in range(3)), SparsePattern(kind, 128))
+        assert taken == paths
+    assert not dense_is_cheaper(SparsePattern("strided", 4096), 9000)
+
+
+def test_biases_made_in_inference_mode_serve_training():
+    inputs = [torch.randn(1, 1, 45, 4, requires_grad=True) for _ in range(3)]
+    for run in (sparse_attention_dense, sparse_attention_eager):
+        pattern = SparsePattern("fixed", 7, 2)
+        with torch.inference_mode():
+            run(*(x.detach() for x in inputs), pattern, 0.5)
+        torch.autograd.grad(run(*inputs, pattern, 0.5).sum(), inputs)
 
 
 def test_fused_operator_is_there_in_the_tested_torch():
