@@ -31,7 +31,9 @@ def run_by_length(encoder: Any, inputs: dict[str, Any], lengths: torch.Tensor, w
     found: list[tuple[torch.Tensor, Any]] = []
     for length in lengths.clamp(min=1).unique().tolist():
         rows = (lengths.clamp(min=1) == length).nonzero()[:, 0]
-        found.append((rows, encoder(**{name: _part(value, rows, length, width) for name, value in inputs.items()})))
+        found.append(
+            (rows, encoder(**{name: _part(value, rows, length, (batch, width)) for name, value in inputs.items()}))
+        )
     hidden = [(rows, outputs.last_hidden_state) for rows, outputs in found]
     return BaseModelOutput(
         last_hidden_state=_joined(hidden, batch, width),
@@ -40,10 +42,11 @@ def run_by_length(encoder: Any, inputs: dict[str, Any], lengths: torch.Tensor, w
     )
 
 
-def _part(value: Any, rows: torch.Tensor, length: int, width: int) -> Any:
-    if not isinstance(value, torch.Tensor) or value.dim() < 2 or value.shape[1] != width:
+def _part(value: Any, rows: torch.Tensor, length: int, shape: tuple[int, int]) -> Any:
+    """A group's share of an argument; of one that is the same for all rows, its beginning."""
+    if not isinstance(value, torch.Tensor) or value.dim() < 2 or value.shape[1] != shape[1]:
         return value
-    return value[rows, :length]
+    return value[rows, :length] if value.shape[0] == shape[0] else value[:, :length]
 
 
 def _joined(parts: list[tuple[torch.Tensor, torch.Tensor]], batch: int, width: int) -> torch.Tensor:
