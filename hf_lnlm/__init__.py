@@ -43,4 +43,4 @@ def __dir__() -> list[str]:
 
 registry.register()
 importlib.import_module("hf_lnlm.models.sparse_attention.stock").register_attention()
-importlib.import_module("hf_lnlm.trainer.peft_table").register_targets()
+importlib.import_module("hf_lnlm.peft_table").register_targets()

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from ..registry import FAMILIES
+from .registry import FAMILIES
 
 TABLE_MODULE = "peft.utils.constants"
 TABLE = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
