@@ -205,7 +205,7 @@ FAMILIES: tuple[Family, ...] = (
         },
         bidirectional={"bidirectional": "tied"},
         lora_targets=("in_proj", "x_proj", "out_proj"),
-        demo={"SSM": {}},
+        demo={"SSM": {"num_hidden_layers": 1, "learning_rate": 8e-3}},
     ),
     Family(
         model_type="lnlm_ntm",
