@@ -60,8 +60,8 @@ def pretrained(library, tmp_path_factory):
         if not folder.exists():
             recipe = next(path for path in RECIPES if path.stem == name)
             file = "protein.fasta" if name == "protein" else "sentences.txt"
-            data = [] if read_recipe(recipe).data.source else ["--data", place / file]
-            succeed("pretrain", recipe, "--output", folder, *data, *settings(*SMALLER))
+            data = [] if read_recipe(recipe).data.source else ["--data", place / file, *settings("data.limit=200")]
+            succeed("pretrain", recipe, "--output", folder, *settings(*SMALLER), *data)
         return folder
 
     return make
