@@ -116,7 +116,14 @@ def mamba1_rows() -> list[Row]:
     times = cpu_times({"peer": forward(stock, 512)} | {b: forward(m, 512) for b, m in ours.items()})
     bars = {"eager": (1.8, None), "cpu": (2.7, 4)}
     rows += [faster(f"Mamba-1 forward without gradients, L=512, {b}", times, *bars[b], b) for b in BACKENDS]
-    for backend, model in ours.items():
+    return rows
+
+
+def long_rows() -> list[Row]:
+    """What 2,048 tokens cost, beside 256 and beside the matrix products alone."""
+    stock, rows = stock_model("mamba1"), []
+    for backend in BACKENDS:
+        model = our_model(stock, backend)
         steps = {"short": training_step(model, 256), "long": training_step(model, 2048)}
         times = cpu_times(steps | {"products": matrix_products(2048)})
         slope = math.log(times["long"] / times["short"]) / math.log(8)
@@ -212,7 +219,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     if arguments.memory:
         memory(arguments.memory)
         sys.exit(0)
-    parts = (exactness_rows, scan_rows, mamba2_rows, generation_rows, memory_rows, mamba1_rows)
+    parts = (exactness_rows, scan_rows, mamba2_rows, generation_rows, memory_rows, long_rows, mamba1_rows)
     return [row for part in parts if arguments.only in part.__name__ for row in part()]
 
 
