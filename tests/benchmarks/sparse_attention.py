@@ -293,7 +293,7 @@ def memory(given: argparse.Namespace) -> list[Row]:
     layer, eager, fused = (grown(which, 4096) for which in ("linformer", "eager", "sdpa"))
     return [
         at_most("strided / masked SDPA, n=8192, peak growth in training", strided, masked, 0.2, 0.15, "bytes"),
-        at_most("Linformer / eager BERT layer, n=4096, peak growth", layer, eager, 0.125, 0.1, "bytes"),
+        at_most("Linformer / eager BERT layer, n=4096, peak growth", layer, eager, 0.2, 0.125, "bytes"),
         at_most("Linformer / SDPA BERT layer, n=4096, peak growth", layer, fused, 1.2, 1.0, "bytes"),
     ]
 

@@ -31,6 +31,8 @@ class SparseTransformerConfig(LNLMConfig):
         attention_dropout: dropout of attention weights; takes a slower path.
         classifier_dropout: dropout before the classifier.
         layer_norm_epsilon: added to the variance in layer norms.
+        initializer_range: standard deviation of initial weights times the square root of their input width; 0.125 in the
+            paper, whose models are wide and train long.
         zero_initial_logits: whether an untied head starts at zero, as in the paper: the first step then trains the
             head alone.
 
@@ -47,6 +49,7 @@ class SparseTransformerConfig(LNLMConfig):
     }
 
     tie_word_embeddings: bool = False
+    initializer_range: float | int = 0.125
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
     intermediate_size: int | None = None

@@ -136,17 +136,18 @@ class SparseTransformerPreTrainedModel(SparseDecoderPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        scale = self.config.initializer_range
         if isinstance(module, nn.Linear):  # [1], section 6
-            init.normal_(module.weight, std=0.125 / module.in_features**0.5)
+            init.normal_(module.weight, std=scale / module.in_features**0.5)
         if isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=0.125 / module.embedding_dim**0.5)
+            init.normal_(module.weight, std=scale / module.embedding_dim**0.5)
         depth = (2 * self.config.num_hidden_layers) ** 0.5
         for name in ("o_proj", "fc2"):
             linear = getattr(module, name, None)
             if isinstance(linear, nn.Linear):
-                init.normal_(linear.weight, std=0.125 / linear.in_features**0.5 / depth)
+                init.normal_(linear.weight, std=scale / linear.in_features**0.5 / depth)
         if isinstance(module, CoordinateEmbedding):
-            std = 0.125 / (module.width * len(module.extents)) ** 0.5
+            std = scale / (module.width * len(module.extents)) ** 0.5
             for table in module.tables.parameters():
                 init.normal_(table, std=std)
         head = getattr(module, "lm_head", None)

@@ -17,8 +17,9 @@ from .parts import Part, parts_of
 from .pattern import SparsePattern
 from .tiles import tile_backward, tile_forward
 
-CHUNK_NUMBERS = 2**20
-"""Numbers of a query tensor taken at once (a tuning value, no effect on results)."""
+CHUNK_NUMBERS, CHUNK_NUMBERS_ELSEWHERE = 2**19, 2**24
+"""Numbers of a query tensor taken at once on a CPU, and on other devices, which need more to be busy (tuning values, no
+effect on results)."""
 
 SEEDS_A_CHUNK = 2**20
 """Seeds of dropped weights set apart for each chunk of rows, one for each part."""
@@ -65,7 +66,8 @@ def _source(part: Part, tokens: torch.Tensor, summary: torch.Tensor | None) -> t
 
 def _row_chunks(x: torch.Tensor) -> Iterator[slice]:
     """Rows taken at once: as few as fill `CHUNK_NUMBERS`, so that what a part returns stays small and in the cache."""
-    step = max(1, CHUNK_NUMBERS // x[0].numel())
+    most = CHUNK_NUMBERS if x.device.type == "cpu" else CHUNK_NUMBERS_ELSEWHERE
+    step = max(1, most * x.shape[0] // max(1, x.numel()))
     return (slice(start, start + step) for start in range(0, x.shape[0], step))
 
 
