@@ -38,7 +38,7 @@ from hf_lnlm.objectives import objective
 from hf_lnlm.trainer.arguments import LNLMTrainingArguments
 from hf_lnlm.trainer.trainer import LNLMTrainer
 
-DOCUMENTS, HELD_BLOCKS = 400, 256
+DOCUMENTS, HELD_BLOCKS, LABELLED = 400, 256, (16, 64)
 TAGS = ("keyword", "call", "attribute", "definition", "name", "operator", "number", "string", "comment")
 BAR, AIM = 0.65, 0.75
 RNN = {"model_type": "lnlm_rnn", "cell_type": "gru", "hidden_size": 96, "num_hidden_layers": 1, "bidirectional": True}
@@ -255,7 +255,7 @@ def compared(library: Library, config: dict[str, Any], rate: float, seed: int, s
     for name, learnt in goals.items():
         made = None if learnt is None else pretrained(library, learnt, config, seed, seconds, rate)
         encoder = None if made is None else encoder_of(made[0])
-        accuracies = {f"rows_{rows}": probe(library, encoder, config, seed, rows, 300) for rows in (16, 64, 256)}
+        accuracies = {f"rows_{rows}": probe(library, encoder, config, seed, rows, 300) for rows in LABELLED}
         found[name] = {**accuracies, **({} if made is None else {"pretraining": made[1]})}
         print(f"  {name} {json.dumps(found[name])}", file=sys.stderr, flush=True)
     return found
