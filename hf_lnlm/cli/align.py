@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,6 +127,14 @@ def training_fields(recipe: Recipe, method: Method) -> dict[str, Any]:
     return {"disable_tqdm": True} | recipe.training | options
 
 
+def _reward(recipe: Recipe) -> Any:
+    """The function of that name, or the reward model in that folder; None if no reward is named."""
+    named = recipe.objective.options.get("reward")
+    if named is None or named in REWARDS:
+        return None if named is None else REWARDS[named]
+    return load_model(replace(recipe.model, checkpoint=named, config={}), "AutoModelForSequenceClassification")
+
+
 def run(recipe: Recipe, method: Method, folder: Path) -> None:
     """Train, measure and save."""
     fields = training_fields(recipe, method)
@@ -139,13 +148,11 @@ def run(recipe: Recipe, method: Method, folder: Path) -> None:
     if labels:  # a new head needs to know where a text ends
         labels["pad_token_id"] = tokenizer.pad_token_id
     model = load_model(recipe.model, method.auto_class, **labels)
-    reward = recipe.objective.options.get("reward")
+    reward = _reward(recipe)
     adapters = None
     if recipe.lora.enabled:
         adapters = lora_config(model, recipe.lora.r, alpha=recipe.lora.alpha, dropout=recipe.lora.dropout)
-    trainer = preference_trainer(
-        method, model, tokenizer, rows, fields, held, REWARDS.get(str(reward), reward), adapters
-    )
+    trainer = preference_trainer(method, model, tokenizer, rows, fields, held, reward, adapters)
     open_output(folder, False)
     if is_first_process():
         write_recipe(folder, recipe, "align")

@@ -86,7 +86,7 @@ class ObjectiveSection:
 
 @dataclass
 class LoraSection:
-    """Low-rank adapters instead of full fine-tuning; the targets default to the family's registry row."""
+    """Low-rank adapters instead of full fine-tuning; without targets every weight matrix is adapted."""
 
     enabled: bool = False
     r: int = 8

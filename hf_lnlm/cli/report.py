@@ -138,7 +138,7 @@ def draw_confusion(confusion: Tensor, names: Sequence[str], path: Path, title: s
 
 
 def _write_counts(axes: Any, counts: Any, shares: Any) -> None:
-    size = 9.0 if len(counts) <= 12 else 6.5
+    size = 9.0 if len(counts) <= 8 else 8.0 if len(counts) <= 16 else 6.5
     for (row, column), count in np.ndenumerate(counts):
         if count:
             colour = "white" if shares[row, column] > 0.55 else "#1f2a44"

@@ -168,17 +168,15 @@ def _sample(config: Any, shift: int = 0) -> torch.Tensor:
     return (torch.arange(8 + shift)[None] * 5 + 3 + shift) % config.vocab_size
 
 
-class _evaluating:
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
     """A model in evaluation mode, as long as the block lasts."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.mode = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *error: Any) -> None:
-        self.model.train(self.mode)
+    mode = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(mode)
 
 
 def prepared_tokenizer(tokenizer: Any) -> Any:

@@ -49,3 +49,14 @@ def test_adapters_only(rnn, tmp_path):
     words = ["--method", "sft", "--lora", "--data", "stdlib", "--output", folder]
     succeed("align", "--checkpoint", rnn, *words, *QUICK)
     assert (folder / "adapter_model.safetensors").exists() and not (folder / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_reward_model_rates_completions(rnn, tmp_path):
+    words = ["align", "--checkpoint", rnn, "--data", "stdlib", *QUICK]
+    succeed(*words, "--method", "reward", "--output", tmp_path / "reward")
+    few = settings("objective.num_generations=2", "objective.max_completion_length=4")
+    succeed(*words, "--method", "grpo", "--reward", tmp_path / "reward", "--output", tmp_path / "out", *few)
+    assert "reward" in json.loads((tmp_path / "out" / "evaluation.json").read_text())["metrics"]
+    refused = run(*words, "--method", "rloo", "--reward", tmp_path / "nothing", "--output", tmp_path / "none")
+    assert refused.status == 2 and "no such checkpoint folder" in refused.err
