@@ -118,8 +118,8 @@ class Recipe:
 SMALL = {"vocab_size": 16, "hidden_size": 64, "num_hidden_layers": 2}
 HEADS = {"hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16, "state_size": 64}
 PARITY = HEADS | {"vocab_size": 2, "state_size": 16}
-GROWING = {0: (8, 8), 100: (8, 40), 800: (24, 40)}
-COSINE: dict[str, Any] = {"schedule": "cosine", "steps": 3000, "rate": 2e-3}  # rotations must become exact
+GROWING = {0: (8, 8), 100: (8, 40)}
+COSINE: dict[str, Any] = {"schedule": "cosine", "steps": 3000}  # rotations must become exact
 RECIPES = (
     Recipe(
         "induction heads",
