@@ -146,9 +146,14 @@ def _block_gradients(
     return (d_gates @ inputs).view_as(x)
 
 
-def _join(parts: list[torch.Tensor]) -> torch.Tensor:
-    """The blocks' parts along time."""
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+def _put(whole: torch.Tensor | None, block: torch.Tensor, part: slice, steps: int) -> torch.Tensor:
+    """A block's place in the tensor of all steps, which the first block makes; a single block is the whole."""
+    if block.shape[1] == steps:
+        return block
+    if whole is None:
+        whole = block.new_empty(block.shape[0], steps, *block.shape[2:])
+    whole[:, part] = block
+    return whole
 
 
 class _Loop(torch.autograd.Function):
@@ -158,18 +163,18 @@ class _Loop(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, mask: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor) -> Any:
         weights, state = tensors[:5], _Carried(*tensors[5:])
         kept: list[torch.Tensor] = []
-        parts: list[list[torch.Tensor]] = [[], [], [], [], []]
+        wholes: list[torch.Tensor | None] = [None] * 5
         for start in range(0, x.shape[1], plan.block):
             part = slice(start, start + plan.block)
             if plan.recompute:
                 kept += state
             history, state = _run_block(plan, x[:, part], mask[:, part].contiguous(), weights, state)
             seen = (history.hidden, history.read, history.write, history.usage)
-            for list_, tensor in zip(parts, [*[rows[:, 1:] for rows in seen], history.interface], strict=True):
-                list_.append(tensor)
+            blocks = [*[rows[:, 1:] for rows in seen], history.interface]
+            wholes = [_put(*pair, part, x.shape[1]) for pair in zip(wholes, blocks, strict=True)]
         ctx.plan = plan
         ctx.save_for_backward(mask, x, *weights, *(kept if plan.recompute else history))
-        outputs, *looks = [_join(part) for part in parts]
+        outputs, *looks = wholes
         ctx.mark_non_differentiable(*looks)
         return outputs, *[tensor.clone() for tensor in state[1:6]], state.memory, state.link, *looks
 

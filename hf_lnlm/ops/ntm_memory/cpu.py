@@ -129,27 +129,35 @@ def _block_gradients(
     return (d_gates @ inputs).view_as(x)
 
 
+def _put(whole: torch.Tensor | None, block: torch.Tensor, part: slice, steps: int) -> torch.Tensor:
+    """A block's place in the tensor of all steps, which the first block makes; a single block is the whole."""
+    if block.shape[1] == steps:
+        return block
+    if whole is None:
+        whole = block.new_empty(block.shape[0], steps, *block.shape[2:])
+    whole[:, part] = block
+    return whole
+
+
 class _Loop(torch.autograd.Function):
     """The recurrence; state tensors are [h;r], c, weightings and memory (B, M, N)."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, mask: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor) -> Any:
         weights, state = tensors[:5], list(tensors[5:])
-        outputs, weightings, kept = [], [], []
+        joined, looks, kept = None, None, []
         for start in range(0, x.shape[1], plan.block):
             part = slice(start, start + plan.block)
             if plan.recompute:
                 kept += state
             history, state = _run_block(plan, x[:, part], mask[:, part].contiguous(), weights, state)
-            outputs.append(history.hidden[:, 1:])
-            weightings.append(history.weightings[:, 1:])
+            joined = _put(joined, history.hidden[:, 1:], part, x.shape[1])
+            looks = _put(looks, history.weightings[:, 1:], part, x.shape[1])
         if not plan.recompute:
             kept = list(history)
         ctx.plan = plan
         ctx.save_for_backward(mask, x, *weights, *kept)
-        looks = torch.cat(weightings, 1) if len(weightings) > 1 else weightings[0]
         ctx.mark_non_differentiable(looks)
-        joined = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
         return joined, state[1].clone(), state[2].clone(), state[3], looks
 
     @staticmethod
