@@ -338,6 +338,16 @@ FAMILIES: tuple[Family, ...] = (
             "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
         },
         lora_targets=("c_attn", "c_proj", "c_fc"),
+        demo={
+            "GPT-3": {
+                "num_hidden_layers": 2,
+                "width_step": 16,
+                "max_position_embeddings": 192,
+                "band_size": 32,
+                "initializer_range": 0.06,
+                "learning_rate": 4e-3,
+            }
+        },
     ),
 )
 
