@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_lnlm.objectives import table as objectives_table
 from hf_lnlm.registry import FAMILIES, markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,11 @@ def test_readme_has_at_most_200_lines():
 def test_family_table_is_the_registrys():
     found = re.search(r"<!-- families -->\n(.*?)\n<!-- /families -->", README, re.DOTALL)
     assert found is not None and found[1] == markdown_table(), "write registry.markdown_table() between the markers"
+
+
+def test_objectives_table_is_the_registrys():
+    found = re.search(r"<!-- objectives -->\n(.*?)\n<!-- /objectives -->", README, re.DOTALL)
+    assert found is not None and found[1] == objectives_table().strip(), "write objectives.table() between the markers"
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
