@@ -48,7 +48,7 @@ def test_odd_sizes_equal_the_reference(interpreted, heads):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize("heads", [(2, 1), (1, 2), (4, 4)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 2), (4, 4)], ids=str)
 def test_all_variants_equal_the_reference(interpreted, heads, variant):
     assert_equal(interpreted(compared, heads, ODD, *variant))
 

@@ -48,7 +48,7 @@ def test_optional_arguments(interpreted, absent):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(3, 33, 17, 64), (2, 16, 1, 1), (1, 49, 70, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 33, 17, 64), (2, 16, 1, 1), (1, 49, 70, 8)], ids=str)
 def test_more_shapes_match_the_reference(interpreted, shape):
     assert_equal(interpreted(compared, shape))
 
