@@ -140,7 +140,7 @@ class QuestionAnswering(Task):
         for index, offsets in enumerate(found["offset_mapping"]):
             owners = found.encodings[index].sequence_ids
             spans = [tuple(span) if owner == 1 and span[1] > span[0] else None for span, owner in zip(offsets, owners)]
-            windows.append(Window({name: found[name][index] for name in names}, spans))  # type: ignore[arg-type]
+            windows.append(Window({name: found[name][index] for name in names}, spans))
         return windows
 
     def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> Callable[[Sequence[Row]], Batch]:
