@@ -107,7 +107,7 @@ class TextClassifier(LNLMPreTrainedModel):
             ValueError: inputs, mask or labels do not fit together.
         """
         if self.reads_pooled_only and not (kwargs.get("output_hidden_states") or self.config.output_hidden_states):
-            kwargs["pooled_only"] = True  # type: ignore[typeddict-unknown-key]
+            kwargs["pooled_only"] = True
         outputs: BaseModelOutputWithPooling = self.model(
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
