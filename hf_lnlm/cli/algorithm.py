@@ -117,7 +117,7 @@ def resolve_algorithm(recipe: Recipe) -> None:
 
 def _task_and_curriculum(recipe: Recipe) -> tuple[Task, CurriculumSection]:
     name, options = str(recipe.objective.name), recipe.objective.options
-    of_curriculum = {key: options[key] for key in ("first", "threshold") if key in options}
+    of_curriculum: dict[str, Any] = {key: options[key] for key in ("first", "threshold") if key in options}
     sizes = {key: value for key, value in options.items() if key not in of_curriculum}
     task = algorithmic_task(name, **typed_section(TASKS[name], sizes, "objective"))
     return task, CurriculumSection(**typed_section(CurriculumSection, of_curriculum, "objective"))

@@ -138,7 +138,7 @@ def copy_rows(seed: int = 0) -> list[CopyRow]:
     recurrent = LSTMTransducer(task.input_size, 100, task.output_size)
     return [
         CopyRow("Neural Turing Machine", turing, batch_size=4, first=3),
-        CopyRow("Differentiable Neural Computer", neural, first=3),
+        CopyRow("Differentiable Neural Computer", neural, learning_rate=3e-3, first=3),
         CopyRow("LSTM", recurrent, learning_rate=3e-3),
     ]
 

@@ -187,7 +187,7 @@ def lstm(task: Task, seed: int) -> LSTMTransducer:
     return LSTMTransducer(task)
 
 
-NTM_COPY, DNC_COPY = Recipe(sequences=32_000, decay=0.3), Recipe(batch=16, sequences=30_000, first=None)
+NTM_COPY, DNC_COPY = Recipe(sequences=32_000, decay=0.3), Recipe(batch=16, rate=3e-3, sequences=24_000)
 AT_ONCE = Recipe(sequences=30_000, first=None)
 LONG = Recipe(batch=16, sequences=168_000, first=None, rate=5e-4, seconds=600.0, decay=0.5)
 CURVE = Recipe(batch=8, sequences=10**6, first=2, seconds=300.0, decay=0.0)
@@ -258,8 +258,8 @@ def lstm_copy(seed: int, keep: Path | None) -> dict[str, Any]:
 
 
 def dnc_copy(seed: int, keep: Path | None) -> dict[str, Any]:
-    """Copy at lengths up to 10 with 32 slots of width 20."""
-    task, model = Copy(longest=10), dnc(Copy(), seed, memory_size=32)
+    """Copy at lengths up to 10, growing from 3, with 32 slots of width 20 and a feed-forward controller."""
+    task, model = Copy(longest=10), dnc(Copy(), seed, memory_size=32, controller_type="feedforward")
     found = train(model, task, seed, DNC_COPY)
     found["wrong_bits"] = wrong = errors(model, task, (5, 10, 15, 20))
     saved(model, keep, f"dnc_copy_{seed}")
