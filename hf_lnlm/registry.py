@@ -181,7 +181,7 @@ FAMILIES: tuple[Family, ...] = (
             "base": {"hidden_size": 900, "embedding_size": 280, "num_hidden_layers": 8, "kernel_width": 4},
         },
         lora_targets=("projection",),
-        demo={"GatedCNN": {}},
+        demo={"GatedCNN": {"num_hidden_layers": 3, "kernel_width": 3, "learning_rate": 8e-3}},
     ),
     Family(
         model_type="lnlm_ssm",
@@ -319,6 +319,17 @@ FAMILIES: tuple[Family, ...] = (
             "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
         },
         lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
+        demo={
+            "Sparse Transformer": {
+                "num_hidden_layers": 2,
+                "width_step": 16,
+                "max_position_embeddings": 192,
+                "stride": 48,
+                "summary_size": 8,
+                "initializer_range": 0.6,
+                "learning_rate": 4e-3,
+            }
+        },
     ),
     Family(
         model_type="lnlm_gpt3",

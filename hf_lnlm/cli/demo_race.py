@@ -66,13 +66,23 @@ class Contender:
         learning_rate: highest learning rate.
         folder: where its checkpoints and the finished model go.
         budget: CPU seconds of training it gets.
+        batch_size: rows a step.
     """
 
     def __init__(
-        self, label: str, model: Any, tokenizer: Any, data: Any, learning_rate: float, folder: Path, budget: float
+        self,
+        label: str,
+        model: Any,
+        tokenizer: Any,
+        data: Any,
+        learning_rate: float,
+        folder: Path,
+        budget: float,
+        batch_size: int,
     ) -> None:
         self.label, self.model, self.tokenizer, self.data = label, model, tokenizer, data
         self.learning_rate, self.folder, self.budget = learning_rate, folder, budget
+        self.batch_size = batch_size
         self.progress = Progress.load(folder)
         self.stopping = False
         self.error: BaseException | None = None

@@ -1,6 +1,6 @@
 """Four labelled corpora x four families from scratch, each for the same CPU time, through the package's own `finetune`.
 
-    python -m tests.learning.finetuning --data DIR [--output FILE] [--only trec] [--seeds 3] [--runs 2] [--seconds 20] [--json]
+    python -m tests.learning.finetuning --data DIR [--output FILE] [--only trec] [--seeds 3] [--runs 2] [--seconds 20]
 
 `--data` holds trec, sst2, wnut17 and ud_ewt_upos as JSON Lines. Every run trains its model (the family's size `tiny`, a
 byte-pair vocabulary of the corpus) for as many steps as fit the CPU time, measured on its first steps, with a learning
