@@ -11,11 +11,11 @@ from ..data.labelled import STDLIB, load_rows
 from ..data.preferences import REWARDS, preference_rows
 from ..data.readers import FileOptions
 from ..data.tokenizers import check_vocabulary
-from ..trainer.adapters import lora_config
 from ..trainer.alignment import METHODS, Method, preference_trainer
+from .adapters import adapter_settings_of
 from .documents import source_name
 from .errors import UsageProblem, unknown_name
-from .models import load_config, load_model, load_tokenizer
+from .models import adapter_settings, load_config, load_model, load_tokenizer
 from .output import check_output, is_first_process, open_output, plain_when_piped, say, warn, write_recipe
 from .recipe import Recipe, field_types, load_recipe, typed_section
 from .run import Parts, output_folder, own_metrics, publish, save, seed_everything
@@ -62,7 +62,7 @@ def align(
     resolved = load_recipe(recipe, flags, list(set or []))
     chosen = resolve_method(resolved)
     folder = output_folder(resolved, f"runs/{Path(str(resolved.model.checkpoint)).name}_{chosen.name}")
-    check_output(folder, False, overwrite)
+    check_output(folder, False, overwrite, resolved)
     run(resolved, chosen, folder)
     return publish(resolved)
 
@@ -75,6 +75,10 @@ def resolve_method(recipe: Recipe) -> Method:
     """
     if recipe.model.checkpoint is None:
         raise UsageProblem("no model: give --checkpoint FOLDER (or a Hub name) of a language model")
+    if adapter_settings(str(recipe.model.checkpoint)):
+        raise UsageProblem(f"{recipe.model.checkpoint} is an adapter: merge it first (align … --set lora.merge=true)")
+    if recipe.lora.merge and not recipe.lora.enabled:
+        raise UsageProblem("lora.merge merges an adapter: give --lora too")
     if recipe.objective.name is None:
         raise UsageProblem(f"no method: give --method, one of {', '.join(METHODS)}")
     if recipe.objective.name == "ppo":
@@ -127,12 +131,13 @@ def training_fields(recipe: Recipe, method: Method) -> dict[str, Any]:
     return {"disable_tqdm": True} | recipe.training | options
 
 
-def _reward(recipe: Recipe) -> Any:
+def _reward(recipe: Recipe, pad_token_id: int | None) -> Any:
     """The function of that name, or the reward model in that folder; None if no reward is named."""
     named = recipe.objective.options.get("reward")
     if named is None or named in REWARDS:
         return None if named is None else REWARDS[named]
-    return load_model(replace(recipe.model, checkpoint=named, config={}), "AutoModelForSequenceClassification")
+    place = replace(recipe.model, checkpoint=named, config={}, head=None)
+    return load_model(place, "AutoModelForSequenceClassification", num_labels=1, pad_token_id=pad_token_id)
 
 
 def run(recipe: Recipe, method: Method, folder: Path) -> None:
@@ -148,10 +153,10 @@ def run(recipe: Recipe, method: Method, folder: Path) -> None:
     if labels:  # a new head needs to know where a text ends
         labels["pad_token_id"] = tokenizer.pad_token_id
     model = load_model(recipe.model, method.auto_class, **labels)
-    reward = _reward(recipe)
+    reward = _reward(recipe, tokenizer.pad_token_id)
     adapters = None
     if recipe.lora.enabled:
-        adapters = lora_config(model, recipe.lora.r, alpha=recipe.lora.alpha, dropout=recipe.lora.dropout)
+        adapters = adapter_settings_of(model, recipe.lora)
     trainer = preference_trainer(method, model, tokenizer, rows, fields, held, reward, adapters)
     open_output(folder, False)
     if is_first_process():

@@ -333,7 +333,8 @@ class MultipleChoice(Task):
 
     def sums(self, logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Summed nll (nats), rows and right ones; `logits` is `[rows, choices]`."""
-        labels = batch["labels"]
+        counted = batch["labels"] >= 0  # not so the rows that fill up a process's last batch
+        logits, labels = logits[counted], batch["labels"][counted]
         right = (logits.argmax(-1) == labels).sum().double()
         return {"nll": summed_nll(logits, labels), "rows": right.new_tensor(len(labels)), "right": right}
 

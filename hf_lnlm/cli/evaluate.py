@@ -67,7 +67,12 @@ def _report_folder(report: str | None, checkpoint: str, checkpoints: list[str]) 
     """Where the report of a checkpoint goes: one of several gets a folder of its own."""
     if report is None:
         return None
-    return Path(report) / Path(checkpoint).name if len(checkpoints) > 1 else Path(report)
+    if len(checkpoints) == 1:
+        return Path(report)
+    names = [Path(item).name for item in checkpoints]
+    if len(set(names)) < len(names):
+        names = [Path(item).as_posix().strip("/.").replace("/", "_") for item in checkpoints]
+    return Path(report) / names[checkpoints.index(checkpoint)]
 
 
 def _write(path: Path, value: Any) -> None:

@@ -107,7 +107,7 @@ def finetune(
     resolve_task(resolved)
     name = resolved.model.family or Path(str(resolved.model.checkpoint)).name
     folder = output_folder(resolved, f"runs/{name}_{resolved.objective.name}")
-    check_output(folder, resume, overwrite)
+    check_output(folder, resume, overwrite, resolved)
     parts = finetuning_parts(resolved)
     if resume:
         check_unchanged(folder, resolved)

@@ -64,16 +64,18 @@ def warn(text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
+def check_output(folder: Path, resume: bool, overwrite: bool, recipe: Recipe | None = None) -> None:
     """Make sure that a run may write into `folder`; changes nothing.
 
     Args:
         folder: the output folder.
         resume: go on with the run in it.
         overwrite: the run in it will be deleted when training begins.
+        recipe: of the new run; what it reads must not be deleted.
 
     Raises:
-        UsageProblem: it is in use, holds something else than a run, or there is nothing to resume.
+        UsageProblem: it is in use, holds something else than a run, holds what the run reads, or there is nothing to
+            resume.
     """
     if resume and overwrite:
         raise UsageProblem("--resume goes on with a run and --overwrite deletes it; give one of them")
@@ -91,6 +93,24 @@ def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
         )
     if filled and overwrite and not is_run:
         raise UsageProblem(f"{folder} was not written by hf-lnlm (no {RECIPE_FILE}); delete it yourself if you mean it")
+    if filled and overwrite and recipe is not None:
+        _check_not_read(folder, recipe)
+
+
+def _check_not_read(folder: Path, recipe: Recipe) -> None:
+    """Refuse to delete what the run itself reads."""
+    reward = recipe.objective.options.get("reward")
+    for source in (
+        recipe.model.checkpoint, recipe.tokenizer.path, recipe.data.source, recipe.data.validation, reward,
+    ):  # fmt: skip
+        if (
+            isinstance(source, str)
+            and Path(source).exists()
+            and Path(source).resolve().is_relative_to(folder.resolve())
+        ):
+            raise UsageProblem(
+                f"{source} is read by this run and would be deleted with {folder}: give another --output"
+            )
 
 
 def open_output(folder: Path, resume: bool) -> None:

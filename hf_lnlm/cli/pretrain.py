@@ -56,7 +56,7 @@ def pretrain(
     (resolve_algorithm if drawn else resolve_objective)(resolved)
     name = resolved.model.family or Path(str(resolved.model.checkpoint)).name
     folder = output_folder(resolved, f"runs/{name}_{resolved.objective.name}")
-    check_output(folder, resume, overwrite)
+    check_output(folder, resume, overwrite, resolved)
     parts = (algorithm_parts if drawn else pretraining_parts)(resolved)
     if resume:
         check_unchanged(folder, resolved)

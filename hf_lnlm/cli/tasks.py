@@ -88,7 +88,8 @@ class SequenceClassification(ClassTask):
 
     def sums(self, logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Summed nll (nats) and confusion matrix `[classes, classes]`; `logits` is `[batch, classes]`."""
-        labels = batch["labels"]
+        counted = batch["labels"] != IGNORED  # not so the rows that fill up a process's last batch
+        logits, labels = logits[counted], batch["labels"][counted]
         confusion = confusion_matrix(logits.argmax(-1), labels, logits.shape[-1])
         return {"nll": summed_nll(logits, labels), "confusion": confusion}
 
@@ -274,8 +275,8 @@ class TextToText(Task):
             "nll": summed_nll(logits[counted], labels[counted]),
             "tokens": counted.sum().double(),
             "correct": right.sum().double(),
-            "whole": (right.sum(-1) == counted.sum(-1)).sum().double(),
-            "rows": torch.tensor(float(len(labels)), dtype=torch.float64),
+            "whole": ((right.sum(-1) == counted.sum(-1)) & counted.any(-1)).sum().double(),
+            "rows": counted.any(-1).sum().double(),
         }
 
     def summary(self, sums: Mapping[str, Tensor]) -> dict[str, float]:

@@ -47,7 +47,7 @@ STOCK_PARAMETERS = {
 }
 """Stock model type → raw matrices of blocks that do all their reading inside `forward`, where peft can reach them."""
 
-_READ_AROUND = {"mamba": ("x_proj", "dt_proj")}
+_READ_AROUND = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("x_proj", "dt_proj"))
 """Stock model type → layers whose weight a fused kernel or the model itself multiplies without calling the layer."""
 
 _REFUSED_BY_PEFT = {
@@ -55,6 +55,7 @@ _REFUSED_BY_PEFT = {
     "mamba2": ("out_proj", "conv1d"),
     "falcon_mamba": ("out_proj", "conv1d"),
     "falcon_h1": ("out_proj", "conv1d"),
+    "nemotron_h": ("out_proj", "conv1d"),
 }
 
 

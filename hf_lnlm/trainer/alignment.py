@@ -224,7 +224,10 @@ def preference_trainer(
         raise ValueError(f"{method.name} needs a reward: a function's name, or the folder of a reward model")
     if method.auto_class == _LM:
         check_model(model)
-    if method.name == "sft" and (arguments.get("packing") or arguments.get("padding_free")):
+    packs = arguments.get("packing") or arguments.get("eval_packing")
+    if method.name == "sft" and packs and arguments.get("packing_strategy") == "wrapped":
+        raise ValueError("packing_strategy=wrapped joins texts without marking their borders: use bfd or bfd_split")
+    if method.name == "sft" and (packs or arguments.get("padding_free")):
         check_packing(model)
     config = config_class(**{"report_to": "none", "bf16": False} | arguments)
     made = [None if part is None else Dataset.from_list(rows_for(method, part)) for part in (rows, held)]

@@ -131,14 +131,18 @@ def test_packing_is_exact_or_refused(model_type):
     torch.testing.assert_close(packed, torch.cat(apart, 1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
 @pytest.mark.slow
-def test_packed_training_of_a_recurrent_model(strategy, tmp_path):
-    trainer, losses = trained("sft", "lnlm_rnn", tmp_path, packing=True, packing_strategy=strategy, max_length=32)
+def test_packed_training_of_a_recurrent_model(tmp_path):
+    trainer, losses = trained("sft", "lnlm_rnn", tmp_path, packing=True, packing_strategy="bfd", max_length=32)
     assert all(torch.isfinite(torch.tensor(losses)))
     batch = next(iter(trainer.get_train_dataloader()))
-    if strategy == "bfd":
-        assert (batch["position_ids"] == 0).sum() > 1
+    assert (batch["position_ids"] == 0).sum() > 1
+
+
+@pytest.mark.parametrize("packs", [{"packing": True}, {"eval_packing": True}], ids=str)
+def test_packing_without_borders_is_refused(packs, tmp_path):
+    with pytest.raises(ValueError, match="packing_strategy=wrapped joins texts without marking their borders"):
+        trained("sft", "lnlm_rnn", tmp_path, packing_strategy="wrapped", max_length=32, **packs)
 
 
 @pytest.mark.parametrize("loss_head", ["chunked", "adaptive"])
