@@ -108,6 +108,8 @@ def packed(recipe: Recipe, goal: Any, text: Text, tokenizer: Any, model: Any) ->
     if data.mode == "auto":
         carries = goal.takes_lanes(model) and not data.streaming
         data.mode = "lanes" if carries and (goal.direction != "forward" or _is_purely_recurrent(model)) else "blocks"
+    if getattr(goal, "memory", False) and data.mode != "lanes":
+        raise UsageProblem("objective.memory=true needs data.mode=lanes, without data.streaming")
     if data.mode == "lanes":
         return _lanes(recipe, goal, text, tokenizer, model)
     options = {"length": data.block_size, "frame": data.frame}

@@ -101,7 +101,8 @@ class SegmentPairs(EpochDataset):
         row: dict[str, Any] = {"example_id": index, "epoch": epoch, "segments": self._segments(index)}
         row |= self._tokens(index, "")
         if self.others:
-            row |= self._tokens(self._other(index, np.random.default_rng([1, epoch, index])), "other_")
+            drawn = self._other(index, np.random.default_rng([1, epoch, index]))
+            row |= self._tokens(drawn, "other_") | {"other_segments": self._segments(drawn)}
         return row
 
     def _tokens(self, index: int, prefix: str) -> dict[str, np.ndarray]:

@@ -101,16 +101,18 @@ class ComposedModel(PreTrainedModel):
         """The part as a model that works by itself."""
         return getattr(self, name)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """Save the whole and, in folders named after them, the parts.
 
         Args:
             save_directory: folder to write to.
-            args: as in transformers' `save_pretrained`.
-            kwargs: as there; with `is_main_process=False` nothing is written.
+            is_main_process: whether this process writes anything.
+            args, kwargs: as in transformers' `save_pretrained`.
         """
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
             for name in self.part_names:
                 self.part_to_save(name).save_pretrained(Path(save_directory) / name)
 

@@ -192,12 +192,13 @@ def choose_targets(
     Returns:
         bool `[tokens]`, exactly `goal` of them true, or all free ones if there are fewer.
     """
+    pieces = free.sum() / max(1, int((starts & free).sum()))  # tokens of a word: context is counted in tokens
     odds = 1 / np.arange(1, options.max_gram + 1)
     odds /= odds.sum()
     chosen, at, length = np.zeros(len(free), bool), 0, len(free)
     while at < length and (left := goal - int(chosen.sum())) > 0:
         words = min(1 + int(random.choice(len(odds), p=odds)), left)
-        context = max(1, round(words / options.rate))
+        context = max(1, round(words * pieces / options.rate))
         before = int(random.integers(context))
         following = np.flatnonzero(starts[at + before :]) + at + before
         if not len(following):

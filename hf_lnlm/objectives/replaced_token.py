@@ -159,9 +159,11 @@ class ReplacedTokenObjective(Objective):
             Sums, float64: of both losses, counts of what was predicted and right, and histograms `[BINS]` of the logits
             of original and replaced tokens.
         """
-        outputs, mask = logits, batch.get("attention_mask")
+        from .replaced_token_model import tokens_that_count
+
+        outputs = logits
         found, replaced = outputs["logits"].detach().float(), outputs["replaced"]
-        seen = torch.ones_like(replaced) if mask is None else mask.bool()
+        seen = tokens_that_count(batch["labels"], batch.get("attention_mask"))
         found, replaced = found[seen], replaced[seen]
         labels = batch["labels"][batch["labels"] != IGNORED]
         nll, binary = outputs["sums"].detach().double()
@@ -242,14 +244,14 @@ def narrowed(config: Any, fraction: float) -> dict[str, Any]:
 
     Args:
         config: The discriminator's.
-        fraction: In (0, 1]. The hidden size becomes a whole number of heads as wide as before (at least one), or a
-            multiple of 8 where there are none.
+        fraction: In (0, 1]. The hidden size becomes a whole number of heads as wide as before, or a multiple of 8 where
+            there are none, or so few that not one would be left.
     """
     from .composed import plain_config
 
     values = plain_config(config)
     heads = values.get("num_attention_heads")
-    step = config.hidden_size // heads if heads else 8
+    step = config.hidden_size // heads if heads and heads * fraction >= 1 else 8
     width = max(1, round(config.hidden_size * fraction / step)) * step
     scale = width / config.hidden_size
     values |= {name: max(1, round(values[name] * scale)) for name in _WIDTHS + _HEADS if values.get(name)}

@@ -244,7 +244,7 @@ class ReplacedTokenForPreTraining(ComposedModel):
         replaced = corrupted != original
         found = self._detect(corrupted, rest)
         each = functional.binary_cross_entropy_with_logits(found.float(), replaced.float(), reduction="none")
-        each = each if attention_mask is None else each * attention_mask
+        each = each * tokens_that_count(labels, attention_mask)
         sums = torch.stack([functional.cross_entropy(logits.float(), labels[wanted], reduction="sum"), each.sum()])
         output = ReplacedTokenOutput(None, found, corrupted, replaced, logits, sums)
         items = self.loss_items({"labels": labels, "attention_mask": attention_mask}).values()
@@ -258,8 +258,7 @@ class ReplacedTokenForPreTraining(ComposedModel):
     def loss_items(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Items of each term: masked tokens, and all tokens that are no padding."""
         labels, mask = inputs["labels"], inputs.get("attention_mask")
-        tokens = labels.new_tensor(labels.numel()) if mask is None else mask.sum()
-        return {"generator": (labels != IGNORED).sum(), "discriminator": tokens}
+        return {"generator": (labels != IGNORED).sum(), "discriminator": tokens_that_count(labels, mask).sum()}
 
     def loss_sums(self, outputs: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Summed loss of each term, the discriminator's times its weight."""
@@ -297,6 +296,20 @@ class ReplacedTokenForPreTraining(ComposedModel):
         own[f"{name_of(table, part)}.weight"] = table.folded().detach()
         alone.load_state_dict(own, strict=False)  # the output is tied to the table
         return alone
+
+
+def tokens_that_count(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Tokens that the discriminator is judged by: all but padding, and but rows without labels.
+
+    Args:
+        labels: `(batch, length)`; rows that only fill up a process's last batch have none.
+        attention_mask: `(batch, length)`, or None.
+
+    Returns:
+        booleans `(batch, length)`.
+    """
+    kept = (labels != IGNORED).any(1, keepdim=True).expand_as(labels)
+    return kept if attention_mask is None else kept & attention_mask.bool()
 
 
 def logits_at(model: Any, wanted: Tensor, inputs: dict[str, Tensor]) -> Tensor:

@@ -84,6 +84,14 @@ class SentencePairObjective(Objective):
         """Always the Auto class of pre-training heads."""
         return "AutoModelForPreTraining"
 
+    def check(self, config: Any, tokenizer: Any) -> None:
+        """See `Objective.check`; a model made for the other relation of pairs is refused too."""
+        if config.model_type == self.composed_type and config.label != self.label:
+            raise ValueError(
+                f"objective {self.name!r} needs a model with {self.label}, and this one was made with {config.label}"
+            )
+        super().check(config, tokenizer)
+
     def build(self, config: Any) -> Any:
         """A model with fresh weights: the stock pre-training head, or a masked language model with a pooler."""
         from transformers import AutoModelForPreTraining
@@ -209,8 +217,7 @@ class PairCollator:
         whole, other = self._part(row, ""), None
         at = cut_place(np.asarray(row["segments"]), len(whole), random)
         if self.objective.needs_others:
-            other = self._part(row, "other_")
-            other = other.cut(int(random.integers(len(other))) // 2, len(other))
+            other = whole_segments(self._part(row, "other_"), row["other_segments"], len(whole) - at, random)
         parts = self.objective.pair(whole.cut(0, at), whole.cut(at, len(whole)), other, changed)
         first, second = shortened(*parts, len(whole), random)
         made = {"epoch": row.get("epoch", 0), "example_id": row["example_id"], "pair_label": int(changed)}
@@ -223,6 +230,21 @@ class PairCollator:
         ids = np.asarray(row[f"{prefix}ids" if prefix else "input_ids"], np.int64)
         words = row.get(f"{prefix}word_ids")
         return Part(ids, np.full(len(ids), -1) if words is None else np.asarray(words))
+
+
+def whole_segments(part: Part, segments: Any, room: int, random: np.random.Generator) -> Part:
+    """Segments of a chunk from one in its first half on, as many as fit, so that no cut mark betrays a random pair.
+
+    Args:
+        part: The chunk.
+        segments: Where its segments begin.
+        room: Tokens that there is room for; the first segment is taken even if it has more.
+        random: Where the number comes from.
+    """
+    borders = np.append(np.asarray(segments), len(part))
+    start = int(random.integers(len(borders) // 2))
+    stop = int(np.searchsorted(borders, borders[start] + room, side="right")) - 1
+    return part.cut(int(borders[start]), int(borders[max(start + 1, stop)]))
 
 
 def cut_place(segments: np.ndarray, tokens: int, random: np.random.Generator) -> int:

@@ -65,6 +65,7 @@ class LNLMTrainer(Trainer):
         finally:
             arguments.enable_jit_checkpoint = listens
         self.objective: Any = objective
+        self._name_pair_labels()
         self._signals = StopSignal()
         self._staging: str | None = None
         self._held_push = False
@@ -392,10 +393,17 @@ class LNLMTrainer(Trainer):
             self._training_totals.add_batch(input_tokens(inputs), num_bytes)
             if getattr(self.objective, "logs_metrics", False):
                 with torch.no_grad():
-                    self._training_totals.add_measured(self.objective.sums(self._measured_logits(outputs), inputs))
+                    batch = {**inputs, **self._aside}
+                    self._training_totals.add_measured(self.objective.sums(self._measured_logits(outputs), batch))
         elif self.objective is not None and (logits := self._measured_logits(outputs)) is not None:
             batch = {**inputs, **self._aside}
             self._evaluation_totals.add_measured(self.objective.sums(logits, batch))
+
+    def _name_pair_labels(self) -> None:
+        """Wait for the one label of pairs that the model was made for; transformers would wait for both."""
+        label = getattr(getattr(self.accelerator.unwrap_model(self.model), "config", None), "label", None)
+        if self.args.label_names is None and label in ("next_sentence_label", "sentence_order_label"):
+            self.label_names = ["labels", label]
 
     def _measured_logits(self, outputs: Any) -> torch.Tensor | None:
         """What the objective measures of the outputs: the logits, unless it says otherwise."""

@@ -89,6 +89,17 @@ def test_other_objectives_leave_parts_that_are_fit(objective, library, tmp_path)
     for name in ("forwards", "backwards") if objective == "bidirectional" else ("encoder",):
         succeed("check", folder / name)
     assert succeed("check", folder).status == 0
+    metrics = json.loads((folder / "evaluation.json").read_text())["metrics"]
+    assert {"loss", "bits_per_byte" if objective == "bidirectional" else "pair_accuracy"} <= set(metrics)
+
+
+def test_overwrite_spares_what_the_run_reads(detected):
+    start = detected / "generator"
+    words = ["--checkpoint", start, "--data", detected / "recipe.yaml", "--output", detected, "--overwrite"]
+    result = run("pretrain", *words, "--objective", "masked")
+    assert result.status == 2
+    assert "is read by this run and would be deleted" in result.err
+    assert (start / "model.safetensors").is_file()
 
 
 def test_the_help_names_every_objective():

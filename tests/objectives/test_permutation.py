@@ -64,14 +64,16 @@ def test_blocks_do_not_cross() -> None:
 
 def test_spans_have_context_and_the_goal_is_met_exactly() -> None:
     free = np.ones(600, bool)
-    lengths = []
+    lengths, everywhere = [], np.zeros(600)
     for seed in range(60):
         starts = np.arange(600) % 3 == 0
         chosen = choose_targets(free, starts, 85, objective("permutation"), np.random.default_rng(seed))
         assert chosen.sum() == 85
+        everywhere += chosen
         begins = np.flatnonzero(chosen & ~np.r_[False, chosen[:-1]])
         ends = np.flatnonzero(chosen & ~np.r_[chosen[1:], False]) + 1
         lengths += [end - begin for begin, end in zip(begins, ends) if starts[begin]]
+    assert everywhere.reshape(4, -1).mean(1) / 60 == pytest.approx([85 / 600] * 4, rel=0.25), "all of a row"
     words = np.array(lengths) / 3
     shares = [np.mean(words == n) for n in range(1, 6)]
     assert shares[0] > shares[1] > shares[2] > shares[4], "p(n) falls with n"

@@ -13,7 +13,7 @@ from hf_lnlm.data.pairs import SegmentPairs
 from hf_lnlm.data.tokenizers import build_tokenizer
 from hf_lnlm.objectives import objective
 from hf_lnlm.objectives.sentence_pair_model import SentencePairForPreTraining
-from hf_lnlm.objectives.sentence_pairs import Part, cut_place, shortened
+from hf_lnlm.objectives.sentence_pairs import Part, cut_place, shortened, whole_segments
 from tests.data.subwords import texts
 
 TOKENIZER = build_tokenizer("byte", template="bert")
@@ -166,3 +166,23 @@ def test_what_does_not_fit_is_refused() -> None:
         learnt.rows(DOCUMENTS, TOKENIZER, 6)
     with pytest.raises(ValueError, match="changed_share must lie between 0 and 1"):
         objective("next_sentence", changed_share=1.0)
+
+
+def test_a_random_second_part_begins_and_ends_where_segments_do():
+    part, borders = Part(np.arange(20), np.arange(20)), [0, 4, 9, 15]
+    for seed in range(30):
+        cut = whole_segments(part, borders, 12, np.random.default_rng(seed)).ids
+        assert cut[0] in borders[:2] and cut[-1] + 1 in (9, 15)
+        assert len(cut) <= 12
+    long = whole_segments(part, [0], 5, np.random.default_rng(0))
+    assert len(long) == 20, "one segment is taken whole, and shortened later"
+
+
+def test_a_model_of_the_other_relation_is_refused():
+    from hf_lnlm.objectives.sentence_pair_model import compose
+
+    config = compose(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2), "next_sentence_label"
+    ).config
+    with pytest.raises(ValueError, match="needs a model with sentence_order_label, and this one was made with next"):
+        objective("sentence_order").check(config, None)
