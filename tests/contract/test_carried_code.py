@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from transformers import set_seed
+from transformers.dynamic_module_utils import get_imports
 
 from hf_lnlm.hub.bundle import carried_files
 from hf_lnlm.registry import FAMILIES, Family
@@ -181,6 +182,16 @@ def test_carried_files_are_flat_and_few(family: Family):
     others = {f"modeling_{row.name}.py" for row in FAMILIES if row is not family}
     if family.room != "hybrid":
         assert not others & set(files)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda row: row.name)
+def test_carried_files_need_no_optional_package(family: Family, tmp_path):
+    """transformers refuses a checkpoint whose files import, outside `try`, what is not installed."""
+    allowed = {"torch", "transformers", "huggingface_hub"} | set(sys.stdlib_module_names)
+    for name, content in carried_files(family.model_type).items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert set(get_imports(path)) <= allowed, name
 
 
 @pytest.mark.parametrize("case", cases(loss=True, both_ways=False)[:1], ids=str)

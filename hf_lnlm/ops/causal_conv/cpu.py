@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from .compiled import STRICT, compiled
-from .flat import Flat, flat_integers, flat_rows, flat_vector
+from .flat import FLOATS, Flat, flat_integers, flat_rows, flat_vector
 from .lanes import (
     WIDTH,
     add,
@@ -31,6 +30,11 @@ from .lanes import (
     write_double,
     write_float,
 )
+
+try:
+    import numpy as np
+except ImportError as error:
+    raise ImportError("the cpu backend needs numba (pip install 'hf_lnlm[cpu]')") from error
 
 # Tokens whose contributions to a weight's gradient are summed in float32 before they are added in float64.
 BLOCK = 64
@@ -167,8 +171,8 @@ def causal_conv_cpu(call: dict[str, Any], activation: bool) -> tuple[torch.Tenso
     """Forward pass; arguments and results as in `causal_conv_eager`, always float32."""
     _kept, inputs, sizes = _inputs(call)
     batch, length, channels, kernel = sizes
-    y = torch.empty(batch, length, channels)
-    last = torch.empty(batch, kernel - 1, channels)
+    y = torch.empty(batch, length, channels, **FLOATS)
+    last = torch.empty(batch, kernel - 1, channels, **FLOATS)
     _forward(inputs, y.data_ptr(), last.data_ptr(), sizes, activation)
     return y, last
 
@@ -179,15 +183,15 @@ def causal_conv_cpu_backward(
     """Backward pass; arguments and results as in `causal_conv_eager_backward`."""
     _kept, inputs, sizes = _inputs(call)
     batch, length, channels, kernel = sizes
-    dx = torch.zeros(batch, length, channels)
-    dstate = torch.zeros(batch, kernel - 1, channels)
-    part = torch.zeros(kernel + 1, padded_size(channels))
+    dx = torch.zeros(batch, length, channels, **FLOATS)
+    dstate = torch.zeros(batch, kernel - 1, channels, **FLOATS)
+    part = torch.zeros(kernel + 1, padded_size(channels), **FLOATS)
     totals = part.double()
     dy, dlast = flat_vector(grad_y), flat_vector(grad_state)
     out = [t.data_ptr() for t in (dx, dstate, part, totals)]
     _backward(inputs, dy.address, dlast.address, *out, sizes, activation)
     sums = totals[:, :channels].float()
-    return {"x": dx, "weight": sums[:-1].t().clone(), "bias": sums[-1].clone(), "state": dstate}
+    return {"x": dx, "weight": sums[:-1].t().contiguous(), "bias": sums[-1].clone(), "state": dstate}
 
 
 @compiled(STRICT)
@@ -235,7 +239,7 @@ def causal_conv_cpu_step(
     batch, _, channels = x.shape
     kernel = weight.shape[1]
     rows, filters, shift, carried = flat_rows(x), flat_vector(weight), flat_vector(bias), flat_vector(state)
-    y, last = x.new_empty(x.shape, dtype=torch.float32), x.new_empty((batch, kernel - 1, channels), dtype=torch.float32)
+    y, last = torch.empty(x.shape, **FLOATS), torch.empty(batch, kernel - 1, channels, **FLOATS)
     addresses = rows.address, rows.stride, filters.address, shift.address, carried.address
     _step(*addresses, batch, channels, kernel, activation, y.data_ptr(), last.data_ptr())
     return y.to(x.dtype), last

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+# What kernels write: neither torch's default dtype nor its default device may change it.
+FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+DOUBLES: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 
 class Flat(NamedTuple):
@@ -24,6 +28,13 @@ class Flat(NamedTuple):
 _ABSENT = Flat(None, 0, 0)
 
 
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without its graph, if the processor can read it."""
+    if not tensor.is_cpu:
+        raise ValueError(f"tensors of the cpu backend must be on the CPU, got one on {tensor.device}")
+    return tensor.detach()
+
+
 def flat_rows(tensor: torch.Tensor | None) -> Flat:
     """View `(..., width)` as float32 rows of which row `i` begins at element `i · stride`.
 
@@ -33,7 +44,7 @@ def flat_rows(tensor: torch.Tensor | None) -> Flat:
     """
     if tensor is None:
         return _ABSENT
-    tensor = tensor.detach().float()
+    tensor = _local(tensor).float()
     stride = _row_stride(tensor)
     if stride is None:
         tensor, stride = tensor.contiguous(), tensor.shape[-1]
@@ -60,7 +71,7 @@ def flat_vector(tensor: torch.Tensor | None) -> Flat:
     """Contiguous float32 memory of a tensor."""
     if tensor is None:
         return _ABSENT
-    tensor = tensor.detach().float().contiguous()
+    tensor = _local(tensor).float().contiguous()
     return Flat(tensor, tensor.data_ptr(), tensor.shape[-1])
 
 
@@ -68,7 +79,7 @@ def flat_bytes(tensor: torch.Tensor | None) -> Flat:
     """Contiguous memory of a boolean tensor, one byte each."""
     if tensor is None:
         return _ABSENT
-    tensor = tensor.detach().to(torch.uint8).contiguous()
+    tensor = _local(tensor).to(torch.uint8).contiguous()
     return Flat(tensor, tensor.data_ptr(), tensor.shape[-1])
 
 
@@ -76,5 +87,5 @@ def flat_integers(tensor: torch.Tensor | None) -> Flat:
     """Contiguous memory of a tensor of 64-bit integers."""
     if tensor is None:
         return _ABSENT
-    tensor = tensor.detach().long().contiguous()
+    tensor = _local(tensor).long().contiguous()
     return Flat(tensor, tensor.data_ptr(), tensor.shape[-1])

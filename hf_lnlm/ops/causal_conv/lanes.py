@@ -15,12 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from numba.core import cgutils, types
-from numba.core.cgutils import ir
-from numba.extending import intrinsic, models, register_model
-
 from .compiled import STRICT, compiled
+
+try:
+    import numpy as np
+    from numba.core import cgutils, types
+    from numba.core.cgutils import ir
+    from numba.extending import intrinsic, models, register_model
+except ImportError as error:
+    raise ImportError("the cpu backend needs numba (pip install 'hf_lnlm[cpu]')") from error
 
 WIDTH = 16
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..causal_conv.compiled import STRICT, compiled
 from ..causal_conv.cpu import convolve_token
-from ..causal_conv.flat import flat_rows, flat_vector
+from ..causal_conv.flat import FLOATS, flat_rows, flat_vector
 from ..causal_conv.lanes import (
     WIDTH,
     add,
@@ -35,6 +34,11 @@ from ..causal_conv.lanes import (
     total,
     write_float,
 )
+
+try:
+    import numpy as np
+except ImportError as error:
+    raise ImportError("the cpu backend needs numba (pip install 'hf_lnlm[cpu]')") from error
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -126,9 +130,9 @@ def s6_token_cpu(
     weight, bias, carried, x_flat, step_flat, step_shift, rates, skips, before = (flat_vector(t) for t in tensors)
     batch, channels, kernel = projected.shape[0], conv_weight.shape[0], conv_weight.shape[2]
     rank, states = step_weight.shape[1], a_log.shape[1]
-    y, work = projected.new_empty(batch, 1, channels), projected.new_empty(channels + rank + 2 * states)
-    conv_last = projected.new_empty(batch, kernel - 1, channels)
-    last = projected.new_empty(batch, states, channels)
+    y, work = torch.empty(batch, 1, channels, **FLOATS), torch.empty(channels + rank + 2 * states, **FLOATS)
+    conv_last = torch.empty(batch, kernel - 1, channels, **FLOATS)
+    last = torch.empty(batch, states, channels, **FLOATS)
     _s6_rows(
         rows.address, rows.stride, (weight.address, bias.address, carried.address), x_flat.address, step_flat.address,
         step_shift.address, rates.address, skips.address, before.address, (batch, channels, kernel, rank, states),
@@ -234,9 +238,9 @@ def ssd_token_cpu(
     batch, heads, inner = projected.shape[0], a_log.shape[0], norm_weight.shape[0]
     channels, kernel = conv_weight.shape[0], conv_weight.shape[2]
     states = (channels - inner) // (2 * groups)
-    y, work = projected.new_empty(batch, 1, inner), projected.new_empty(channels)
-    conv_last = projected.new_empty(batch, kernel - 1, channels)
-    last = projected.new_empty(batch, heads, inner // heads, states)
+    y, work = torch.empty(batch, 1, inner, **FLOATS), torch.empty(channels, **FLOATS)
+    conv_last = torch.empty(batch, kernel - 1, channels, **FLOATS)
+    last = torch.empty(batch, heads, inner // heads, states, **FLOATS)
     bounds = np.float32(limit[0]), np.float32(limit[1])
     _ssd_rows(
         rows.address, rows.stride, (weight.address, bias.address, carried.address), shift.address, rates.address,

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..causal_conv.compiled import STRICT, compiled
 from ..causal_conv.cpu import flush
-from ..causal_conv.flat import Flat, flat_bytes, flat_rows, flat_vector
+from ..causal_conv.flat import DOUBLES, FLOATS, Flat, flat_bytes, flat_rows, flat_vector
 from ..causal_conv.lanes import (
     WIDTH,
     add,
@@ -43,6 +42,11 @@ from ..causal_conv.lanes import (
     total,
     write_float,
 )
+
+try:
+    import numpy as np
+except ImportError as error:
+    raise ImportError("the cpu backend needs numba (pip install 'hf_lnlm[cpu]')") from error
 
 BLOCK = 16
 
@@ -334,7 +338,7 @@ def _writable(state: torch.Tensor) -> torch.Tensor:
 
 def _buffers(*sizes: int) -> tuple[list[torch.Tensor], tuple[int, ...]]:
     """Zeroed buffers and their addresses."""
-    tensors = [torch.zeros(size) for size in sizes]
+    tensors = [torch.zeros(size, **FLOATS) for size in sizes]
     return tensors, tuple(tensor.data_ptr() for tensor in tensors)
 
 
@@ -351,9 +355,9 @@ def selective_scan_cpu(call: dict[str, Any], save: bool) -> tuple[torch.Tensor, 
     _kept, operands, sizes = _operands(call)
     batch, length, channels, states, padded = sizes
     shape = (batch, states, channels)
-    final = torch.zeros(shape) if call["initial_state"] is None else _writable(call["initial_state"])
-    y = torch.empty(batch, length, channels)
-    entries = torch.empty((-(-length // BLOCK) if save else 0, *shape))
+    final = torch.zeros(shape, **FLOATS) if call["initial_state"] is None else _writable(call["initial_state"])
+    y = torch.empty(batch, length, channels, **FLOATS)
+    entries = torch.empty((-(-length // BLOCK) if save else 0, *shape), **FLOATS)
     _tensors, scratch = _buffers(*[BLOCK * padded] * 3, states * padded, states * padded)
     _forward(operands, final.data_ptr(), y.data_ptr(), entries.data_ptr() if save else 0, scratch, sizes)
     return y, final, entries
@@ -376,11 +380,11 @@ def selective_scan_cpu_backward(
     _kept, operands, sizes = _operands(call)
     batch, length, channels, states, padded = sizes
     shape = (batch, length, channels)
-    du, ddt, dz = torch.empty(shape), torch.empty(shape), torch.empty(shape if call["z"] is not None else 0)
-    db, dc = torch.empty(batch, length, states), torch.empty(batch, length, states)
+    shapes = shape, shape, shape if call["z"] is not None else 0, *[(batch, length, states)] * 2
+    du, ddt, dz, db, dc = (torch.empty(size, **FLOATS) for size in shapes)
     # Sums over the whole batch are kept in float64: their terms are block sums in float32.
-    da = torch.zeros(padded // WIDTH, states, WIDTH, dtype=torch.float64)
-    sums = torch.zeros(2, padded, dtype=torch.float64)
+    da = torch.zeros(padded // WIDTH, states, WIDTH, **DOUBLES)
+    sums = torch.zeros(2, padded, **DOUBLES)
     dh, dy = _writable(grad_state), flat_vector(grad_y)
     many, few = BLOCK * padded, BLOCK * states * WIDTH
     _rows, rows = _buffers(*[many] * 5)
@@ -440,8 +444,8 @@ def selective_scan_cpu_step(
     vectors = [flat_vector(tensor) for tensor in (A, D, dt_bias, state)]
     rates, skip, bias, carried = (flat.address for flat in vectors)
     batch, _, channels = u.shape
-    y = u.new_empty(u.shape, dtype=torch.float32)
-    last = u.new_empty((batch, A.shape[1], channels), dtype=torch.float32)
+    y = torch.empty(u.shape, **FLOATS)
+    last = torch.empty(batch, A.shape[1], channels, **FLOATS)
     mixing = (*to_state, *from_state, skip, bias, carried)
     _step(*x, *steps, *gates, rates, *mixing, batch, channels, A.shape[1], y.data_ptr(), last.data_ptr())
     return y.to(u.dtype), last

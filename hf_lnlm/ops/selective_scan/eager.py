@@ -101,7 +101,7 @@ def _finish(y: torch.Tensor, call: dict[str, Any], o: Operands) -> torch.Tensor:
     out = y.squeeze(2).transpose(0, 1)
     if call["D"] is not None:
         out = torch.addcmul(out, call["u"].to(o.dtype), call["D"].to(o.dtype))
-    return out.contiguous() if call["z"] is None else out * F.silu(call["z"].to(o.dtype))
+    return (out if call["z"] is None else out * F.silu(call["z"].to(o.dtype))).contiguous()
 
 
 class Workspace:
@@ -187,7 +187,7 @@ def _collect(
     u = call["u"].to(o.dtype)
     du = (w.gain * o.delta).squeeze(2).transpose(0, 1)
     ddt = ((w.gain * o.u + w.pull) * o.slope).squeeze(2).transpose(0, 1).contiguous()
-    out = {"dt": ddt, "A": w.a.t().to(o.dtype), "dt_bias": ddt.sum((0, 1))}
+    out = {"dt": ddt, "A": w.a.t().to(o.dtype).contiguous(), "dt_bias": ddt.sum((0, 1))}
     out |= {name: getattr(w, name.lower()).squeeze(3).transpose(0, 1).contiguous() for name in ("B", "C")}
     skip = call["D"]
     if skip is not None:

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..causal_conv.compiled import STRICT, compiled
-from ..causal_conv.flat import flat_bytes, flat_rows, flat_vector
+from ..causal_conv.flat import DOUBLES, FLOATS, flat_bytes, flat_rows, flat_vector
 from ..causal_conv.lanes import (
     WIDTH,
     add,
@@ -37,6 +36,11 @@ from ..causal_conv.lanes import (
     write_double,
     write_float,
 )
+
+try:
+    import numpy as np
+except ImportError as error:
+    raise ImportError("the cpu backend needs numba (pip install 'hf_lnlm[cpu]')") from error
 
 # Sums whose order is the compiler's.
 _SUMS = STRICT | {"reassoc"}
@@ -245,7 +249,7 @@ class _Call:
         self.kept = kept
         self.rows = (kept[0].address, kept[0].stride, *(flat.address for flat in kept[1:]))
         self.b, self.c = (call[name].detach().float().transpose(1, 2) for name in ("B", "C"))
-        self.line = torch.empty(WIDTH + max(1, x.shape[1]))
+        self.line = torch.empty(WIDTH + max(1, x.shape[1]), **FLOATS)
 
 
 class _Chunk:
@@ -264,13 +268,12 @@ class _Chunk:
         self.call, self.groups = call, groups
         self.b, self.c = call.b[:, :, first:last], call.c[:, :, first:last]
         self.scores = self.c @ self.b.mT
-        self.sums = torch.empty(count, dtype=torch.float64)
-        self.onward, self.remaining = torch.empty(2, batch, count, heads)
-        self.whole = torch.empty(batch, groups, heads // groups, 1)
-        self.weights, self.attention = torch.empty(2, batch * heads, count, count)
-        self.values, self.kept, self.ahead = torch.empty(3 if dy else 2, batch, count, heads, width).unbind() + (
-            () if dy else (self.whole,)
-        )
+        self.sums = torch.empty(count, **DOUBLES)
+        self.onward, self.remaining = torch.empty(2, batch, count, heads, **FLOATS)
+        self.whole = torch.empty(batch, groups, heads // groups, 1, **FLOATS)
+        self.weights, self.attention = torch.empty(2, batch * heads, count, count, **FLOATS)
+        values = torch.empty(3 if dy else 2, batch, count, heads, width, **FLOATS).unbind()
+        self.values, self.kept, self.ahead = values if dy else (*values, self.whole)
         tensors = (self.sums, self.onward, self.remaining, self.whole, self.weights, self.attention, self.values)
         self.parts = tuple(tensor.data_ptr() for tensor in (*tensors, self.kept, self.ahead))
         _prepare(call.rows, self.sizes, self.parts, self.scores.data_ptr(), call.line.data_ptr(), dy)
@@ -294,10 +297,10 @@ def ssd_cpu(call: dict[str, Any], chunk_size: int, save: bool) -> tuple[torch.Te
     batch, length, heads, width, groups = known.sizes
     shape = (batch, heads, width, call["B"].shape[3])
     initial = call["initial_state"]
-    state = torch.zeros(shape) if initial is None else initial.detach().float()
+    state = torch.zeros(shape, **FLOATS) if initial is None else initial.detach().float()
     state = state.reshape(batch, groups, -1, shape[3])
-    y, starts = torch.empty(batch, length, heads, width), range(0, length, chunk_size)
-    entries = torch.empty((len(starts) if save else 0, *shape))
+    y, starts = torch.empty(batch, length, heads, width, **FLOATS), range(0, length, chunk_size)
+    entries = torch.empty((len(starts) if save else 0, *shape), **FLOATS)
     for k, first in enumerate(starts):
         chunk = _Chunk(known, first, min(length, first + chunk_size))
         if save:
@@ -315,10 +318,10 @@ def ssd_cpu_backward(
     """Backward pass; arguments and results as in `ssd_eager_backward`, always float32."""
     known, dy = _Call(call), grad_y.float().contiguous()
     batch, length, heads, _, groups = known.sizes
-    grads = {"x": torch.empty_like(dy), "scale": torch.empty(batch, length, heads)}
-    grads |= {name: torch.empty(batch, length, heads) for name in ("log_decay", "diagonal")}
-    grads |= {name: torch.empty(call[name].shape) for name in ("B", "C")}
-    skip = torch.zeros(heads, dtype=torch.float64)
+    grads = {"x": torch.empty_like(dy), "scale": torch.empty(batch, length, heads, **FLOATS)}
+    grads |= {name: torch.empty(batch, length, heads, **FLOATS) for name in ("log_decay", "diagonal")}
+    grads |= {name: torch.empty(call[name].shape, **FLOATS) for name in ("B", "C")}
+    skip = torch.zeros(heads, **DOUBLES)
     carry = grad_state.float().reshape(batch, groups, -1, entries.shape[-1])
     for k in reversed(range(entries.shape[0])):
         first, last = k * chunk_size, min(length, (k + 1) * chunk_size)
@@ -340,7 +343,7 @@ def _retreat(
     rows, window = chunk.call.rows, slice(first, first + count)
     dy_heads = chunk.by_head(dy[:, window])
     dattention = torch.bmm(dy_heads, chunk.by_head(chunk.values).mT)
-    dscores, slopes = torch.zeros_like(chunk.scores), torch.zeros(batch, count, heads, dtype=torch.float64)
+    dscores, slopes = torch.zeros_like(chunk.scores), torch.zeros(batch, count, heads, **DOUBLES)
     line, own = chunk.call.line.data_ptr(), grads["diagonal"].data_ptr()
     addresses = [tensor.data_ptr() for tensor in (chunk.scores, dattention, dscores, slopes)]
     _pair(rows, chunk.sizes, chunk.parts, *addresses, own, line)
