@@ -51,6 +51,28 @@ def triton_sources(file: str) -> list[Path]:
     return [Path(file).parent.parent / "triton_math.py", Path(file).with_name("ops_triton_math.py")]
 
 
+def shared_sources(file: str, *modules: str) -> list[Path]:
+    """Where modules outside an operation may lie, as package files or flattened into a checkpoint's folder.
+
+    Args:
+        file: `__file__` of an operation's `operator.py`.
+        modules: names below `ops`, for example `"causal_conv.lanes"`.
+    """
+    path = Path(file)
+    package = [path.parent.parent / f"{name.replace('.', '/')}.py" for name in modules]
+    return package + [path.with_name(f"ops_{name.replace('.', '_')}.py") for name in modules]
+
+
+def check_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    """Check an argument that may be absent.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+
+
 def define_operator(
     namespace: str,
     name: str,

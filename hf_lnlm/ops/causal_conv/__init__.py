@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..backend import pick_backend
-from ..operator import runs_directly
+from ..operator import check_shape, runs_directly
 from .operator import causal_conv_forward
 from .reference import causal_conv_reference
 from .step import causal_conv_step
@@ -53,6 +53,7 @@ def causal_conv(
         ValueError: shapes that do not fit, or a backend that cannot run.
     """
     _check(x, weight, state, taps)
+    check_shape("bias", bias, (x.shape[2],))
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
     if x.shape[1] == 1 and taps is None and backend != "reference" and runs_directly(x, weight, bias, state):

@@ -7,11 +7,16 @@ from typing import Any
 import torch
 
 from ..backend import pick_backend
-from ..operator import define_operator, sibling, source_namespace, triton_sources
+from ..operator import define_operator, shared_sources, sibling, source_namespace, triton_sources
 from .eager import causal_conv_eager, causal_conv_eager_backward
 
 _SOURCES = ("eager", "cpu", "compiled", "flat", "gpu", "lanes")
-_NAMESPACE = source_namespace(__file__, *(sibling(__file__, name) for name in _SOURCES), *triton_sources(__file__))
+_NAMESPACE = source_namespace(
+    __file__,
+    *(sibling(__file__, name) for name in _SOURCES),
+    *shared_sources(__file__, "backend"),
+    *triton_sources(__file__),
+)
 BACKENDS = ("eager", "cpu", "gpu")
 
 _INPUTS = ("x", "weight", "bias", "state", "taps")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from ..backend import pick_backend
-from ..operator import runs_directly
+from ..operator import check_shape, runs_directly
 from .operator import selective_scan_forward
 from .reference import selective_scan_reference
 from .step import selective_scan_step
@@ -66,6 +66,12 @@ def selective_scan(
         ValueError: shapes that do not fit, or a backend that cannot run.
     """
     _check(u, dt, A, B, C, backend)
+    for name, tensor in (("D", D), ("dt_bias", dt_bias)):
+        check_shape(name, tensor, (u.shape[2],))
+    check_shape("z", z, tuple(u.shape))
+    check_shape("initial_state", initial_state, (u.shape[0], A.shape[1], u.shape[2]))
+    for name, tensor in (("mask", mask), ("reset", reset)):
+        check_shape(name, tensor, tuple(u.shape[:2]))
     alone = u.shape[1] == 1 and mask is None and reset is None and backend != "reference"
     if alone and runs_directly(u, dt, A, B, C, D, z, dt_bias, initial_state):
         if pick_backend(backend, u.device, BACKENDS, u.dtype) == "cpu" and softplus:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..backend import pick_backend
-from ..operator import define_operator, sibling, source_namespace, triton_sources
+from ..operator import define_operator, shared_sources, sibling, source_namespace, triton_sources
 from .eager import BLOCK, selective_scan_eager, selective_scan_eager_backward
 
 _SOURCES = ("eager", "cpu", "gpu")
-_SHARED = ("compiled", "flat", "lanes")  # of causal_conv, as package files or flattened into a checkpoint's folder
-
-
-def _sources() -> list[Path]:
-    """Files that implement the operators; those that do not exist are left out of the hash."""
-    own = [sibling(__file__, name) for name in (*_SOURCES, *_SHARED)]
-    shared = [path.parent.parent / "causal_conv" / path.name for path in own[len(_SOURCES) :]]
-    flat = [path.with_name(path.name.replace("selective_scan", "causal_conv")) for path in own]
-    return own + shared + flat + triton_sources(__file__)
-
-
-_NAMESPACE = source_namespace(__file__, *_sources())
+_SHARED = ("backend", *(f"causal_conv.{name}" for name in ("compiled", "cpu", "flat", "lanes")))
+_NAMESPACE = source_namespace(
+    __file__,
+    *(sibling(__file__, name) for name in _SOURCES),
+    *shared_sources(__file__, *_SHARED),
+    *triton_sources(__file__),
+)
 BACKENDS = ("eager", "cpu", "gpu")
 
 _INPUTS = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "mask", "reset")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 
 from ..backend import pick_backend
-from ..operator import runs_directly
+from ..operator import check_shape, runs_directly
 from .operator import ssd_forward
 from .reference import ssd_reference
 from .step import ssd_step
@@ -68,6 +68,11 @@ def ssd(
         ValueError: shapes that do not fit, or a backend that cannot run.
     """
     _check(x, scale, log_decay, B, C, chunk_size, backend)
+    check_shape("D", D, (x.shape[2],))
+    check_shape("initial_state", initial_state, (x.shape[0], *x.shape[2:], B.shape[3]))
+    check_shape("diagonal", diagonal, tuple(x.shape[:3]))
+    for name, tensor in (("mask", mask), ("reset", reset)):
+        check_shape(name, tensor, tuple(x.shape[:2]))
     alone = x.shape[1] == 1 and mask is None and reset is None and backend != "reference"
     if alone and runs_directly(x, scale, log_decay, B, C, D, initial_state, diagonal):
         if backend != "auto":
@@ -102,7 +107,8 @@ def _check(
     for name, tensor in (("scale", scale), ("log_decay", log_decay)):
         if tuple(tensor.shape) != tuple(x.shape[:3]):
             raise ValueError(f"{name} must be {tuple(x.shape[:3])}, got {tuple(tensor.shape)}")
-    if B.shape != C.shape or B.dim() != 4 or tuple(B.shape[:2]) != tuple(x.shape[:2]) or x.shape[2] % B.shape[2]:
+    fits = B.shape == C.shape and B.dim() == 4 and tuple(B.shape[:2]) == tuple(x.shape[:2])
+    if not fits or B.shape[2] < 1 or x.shape[2] % B.shape[2]:
         raise ValueError(
             f"B and C must be (batch, length, groups, states) with groups dividing {x.shape[2]} heads, "
             f"got {tuple(B.shape)} and {tuple(C.shape)}"

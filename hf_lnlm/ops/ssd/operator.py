@@ -7,11 +7,15 @@ from typing import Any
 import torch
 
 from ..backend import pick_backend
-from ..operator import define_operator, sibling, source_namespace, triton_sources
+from ..operator import define_operator, shared_sources, sibling, source_namespace, triton_sources
 from .eager import ssd_eager, ssd_eager_backward
 
+_SHARED = ("backend", *(f"causal_conv.{name}" for name in ("compiled", "cpu", "flat", "lanes")))
 _NAMESPACE = source_namespace(
-    __file__, *(sibling(__file__, name) for name in ("eager", "cpu", "gpu")), *triton_sources(__file__)
+    __file__,
+    *(sibling(__file__, name) for name in ("eager", "cpu", "gpu")),
+    *shared_sources(__file__, *_SHARED),
+    *triton_sources(__file__),
 )
 BACKENDS = ("eager", "cpu", "gpu")
 _INPUTS = ("x", "scale", "log_decay", "B", "C", "D", "initial_state", "diagonal", "reset")

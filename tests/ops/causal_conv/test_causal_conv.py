@@ -118,6 +118,7 @@ def test_documents_do_not_see_each_other(backend):
     [
         ({"x": torch.zeros(2, 0, 20)}, "length"),
         ({"weight": torch.zeros(19, 4)}, "weight"),
+        ({"bias": torch.zeros(19)}, r"bias must be \(20,\), got \(19,\)"),
         ({"state": torch.zeros(2, 4, 20)}, "state"),
         ({"taps": torch.zeros(2, 33, 3, dtype=torch.long)}, "taps"),
         ({"backend": "gpu"}, "backend"),
@@ -126,3 +127,22 @@ def test_documents_do_not_see_each_other(backend):
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         causal_conv(**(arguments() | change))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_default_dtype_does_not_matter(dtype):
+    """The kernels write float32 whatever torch makes by default."""
+    values = {n: v.requires_grad_() for n, v in arguments().items()}
+
+    def outputs():
+        y, last = causal_conv(**values, backend="cpu")
+        return (y, last, *torch.autograd.grad((y**2).sum() + (last**2).sum(), list(values.values())))
+
+    expected = outputs()
+    torch.set_default_dtype(dtype)
+    try:
+        got = outputs()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for mine, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)

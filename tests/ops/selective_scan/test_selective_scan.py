@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
+from hf_lnlm.ops.causal_conv.flat import flat_bytes, flat_integers, flat_rows, flat_vector
 from hf_lnlm.ops.selective_scan import selective_scan
 
 NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
@@ -231,12 +232,48 @@ def test_exported_program_differentiates(backend):
         ({"dt": torch.zeros(2, 37, 19)}, "dt"),
         ({"A": torch.zeros(8, 20)}, "A must"),
         ({"B": torch.zeros(2, 37, 9)}, "B must"),
+        ({"D": torch.zeros(19)}, r"D must be \(20,\), got \(19,\)"),
+        ({"z": torch.zeros(2, 36, 20)}, "z must"),
+        ({"dt_bias": torch.zeros(21)}, "dt_bias must"),
+        ({"initial_state": torch.zeros(1, 8, 20)}, r"initial_state must be \(2, 8, 20\)"),
+        ({"mask": torch.ones(2, 36)}, "mask must"),
+        ({"reset": torch.zeros(1, 37, dtype=torch.bool)}, "reset must"),
         ({"backend": "fortran"}, "backend"),
     ],
 )
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         selective_scan(**(arguments() | change))
+
+
+def test_tensors_of_another_device_are_not_read():
+    with pytest.raises(ValueError, match="must be on the CPU, got one on meta"):
+        flat_rows(torch.zeros(2, 3, device="meta"))
+    for flat in (flat_vector, flat_bytes, flat_integers):
+        with pytest.raises(ValueError, match="on meta"):
+            flat(torch.zeros(2, 3, device="meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_default_dtype_does_not_matter(dtype):
+    """The kernels write float32 whatever torch makes by default."""
+    values = {n: v.requires_grad_() for n, v in arguments().items()}
+    token = {n: v[:, :1].detach() if n in ("u", "dt", "B", "C", "z") else v.detach() for n, v in values.items()}
+
+    def outputs():
+        y, last = selective_scan(**values, backend="cpu")
+        grads = torch.autograd.grad((y**2).sum() + (last**2).sum(), list(values.values()))
+        with torch.no_grad():
+            return (y, last, *grads, *selective_scan(**token, backend="cpu"))
+
+    expected = outputs()
+    torch.set_default_dtype(dtype)
+    try:
+        got = outputs()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for mine, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
 
 
 def test_an_explicit_backend_that_cannot_run_raises():

@@ -175,6 +175,11 @@ def test_compiled_as_one_node_without_recompiling_over_lengths(backend):
         ({"x": torch.zeros(2, 0, 4, 8)}, "length"),
         ({"scale": torch.zeros(2, 70, 3)}, "scale"),
         ({"B": torch.zeros(2, 70, 3, 16)}, "groups"),
+        ({"D": torch.zeros(3)}, r"D must be \(4,\), got \(3,\)"),
+        ({"initial_state": torch.zeros(1, 4, 8, 16)}, r"initial_state must be \(2, 4, 8, 16\)"),
+        ({"diagonal": torch.zeros(2, 70, 3)}, "diagonal must"),
+        ({"mask": torch.ones(2, 69)}, "mask must"),
+        ({"reset": torch.zeros(1, 70, dtype=torch.bool)}, "reset must"),
         ({"chunk_size": 0}, "chunk_size"),
         ({"backend": "fortran"}, "backend"),
     ],
@@ -182,3 +187,22 @@ def test_compiled_as_one_node_without_recompiling_over_lengths(backend):
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         ssd(**(arguments() | change))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_default_dtype_does_not_matter(dtype):
+    """The kernels write float32 whatever torch makes by default."""
+    values = {n: v.requires_grad_() for n, v in arguments().items()}
+
+    def outputs():
+        y, last = ssd(**values, backend="cpu")
+        return (y, last, *torch.autograd.grad((y**2).sum() + (last**2).sum(), list(values.values())))
+
+    expected = outputs()
+    torch.set_default_dtype(dtype)
+    try:
+        got = outputs()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for mine, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
