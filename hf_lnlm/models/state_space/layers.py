@@ -50,12 +50,20 @@ class GatedRMSNorm(nn.Module):
         return self.weight * normal.to(y.dtype)
 
 
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Tell whether a module is of this very class and nothing wraps or watches it."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is kind and not hooked and "forward" not in vars(module) and not hasattr(module, "_hf_hook")
+
+
 def is_plain_conv(module: nn.Module) -> bool:
     """Tell whether filter and bias are all there is to a convolution: an `nn.Conv1d` that nothing wraps or watches."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return (
-        type(module) is nn.Conv1d and not hooked and "forward" not in vars(module) and not hasattr(module, "_hf_hook")
-    )
+    return _is_plain(module, nn.Conv1d)
+
+
+def is_plain_norm(module: nn.Module) -> bool:
+    """Tell whether the weight is all there is to a gated norm that nothing wraps or watches."""
+    return _is_plain(module, GatedRMSNorm)
 
 
 def conv_filter(module: nn.Module, channels: int, kernel: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -34,7 +34,7 @@ from ...ops.one_token import s6_token, ssd_token, token_backend
 from ...ops.selective_scan import selective_scan
 from ...ops.ssd import ssd
 from .configuration_ssm import SelectiveSSMConfig
-from .layers import GatedRMSNorm, SSMRMSNorm, conv_filter, is_plain_conv
+from .layers import GatedRMSNorm, SSMRMSNorm, conv_filter, is_plain_conv, is_plain_norm
 from .marks import ScanMarks
 
 States = dict[str, torch.Tensor]
@@ -242,7 +242,7 @@ class SSDMixer(Mixer):
 
     def scan(self, projected: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, States]:
         """Section 7 of [2] between the projections."""
-        backend = self._decodes(projected, states, marks)
+        backend = self._decodes(projected, states, marks) if is_plain_norm(self.norm) else None
         if backend is not None:
             return self._token(projected, states, backend)
         z, xbc, dt = projected.split([self.inner, self.conv_size(), self.heads], dim=-1)
@@ -336,7 +336,7 @@ class TrapezoidalMixer(Mixer):
             backend=self.backend,
         )
         out = y.flatten(2) * F.silu(z.to(dtype))
-        last = {"angle": total[:, -1], "ssm": ssm, "key": _last(key, states, "key", marks)}
+        last = {"angle": total[:, -1].clone(), "ssm": ssm, "key": _last(key, states, "key", marks)}
         return out.to(projected.dtype), last | {"value": _last(x, states, "value", marks)}
 
     def _rotation(self, angle: torch.Tensor, step: torch.Tensor, states: States | None) -> torch.Tensor:
@@ -380,7 +380,7 @@ def _successors(late: torch.Tensor, marks: ScanMarks) -> tuple[torch.Tensor, tor
 def _last(values: torch.Tensor, states: States | None, name: str, marks: ScanMarks) -> torch.Tensor:
     """Each row's value at its last real token; what was carried in if it has none. `(batch, length, ...)`."""
     if marks.mask is None:
-        return values[:, -1]
+        return values[:, -1].clone()  # a view would keep all positions alive
     places = torch.arange(1, values.shape[1] + 1, device=values.device)
     index = (marks.mask * places).amax(1)  # 0: no real token
     before = torch.zeros_like(values[:, 0]) if states is None else states[name].to(values.dtype)

@@ -101,6 +101,16 @@ def test_wrapped_modules_are_not_read_around_while_decoding():
     close(torch.cat(parts, 1), logits(model, ids))
 
 
+def test_a_watched_norm_is_not_read_around_while_decoding():
+    """The one-token kernel of Mamba-2 holds the gated norm, whose hooks must act on single tokens too."""
+    model, ids = build(mixer="mamba2"), tokens()
+    for layer in model.model.layers:
+        layer.mixer.norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+    cache = DynamicCache(config=model.config)
+    parts = [logits(model, ids[:, t : t + 1], past_key_values=cache) for t in range(LENGTH)]
+    close(torch.cat(parts, 1), logits(model, ids))
+
+
 @every_case
 @pytest.mark.parametrize("places", [range(6, 30), range(24), [*range(2), *range(4, 9), *range(12, 29)]], ids=str)
 def test_padding_left_right_inside(fields, places):
