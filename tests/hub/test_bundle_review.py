@@ -25,7 +25,7 @@ def folder(tmp_path):
     settings["auto_map"] |= {
         "AutoConfig": "configuration_evil.Evil",
         "AutoModelForCausalLM": EVIL,
-        "AutoModelForMaskedLM": "modeling_evil.Evil",
+        "AutoModelForMultipleChoice": "modeling_evil.Evil",
     }
     path.write_text(json.dumps(settings))
     for name in ("configuration_evil.py", "modeling_evil.py", "modeling_rnn.py", "configuration_rnn.py"):
@@ -41,7 +41,7 @@ def test_the_registered_class_wins(folder, trusted):
 
 def test_a_head_that_the_family_lacks_is_not_taken_from_the_folder(folder):
     with pytest.raises(ValueError, match="Unrecognized configuration class"):
-        transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+        transformers.AutoModelForMultipleChoice.from_pretrained(folder, trust_remote_code=True)
 
 
 def test_the_next_save_names_its_own_code_only(folder, tmp_path):

@@ -30,9 +30,10 @@ def small(tmp_path: Path, head: str = "BertForMaskedLM", **changed: Any) -> LNLM
 # ---- arguments
 
 
-def test_arguments_keep_the_stock_names_and_add_two(tmp_path: Path) -> None:
+def test_arguments_keep_the_stock_names_and_add_four(tmp_path: Path) -> None:
     stock = set(T.TrainingArguments.__dataclass_fields__)
-    assert set(LNLMTrainingArguments.__dataclass_fields__) - stock == {"carry_state", "stop_on_nonfinite"}
+    added = {"carry_state", "early_stopping_patience", "early_stopping_threshold", "stop_on_nonfinite"}
+    assert set(LNLMTrainingArguments.__dataclass_fields__) - stock == added
     arguments = LNLMTrainingArguments(str(tmp_path), use_cpu=True, seed=5)
     assert arguments.enable_jit_checkpoint and arguments.data_seed == 5
     assert LNLMTrainingArguments(str(tmp_path), use_cpu=True, data_seed=2).data_seed == 2
