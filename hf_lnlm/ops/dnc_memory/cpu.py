@@ -75,7 +75,7 @@ def _arrays(tensors: Any) -> Any:
 
 def _limits(plan: _Plan) -> Any:
     """The limits as float32 numbers of numpy."""
-    return tuple(torch.tensor(plan.limits, dtype=torch.float32).numpy())
+    return tuple(torch.tensor(plan.limits, dtype=torch.float32, device="cpu").numpy())
 
 
 def _start_history(plan: _Plan, x: torch.Tensor, weights: Tensors, state: _Carried) -> History:
@@ -94,7 +94,7 @@ def _start_history(plan: _Plan, x: torch.Tensor, weights: Tensors, state: _Carri
         x.new_empty(batch, steps + 1, state.hidden.shape[1]),
         x.new_empty(batch, steps, interface.shape[0]),
         *[x.new_empty(batch, steps + 1, *rows.shape[1:]) for rows in state[2:6]],
-        torch.empty(batch, steps, writes, slots, dtype=torch.int32),
+        torch.empty(batch, steps, writes, slots, dtype=torch.int32, device="cpu"),
         *following,
         x.new_empty(batch, chunks, *state.memory.shape[1:]),
         x.new_empty(batch, chunks, *state.link.shape[1:]),
@@ -233,11 +233,11 @@ def dnc_memory_cpu(
     size, steps = state.hidden.shape[1], inputs.shape[1]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (inputs, *weights, *state))
     plan = _plan(steps, state, options, keep, keep and recompute)
-    ones = torch.ones(inputs.shape[:2], dtype=torch.uint8) if mask is None else mask.to(torch.uint8)
+    ones = torch.ones(inputs.shape[:2], dtype=torch.uint8, device="cpu") if mask is None else mask.to(torch.uint8)
     rows = [tensor.float().contiguous() for tensor in (inputs, *weights)]
     results = _Loop.apply(plan, ones, *rows, *_carry(state, plan.sizes.lstm))
     outputs, cells, usage, precedence, write, read, memory, link, *looks = results
-    last = outputs[:, -1]
+    last = outputs[:, -1].clone()  # a view would keep all outputs alive
     cells = cells if plan.sizes.lstm else state.cells
     after = DNCState(last[:, :size], cells, last[:, size:], memory.mT, usage, precedence, link, write, read)
     if mask is not None:

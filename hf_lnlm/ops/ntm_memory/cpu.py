@@ -60,7 +60,7 @@ def _arrays(history: Any) -> Any:
 
 def _bound(clip: float) -> Any:
     """`clip` as a float32 number of numpy."""
-    return torch.tensor(clip, dtype=torch.float32).numpy()[()]
+    return torch.tensor(clip, dtype=torch.float32, device="cpu").numpy()[()]
 
 
 def _start_history(
@@ -216,10 +216,10 @@ def ntm_memory_cpu(
     plan = _plan(steps, state, options, keep, keep and recompute)
     cells = state.cells if plan.sizes.lstm else state.hidden
     rows = torch.cat([state.hidden, state.reads], -1)
-    ones = torch.ones(inputs.shape[:2], dtype=torch.uint8) if mask is None else mask.to(torch.uint8)
+    ones = torch.ones(inputs.shape[:2], dtype=torch.uint8, device="cpu") if mask is None else mask.to(torch.uint8)
     tensors = _float_rows(inputs, *weights, rows, cells, state.weightings, state.memory.mT)
     outputs, cells, weightings, memory, looks = _Loop.apply(plan, ones, *tensors)
-    last = outputs[:, -1]
+    last = outputs[:, -1].clone()  # a view would keep all outputs alive
     if not plan.sizes.lstm:
         cells = state.cells
     after = NTMState(last[:, :size], cells, last[:, size:], weightings, memory.mT)

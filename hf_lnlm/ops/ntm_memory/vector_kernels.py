@@ -13,8 +13,10 @@ processor backend then reports itself as unavailable.
 Complexity: each function is one pass over its rows.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 try:
@@ -45,6 +47,18 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
 
 
+def _revision(function: Any) -> str:
+    """Hash of the kernels beside this file and beside the function's, as package files or flattened into one folder.
+
+    numba's cache on disk notices edits of a loop's own file only, not of what is compiled into it.
+    """
+    folders = {Path(__file__).parent, Path(function.__code__.co_filename).parent}
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in folder.glob("*kernels.py") if "gpu" not in path.name):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def compiled_loop(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a whole-sequence loop, called from Python, and keeps the result on disk where there is a place for it.
 
@@ -56,6 +70,7 @@ def compiled_loop(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     if numba is None:
         return function
+    function.__qualname__ += f"_{_revision(function)}"  # names the function's file in the cache
     try:
         return numba.njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # no directory to keep compiled code in: compile anew in every process
