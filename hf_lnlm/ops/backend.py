@@ -4,11 +4,14 @@
 `backend="auto"` takes the fastest that can run; a named one that cannot run is an error, never a silent fallback.
 """
 
+import importlib
 import importlib.util
 import os
 from functools import cache
 
 import torch
+
+_OLDEST_NUMBA = (0, 61)
 
 
 def _missing(package: str) -> bool:
@@ -21,8 +24,16 @@ def _missing(package: str) -> bool:
 @cache
 def numba_reason() -> str | None:
     """Return why numba kernels cannot run here, or None when they can."""
-    if _missing("numba"):
-        return "numba is not installed (pip install 'hf_lnlm[cpu]')"
+    try:
+        numba = importlib.import_module("numba")
+    except ModuleNotFoundError as error:
+        if error.name in (None, "numba"):
+            return "numba is not installed (pip install 'hf_lnlm[cpu]')"
+        return f"numba cannot be imported: {error}"
+    except Exception as error:  # whatever a broken installation raises
+        return f"numba cannot be imported: {error}"
+    if numba.version_info.short < _OLDEST_NUMBA:
+        return f"numba must be at least 0.61, got {numba.__version__} (pip install -U 'hf_lnlm[cpu]')"
     return None
 
 
@@ -51,7 +62,8 @@ def pick_backend(
         requested: `auto` or the name of a backend.
         device: where the tensors are.
         available: backends that the operation has, such as `("reference", "eager", "cpu")`.
-        dtype: the tensors' type; compiled kernels take float32 and narrower, so float64 falls to eager.
+        dtype: the tensors' type; compiled kernels take float32 and narrower, so float64 falls to eager, and is
+            an error with a compiled backend asked for by name.
 
     Returns:
         One of `available`.
@@ -61,7 +73,7 @@ def pick_backend(
     """
     kind = torch.device(device).type
     if requested != "auto":
-        return _demand(requested, kind, available)
+        return _demand(requested, kind, available, dtype)
     narrow = dtype != torch.float64
     if kind == "cuda" and "gpu" in available and narrow and triton_reason() is None:
         return "gpu"
@@ -70,14 +82,16 @@ def pick_backend(
     return "eager" if "eager" in available else "reference"
 
 
-def _demand(requested: str, kind: str, available: tuple[str, ...]) -> str:
+def _demand(requested: str, kind: str, available: tuple[str, ...], dtype: torch.dtype | None) -> str:
     if requested not in available:
         raise ValueError(f"backend must be auto or one of {', '.join(available)}, got {requested!r}")
-    reason = {"cpu": numba_reason(), "gpu": triton_reason()}.get(requested)
+    reason = numba_reason() if requested == "cpu" else triton_reason() if requested == "gpu" else None
     if requested == "cpu" and kind != "cpu":
         reason = reason or f"the tensors are on {kind}"
     if requested == "gpu" and kind != "cuda" and not triton_interpreted():
         reason = reason or f"the tensors are on {kind}"
+    if requested in ("cpu", "gpu") and dtype == torch.float64:
+        reason = reason or "it computes in float32, and the tensors are float64"
     if reason:
         raise ValueError(f"backend {requested!r} cannot run: {reason}")
     return requested

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +74,26 @@ def test_a_named_backend_that_can_run_is_taken(machine):
     for name in ("reference", "eager", "cpu"):
         assert pick_backend(name, "cpu", ALL) == name
     assert pick_backend("gpu", "cuda", ALL) == "gpu"
+
+
+def test_a_compiled_backend_refuses_float64(machine):
+    machine(None, None)
+    for name, device in (("cpu", "cpu"), ("gpu", "cuda")):
+        with pytest.raises(ValueError, match="computes in float32"):
+            pick_backend(name, device, ALL, torch.float64)
+    assert pick_backend("eager", "cpu", ALL, torch.float64) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (None, "numba is not installed"),
+        (SimpleNamespace(version_info=SimpleNamespace(short=(0, 60)), __version__="0.60.1"), "got 0.60.1"),
+    ],
+)
+def test_numba_is_really_imported(monkeypatch, module, said):
+    monkeypatch.setitem(sys.modules, "numba", module)
+    assert said in backend.numba_reason.__wrapped__()
 
 
 def test_the_user_can_ask_which_one_is_in_use():
