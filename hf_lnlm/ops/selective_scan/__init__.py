@@ -12,6 +12,8 @@ Backends: `reference` (float64, one token at a time), `eager` (torch, any device
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..backend import pick_backend
@@ -66,12 +68,7 @@ def selective_scan(
         ValueError: shapes that do not fit, or a backend that cannot run.
     """
     _check(u, dt, A, B, C, backend)
-    for name, tensor in (("D", D), ("dt_bias", dt_bias)):
-        check_shape(name, tensor, (u.shape[2],))
-    check_shape("z", z, tuple(u.shape))
-    check_shape("initial_state", initial_state, (u.shape[0], A.shape[1], u.shape[2]))
-    for name, tensor in (("mask", mask), ("reset", reset)):
-        check_shape(name, tensor, tuple(u.shape[:2]))
+    _check_optional(u, A, (D, dt_bias), z, initial_state, (mask, reset))
     alone = u.shape[1] == 1 and mask is None and reset is None and backend != "reference"
     if alone and runs_directly(u, dt, A, B, C, D, z, dt_bias, initial_state):
         if pick_backend(backend, u.device, BACKENDS, u.dtype) == "cpu" and softplus:
@@ -90,6 +87,15 @@ def selective_scan(
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         y, state, _ = selective_scan_forward(*tensors, softplus, backend, save)
     return (y.flip(1) if reverse else y), state
+
+
+def _check_optional(u: torch.Tensor, A: torch.Tensor, vectors: Any, z: Any, state: Any, marks: Any) -> None:
+    for name, tensor in zip(("D", "dt_bias"), vectors):
+        check_shape(name, tensor, (u.shape[2],))
+    check_shape("z", z, tuple(u.shape))
+    check_shape("initial_state", state, (u.shape[0], A.shape[1], u.shape[2]))
+    for name, tensor in zip(("mask", "reset"), marks):
+        check_shape(name, tensor, tuple(u.shape[:2]))
 
 
 def _check(u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, backend: str) -> None:

@@ -67,12 +67,7 @@ def ssd(
     Raises:
         ValueError: shapes that do not fit, or a backend that cannot run.
     """
-    _check(x, scale, log_decay, B, C, chunk_size, backend)
-    check_shape("D", D, (x.shape[2],))
-    check_shape("initial_state", initial_state, (x.shape[0], *x.shape[2:], B.shape[3]))
-    check_shape("diagonal", diagonal, tuple(x.shape[:3]))
-    for name, tensor in (("mask", mask), ("reset", reset)):
-        check_shape(name, tensor, tuple(x.shape[:2]))
+    _check(x, scale, log_decay, B, C, (D, initial_state, diagonal, mask, reset), chunk_size, backend)
     alone = x.shape[1] == 1 and mask is None and reset is None and backend != "reference"
     if alone and runs_directly(x, scale, log_decay, B, C, D, initial_state, diagonal):
         if backend != "auto":
@@ -97,8 +92,8 @@ def ssd(
 
 
 def _check(
-    x: torch.Tensor, scale: torch.Tensor, log_decay: torch.Tensor, B: torch.Tensor, C: torch.Tensor, chunk_size: int,
-    backend: str,
+    x: torch.Tensor, scale: torch.Tensor, log_decay: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
+    optional: tuple[torch.Tensor | None, ...], chunk_size: int, backend: str,
 ) -> None:  # fmt: skip
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -115,3 +110,7 @@ def _check(
         )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    rows, state = tuple(x.shape[:2]), (x.shape[0], *x.shape[2:], B.shape[3])
+    shapes = {"D": (x.shape[2],), "initial_state": state, "diagonal": tuple(x.shape[:3]), "mask": rows, "reset": rows}
+    for (name, shape), tensor in zip(shapes.items(), optional):
+        check_shape(name, tensor, shape)
