@@ -112,5 +112,5 @@ def _check(
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     rows, state = tuple(x.shape[:2]), (x.shape[0], *x.shape[2:], B.shape[3])
     shapes = {"D": (x.shape[2],), "initial_state": state, "diagonal": tuple(x.shape[:3]), "mask": rows, "reset": rows}
-    for (name, shape), tensor in zip(shapes.items(), optional):
-        check_shape(name, tensor, shape)
+    for (name, shape), given in zip(shapes.items(), optional):
+        check_shape(name, given, shape)
