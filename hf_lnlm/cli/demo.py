@@ -31,8 +31,8 @@ TARGET = 450_000
 """Parameters of each model, about."""
 TOTAL_SECONDS = 54.0
 """CPU seconds of training of all contenders together, unless told otherwise."""
-ROUNDS = 6
-VALIDATION_BLOCKS = 48
+ROUNDS = 5
+VALIDATION_BLOCKS = 32
 PROMPT = "def "
 SETTINGS_FILE = "demo.json"
 STOCK = {
@@ -387,7 +387,7 @@ def race_claims(contenders: list[Contender]) -> list[Claim]:
     ]
     for contender in contenders:
         first, last = contender.progress.curve[0][1], contender.progress.curve[-1][1]
-        claims.append(Claim(f"{contender.label} learnt: {first:.2f} to {last:.2f} bits per byte", last < 0.85 * first))
+        claims.append(Claim(f"{contender.label} learnt: {first:.2f} to {last:.2f} bits per byte", last < 0.9 * first))
     return claims
 
 
