@@ -299,18 +299,19 @@ def main() -> None:
         library = Library(vocabulary, length)
         for seed in range(asked.first, asked.first + asked.seeds):
             row["runs"].append(run(library, seed, asked.seconds))
-            row |= summary(row["runs"])
+            row |= summary(name, row["runs"])
             print(f"{name} {json.dumps(row['runs'][-1])}", file=sys.stderr, flush=True)
             if asked.output:
                 asked.output.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1) if asked.json else "\n".join(map(str, report["rows"])))
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over seeds."""
+def summary(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over seeds; the bar is that of `detection` (the tiny BERT's aim is to leave chance, 0.5)."""
     if "discriminator_auc" in runs[0]:
         median = statistics.median(run["discriminator_auc"] for run in runs)
-        return {"median_auc": median, "bar": BAR, "aim": AIM, "passed": median >= BAR}
+        bars = {"bar": BAR, "aim": AIM, "passed": median >= BAR} if name == "detection" else {}
+        return {"median_auc": median, **bars}
     kinds = [name for name in runs[0] if name != "seed"]
     sizes = [name for name in runs[0][kinds[0]] if name.startswith("rows_")]
     return {"median": {k: {s: statistics.median(run[k][s] for run in runs) for s in sizes} for k in kinds}}
