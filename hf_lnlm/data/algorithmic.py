@@ -11,7 +11,7 @@ Complexity: O(length · width) a row.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import count
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 IGNORED = -100.0
+LARGEST = 2**20  # of sizes and widths: what is beyond was mistyped, and would be allocated
 Row = dict[str, torch.Tensor]
 
 
@@ -37,21 +38,37 @@ def _blank(length: int, inputs: int, outputs: int) -> Row:
     return {"inputs_embeds": torch.zeros(length, inputs), "labels": torch.full((length, outputs), IGNORED)}
 
 
+def _check_whole(name: str, value: Any, low: int, high: int = LARGEST) -> None:
+    """Refuse what is no whole number between both ends."""
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number between {low} and {high}, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Task:
     """An algorithmic task.
 
     Attributes:
         shortest, longest: range of the task's size (its length, its number of items ...) in training.
+
+    Raises:
+        ValueError: a field is no whole number in its range; names field, range and value.
     """
 
     name: ClassVar[str]
+    smallest: ClassVar[int] = 1  # size that makes sense
     shortest: int = 1
     longest: int = 20
 
     def __post_init__(self) -> None:
-        if not 1 <= self.shortest <= self.longest:
-            raise ValueError(f"sizes must satisfy 1 <= shortest <= longest, got {self.shortest} and {self.longest}")
+        for field in fields(self):
+            self._check(field.name, getattr(self, field.name))
+        if self.shortest > self.longest:
+            raise ValueError(f"sizes must satisfy shortest <= longest, got {self.shortest} and {self.longest}")
+
+    def _check(self, name: str, value: Any) -> None:
+        """Refuse a field out of range."""
+        _check_whole(name, value, self.smallest if name in ("shortest", "longest") else 1)
 
     @property
     def input_size(self) -> int:
@@ -69,7 +86,14 @@ class Task:
         Args:
             generator: source of randomness.
             size: the task's size; may lie beyond `longest`, to test generalisation.
+
+        Raises:
+            ValueError: the size is too small for the task, or no whole number.
         """
+        _check_whole("size", size, self.smallest)
+        return self._row(generator, size)
+
+    def _row(self, generator: torch.Generator, size: int) -> Row:
         raise NotImplementedError
 
     def draw_size(self, generator: torch.Generator, longest: int | None = None) -> int:
@@ -103,8 +127,8 @@ class Copy(Task):
         """The bits."""
         return self.width
 
-    def row(self, generator: torch.Generator, size: int) -> Row:
-        """Draw one row of `2·size + 1` steps; see `Task.row`."""
+    def _row(self, generator: torch.Generator, size: int) -> Row:
+        """`2·size + 1` steps."""
         row, sequence = _blank(2 * size + 1, self.input_size, self.output_size), _bits(generator, size, self.width)
         row["inputs_embeds"][:size, : self.width] = sequence
         row["inputs_embeds"][size, self.width] = 1.0
@@ -134,8 +158,8 @@ class RepeatCopy(Task):
         """The bits and the end marker."""
         return self.width + 1
 
-    def row(self, generator: torch.Generator, size: int) -> Row:
-        """Draw one row of length and repeats between `shortest` and `size`; see `Task.row`."""
+    def _row(self, generator: torch.Generator, size: int) -> Row:
+        """Length and repeats lie between `shortest` and `size`."""
         low = min(self.shortest, size)
         return self.exact_row(generator, _between(generator, low, size), _between(generator, low, size))
 
@@ -146,7 +170,12 @@ class RepeatCopy(Task):
             generator: source of randomness.
             length: steps of the sequence.
             repeats: how often it is asked for.
+
+        Raises:
+            ValueError: one of them is no whole number from 1 on.
         """
+        _check_whole("length", length, 1)
+        _check_whole("repeats", repeats, 1)
         row = _blank(length + 1 + length * repeats + 1, self.input_size, self.output_size)
         sequence = _bits(generator, length, self.width)
         row["inputs_embeds"][:length, : self.width] = sequence
@@ -168,6 +197,7 @@ class AssociativeRecall(Task):
     """
 
     name: ClassVar[str] = "associative_recall"
+    smallest: ClassVar[int] = 2
     shortest: int = 2
     longest: int = 6
     width: int = 6
@@ -183,14 +213,8 @@ class AssociativeRecall(Task):
         """The bits."""
         return self.width
 
-    def row(self, generator: torch.Generator, size: int) -> Row:
-        """Draw one row; the query is never the last item. See `Task.row`.
-
-        Raises:
-            ValueError: fewer than two items.
-        """
-        if size < 2:
-            raise ValueError(f"associative recall needs at least 2 items, got {size}")
+    def _row(self, generator: torch.Generator, size: int) -> Row:
+        """The query is never the last item."""
         items, step = _bits(generator, size, self.item_length, self.width), self.item_length + 1
         asked = _between(generator, 0, size - 2)
         row = _blank(step * size + self.item_length + 2 + self.item_length, self.input_size, self.output_size)
@@ -210,7 +234,7 @@ class DynamicNGrams(Task):
     """Predict bits drawn from a new random n-gram table in every row, section 4.4: size = number of bits.
 
     Attributes:
-        context: bits that decide the next one's probability, n − 1.
+        context: bits that decide the next one's probability, n − 1; at most 16, for the table has 2**context entries.
     """
 
     name: ClassVar[str] = "dynamic_ngrams"
@@ -228,8 +252,14 @@ class DynamicNGrams(Task):
         """The next bit."""
         return 1
 
-    def row(self, generator: torch.Generator, size: int) -> Row:
-        """Draw one row of `size` steps; each table entry is from Beta(½, ½) [1]. See `Task.row`."""
+    def _check(self, name: str, value: Any) -> None:
+        if name == "context":
+            _check_whole(name, value, 0, 16)
+        else:
+            super()._check(name, value)
+
+    def _row(self, generator: torch.Generator, size: int) -> Row:
+        """`size` steps; each table entry is from Beta(½, ½) [1]."""
         angles = torch.rand(2**self.context, generator=generator) * (torch.pi / 2)
         table = angles.sin().square()  # the square of the sine of a uniform angle has the law Beta(1/2, 1/2)
         draws = torch.rand(size + 1, generator=generator).tolist()
@@ -251,7 +281,12 @@ class DynamicNGrams(Task):
 
         Returns:
             `(length,)`: entry t from bits 0 to t; ½ while the context is incomplete.
+
+        Raises:
+            ValueError: something else than zeros and ones.
         """
+        if bits.dim() != 1 or not ((bits == 0) | (bits == 1)).all():
+            raise ValueError(f"bits must be zeros and ones, shape (length,), got {bits}")
         counts = torch.full((2**self.context, 2), 0.5, dtype=torch.float64)
         values, found, state = bits.int().tolist(), [], 0
         for t, bit in enumerate(values):
@@ -269,7 +304,7 @@ class PrioritySort(Task):
 
     Attributes:
         width: bits of a vector.
-        kept: share of the vectors that is asked for: 16 of 20 in [1].
+        kept: share of the vectors that is asked for, above 0 and up to 1: 16 of 20 in [1].
     """
 
     name: ClassVar[str] = "priority_sort"
@@ -287,8 +322,14 @@ class PrioritySort(Task):
         """The bits."""
         return self.width
 
-    def row(self, generator: torch.Generator, size: int) -> Row:
-        """Draw one row with priorities from U(−1, 1); see `Task.row`."""
+    def _check(self, name: str, value: Any) -> None:
+        if name != "kept":
+            super()._check(name, value)
+        elif type(value) not in (int, float) or not 0 < value <= 1:
+            raise ValueError(f"kept must be a number above 0 and up to 1, got {value!r}")
+
+    def _row(self, generator: torch.Generator, size: int) -> Row:
+        """Priorities are from U(−1, 1)."""
         vectors, asked = _bits(generator, size, self.width), max(1, round(self.kept * size))
         priority = torch.rand(size, generator=generator) * 2 - 1
         row = _blank(size + 1 + asked, self.input_size, self.output_size)
@@ -330,11 +371,15 @@ def task_rows(task: Task, rows: int, seed: int, size: int | None = None) -> Any:
         rows: how many.
         seed: of the generator.
         size: the size of every row; drawn for each if None.
+
+    Raises:
+        ValueError: a number is out of range.
     """
     from datasets import Dataset
 
+    _check_whole("rows", rows, 1, 2**40)
     generator = torch.Generator().manual_seed(seed)
-    drawn = [task.row(generator, size or task.draw_size(generator)) for _ in range(rows)]
+    drawn = [task.row(generator, task.draw_size(generator) if size is None else size) for _ in range(rows)]
     columns = {name: [row[name].tolist() for row in drawn] for name in ("inputs_embeds", "labels")}
     return Dataset.from_dict(columns).with_format("torch")
 
@@ -352,10 +397,12 @@ class Stream(IterableDataset[Row]):
         longest: the largest size at first; may be changed at any time. `task.longest` if None.
 
     Raises:
-        ValueError: `longest` is not a size of the task.
+        ValueError: `longest` is not a size of the task, or another number is out of range.
     """
 
     def __init__(self, task: Task, batch_size: int, seed: int, longest: int | None = None) -> None:
+        _check_whole("batch_size", batch_size, 1)
+        _check_whole("seed", seed, 0, 2**32 - 1)
         self.task, self.batch_size, self.seed = task, batch_size, seed
         self.longest = task.longest if longest is None else longest
         if not task.shortest <= self.longest <= task.longest:
@@ -406,9 +453,14 @@ class Curriculum:
     Args:
         stream: whose `longest` is raised, up to its task's.
         threshold: share of wrong bits, averaged over about 50 batches, below which it goes on.
+
+    Raises:
+        ValueError: the threshold is no share.
     """
 
     def __init__(self, stream: Stream, threshold: float = 0.1) -> None:
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold must be above 0 and up to 1, got {threshold}")
         self.stream, self.threshold = stream, threshold
         self.average: float | None = None
 
