@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 
 def source_namespace(*files: str | Path) -> str:
     """Namespace `lnlm_<hash>` of the operators implemented by some source files.
@@ -110,6 +112,11 @@ def runs_directly(*tensors: torch.Tensor | None) -> bool:
 
     A dispatch through `torch.library` costs some fifty microseconds, which a decoding step of one token feels.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    return not torch.is_grad_enabled() and plain_tensors(*tensors)
+
+
+def plain_tensors(*tensors: torch.Tensor | None) -> bool:
+    """Tell whether nobody traces and all tensors that are not None are of no subclass but a parameter."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
-    return all(t is None or type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+    return all(t is None or type(t) in _PLAIN for t in tensors)

@@ -1,8 +1,9 @@
 """Small modules of the state-space mixers: norms, and the filter of a convolution whatever wraps it."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from ...ops.rms_norm import rms_norm
 
 
 class SSMRMSNorm(nn.Module):
@@ -11,21 +12,17 @@ class SSMRMSNorm(nn.Module):
     Args:
         size: width.
         eps: added to the mean square.
+        backend: the config's field.
     """
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, backend: str = "auto") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.backend = eps, backend
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalise the last dimension."""
-        if hidden.dtype == self.weight.dtype and hidden.dtype in (torch.float32, torch.float64):
-            return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
-        normal = F.rms_norm(
-            hidden.float() if hidden.dtype != torch.float64 else hidden, hidden.shape[-1:], None, self.eps
-        )
-        return self.weight * normal.to(hidden.dtype)
+        return rms_norm(hidden, self.weight, self.eps, backend=self.backend)
 
 
 class GatedRMSNorm(nn.Module):
@@ -35,25 +32,28 @@ class GatedRMSNorm(nn.Module):
         size: width.
         groups: groups that are normalised apart.
         eps: added to the mean square.
+        backend: the config's field.
     """
 
-    def __init__(self, size: int, groups: int, eps: float) -> None:
+    def __init__(self, size: int, groups: int, eps: float, backend: str = "auto") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.groups, self.eps = groups, eps
+        self.groups, self.eps, self.backend = groups, eps, backend
 
     def forward(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Gate and normalise `(batch, length, size)`."""
-        dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-        gated = (y.to(dtype) * F.silu(z.to(dtype))).unflatten(-1, (self.groups, -1))
-        normal = F.rms_norm(gated, gated.shape[-1:], None, self.eps).flatten(-2)
-        return self.weight * normal.to(y.dtype)
+        return rms_norm(y, self.weight, self.eps, z, self.groups, self.backend)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Tell whether hooks hang on a module or something has replaced its forward."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooked) or "forward" in vars(module) or "_hf_hook" in vars(module)
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Tell whether a module is of this very class and nothing wraps or watches it."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is kind and not hooked and "forward" not in vars(module) and not hasattr(module, "_hf_hook")
+    return type(module) is kind and not _is_watched(module)
 
 
 def is_plain_conv(module: nn.Module) -> bool:
@@ -64,6 +64,11 @@ def is_plain_conv(module: nn.Module) -> bool:
 def is_plain_norm(module: nn.Module) -> bool:
     """Tell whether the weight is all there is to a gated norm that nothing wraps or watches."""
     return _is_plain(module, GatedRMSNorm)
+
+
+def is_plain_layer(norm: nn.Module, mixer: nn.Module) -> bool:
+    """Tell whether nothing wraps or watches a layer's norm and mixer."""
+    return type(norm) is SSMRMSNorm and not _is_watched(norm) and not _is_watched(mixer)
 
 
 def conv_filter(module: nn.Module, channels: int, kernel: int) -> tuple[torch.Tensor, torch.Tensor | None]:

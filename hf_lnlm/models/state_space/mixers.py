@@ -30,14 +30,16 @@ from torch import nn
 
 from ...nn.effective_weight import effective_weight, is_plain_linear
 from ...ops.causal_conv import causal_conv
-from ...ops.one_token import s6_token, ssd_token, token_backend
+from ...ops.one_token import MOST_ROWS, s6_token, ssd_token, token_backend, token_ends
+from ...ops.s6_core import s6_core, s6_core_backend
 from ...ops.selective_scan import selective_scan
 from ...ops.ssd import ssd
 from .configuration_ssm import SelectiveSSMConfig
-from .layers import GatedRMSNorm, SSMRMSNorm, conv_filter, is_plain_conv, is_plain_norm
+from .layers import GatedRMSNorm, SSMRMSNorm, conv_filter, is_plain_conv, is_plain_layer, is_plain_norm
 from .marks import ScanMarks
 
 States = dict[str, torch.Tensor]
+Fused = tuple[str, tuple[torch.Tensor | None, ...]]  # backend and weights of a fused operation
 
 
 class Mixer(nn.Module):
@@ -49,10 +51,12 @@ class Mixer(nn.Module):
 
     Attributes:
         kind: name of the mixer, which its states carry.
+        fuses: whether there are fused operations for it.
         reverse: a mixer without projections that scans the same projected sequence from its end, or None.
     """
 
     kind = ""
+    fuses = False
     conv1d: nn.Conv1d
 
     def __init__(self, config: SelectiveSSMConfig, projections: bool = True) -> None:
@@ -113,21 +117,58 @@ class Mixer(nn.Module):
         carried = None if states is None else states["conv"]
         return causal_conv(x, weight, bias, carried, marks.taps, backend=self.backend)
 
-    def _decodes(self, projected: torch.Tensor, states: States | None, marks: ScanMarks) -> str | None:
-        """Backend of a single token without gradients in which nothing is wrapped, masked or begun; else None."""
+    def _decodes(
+        self, projected: torch.Tensor, states: States | None, marks: ScanMarks, *more: torch.Tensor | None
+    ) -> Fused | None:
+        """Backend and weights of a single token, without gradients, when nothing is wrapped, masked or begun."""
         if projected.shape[1] != 1 or torch.is_grad_enabled() or marks.mask is not None or marks.starts is not None:
             return None
-        if not (is_plain_conv(self.conv1d) and all(is_plain_linear(linear) for linear in self.fused_linears())):
+        if not self.fuses or not self._is_plain():
             return None
-        carried = () if states is None else states.values()
-        return token_backend(self.backend, projected, *carried, *self.fused_weights())
+        carried, weights = () if states is None else states.values(), self.fused_weights()
+        backend = token_backend(self.backend, projected, *carried, *weights, *more)
+        return None if backend is None else (backend, weights)
+
+    def token(
+        self, hidden: torch.Tensor, norm: nn.Module, states: States | None, marks: ScanMarks
+    ) -> tuple[torch.Tensor, States] | None:
+        """Run the whole layer for one decoded token, if nothing in it is wrapped, masked or begun.
+
+        Args:
+            hidden: `(batch, 1, hidden_size)`.
+            norm: the layer's norm.
+            states: what the last call returned, or None for zeros.
+            marks: real tokens and documents.
+
+        Returns:
+            the layer's output and the new states, or None when it must run as it is composed.
+        """
+        ends = (self.in_proj, self.out_proj)
+        if hidden.shape[0] > MOST_ROWS or not is_plain_layer(norm, self) or not all(map(is_plain_linear, ends)):
+            return None
+        weights = (norm.weight, self.in_proj.weight, self.in_proj.bias, self.out_proj.weight, self.out_proj.bias)
+        fused = self._decodes(hidden, states, marks, *weights)
+        if fused is None:
+            return None
+        enter, leave = token_ends(fused[0])
+        projected = enter(hidden, norm.weight, norm.eps, *weights[1:3])
+        mixed, states = self._token(projected, states, fused)
+        return leave(mixed, *weights[3:], hidden), states
+
+    def _token(self, projected: torch.Tensor, states: States | None, fused: Fused) -> tuple[torch.Tensor, States]:
+        """Run one token between the projections with what `_decodes` found."""
+        raise NotImplementedError
+
+    def _is_plain(self) -> bool:
+        """Tell whether nothing wraps or watches the modules between the projections."""
+        return is_plain_conv(self.conv1d) and all(is_plain_linear(linear) for linear in self.fused_linears())
 
     def fused_linears(self) -> tuple[nn.Module, ...]:
-        """Linear layers that the one-token kernel replaces."""
+        """Linear layers that fused operations replace."""
         return ()
 
     def fused_weights(self) -> tuple[torch.Tensor | None, ...]:
-        """Weights that the one-token kernel reads."""
+        """Weights that fused operations read."""
         raise NotImplementedError
 
     def _make_conv(self, channels: int) -> nn.Conv1d:
@@ -144,6 +185,7 @@ class S6Mixer(Mixer):
         super().__init__(config, projections)
         self.rank = int(config.time_step_rank or 0)
         self.norms_steps = config.mixer_rms_norm
+        self.fuses = not self.norms_steps
         self.conv1d = self._make_conv(self.inner)
         self.x_proj = nn.Linear(self.inner, self.rank + 2 * self.state_size, bias=False)
         self.dt_proj = nn.Linear(self.rank, self.inner)
@@ -167,16 +209,32 @@ class S6Mixer(Mixer):
         conv, step = self.conv1d, self.dt_proj
         return conv.weight, conv.bias, self.x_proj.weight, step.weight, step.bias, self.A_log, self.D
 
-    def _token(self, projected: torch.Tensor, states: States | None, backend: str) -> tuple[torch.Tensor, States]:
+    def _token(self, projected: torch.Tensor, states: States | None, fused: Fused) -> tuple[torch.Tensor, States]:
         carried = (None, None) if states is None else (states["conv"], states["ssm"])
-        y, conv, ssm = s6_token(backend)(projected, *self.fused_weights(), *carried)
+        y, conv, ssm = s6_token(fused[0])(projected, *fused[1], *carried)
         return y, {"conv": conv, "ssm": ssm}
+
+    def _trains(self, projected: torch.Tensor, states: States | None) -> Fused | None:
+        """Backend and weights of a whole sequence with gradients, when nothing is wrapped."""
+        if not torch.is_grad_enabled() or not self.fuses or not self._is_plain():
+            return None
+        carried, weights = () if states is None else states.values(), self.fused_weights()
+        tensors = (projected, *weights, *carried)
+        if not any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            return None
+        backend = s6_core_backend(self.backend, *tensors)
+        return None if backend is None else (backend, weights)
 
     def scan(self, projected: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, States]:
         """Algorithm 2 of [1] between the projections."""
-        backend = None if self.norms_steps else self._decodes(projected, states, marks)
-        if backend is not None:
-            return self._token(projected, states, backend)
+        fused = self._decodes(projected, states, marks)
+        if fused is not None:
+            return self._token(projected, states, fused)
+        fused = self._trains(projected, states)
+        if fused is not None:
+            carried = (None, None) if states is None else (states["conv"], states["ssm"])
+            y, conv, ssm = s6_core(fused[0], projected, fused[1], carried, (marks.taps, marks.mask, marks.starts))
+            return y, {"conv": conv, "ssm": ssm}
         x, z = projected.split(self.inner, dim=-1)
         x, conv = self._conv(x, states, marks)
         dt, b, c = self.x_proj(x).split([self.rank, self.state_size, self.state_size], dim=-1)
@@ -204,6 +262,7 @@ class SSDMixer(Mixer):
     """Mamba-2 [2]: one decay a head, a matrix state, a gated norm."""
 
     kind = "mamba2"
+    fuses = True
 
     def __init__(self, config: SelectiveSSMConfig, projections: bool = True) -> None:
         self.heads, self.groups = config.heads, config.n_groups
@@ -214,7 +273,7 @@ class SSDMixer(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.D = nn.Parameter(torch.empty(self.heads))
-        self.norm = GatedRMSNorm(self.inner, self.groups, config.layer_norm_epsilon)
+        self.norm = GatedRMSNorm(self.inner, self.groups, config.layer_norm_epsilon, config.backend)
 
     def conv_size(self) -> int:
         """Channels of the convolution: input, B and C."""
@@ -229,22 +288,26 @@ class SSDMixer(Mixer):
         conv = (self.kernel - 1, self.conv1d.in_channels)
         return {"conv": conv, "ssm": (self.heads, self.inner // self.heads, self.state_size)}
 
+    def _is_plain(self) -> bool:
+        """Tell whether nothing wraps or watches the modules between the projections."""
+        return is_plain_conv(self.conv1d) and is_plain_norm(self.norm)
+
     def fused_weights(self) -> tuple[torch.Tensor | None, ...]:
         """Everything between the projections."""
         conv = self.conv1d
         return conv.weight, conv.bias, self.dt_bias, self.A_log, self.D, self.norm.weight
 
-    def _token(self, projected: torch.Tensor, states: States | None, backend: str) -> tuple[torch.Tensor, States]:
+    def _token(self, projected: torch.Tensor, states: States | None, fused: Fused) -> tuple[torch.Tensor, States]:
         carried = (None, None) if states is None else (states["conv"], states["ssm"])
         options = (self.norm.eps, self.groups, self.limit or (0.0, math.inf))
-        y, conv, ssm = ssd_token(backend)(projected, *self.fused_weights(), *options, *carried)
+        y, conv, ssm = ssd_token(fused[0])(projected, *fused[1], *options, *carried)
         return y, {"conv": conv, "ssm": ssm}
 
     def scan(self, projected: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, States]:
         """Section 7 of [2] between the projections."""
-        backend = self._decodes(projected, states, marks) if is_plain_norm(self.norm) else None
-        if backend is not None:
-            return self._token(projected, states, backend)
+        fused = self._decodes(projected, states, marks)
+        if fused is not None:
+            return self._token(projected, states, fused)
         z, xbc, dt = projected.split([self.inner, self.conv_size(), self.heads], dim=-1)
         xbc, conv = self._conv(xbc, states, marks)
         shared = self.groups * self.state_size
@@ -283,8 +346,8 @@ class TrapezoidalMixer(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.B_bias = nn.Parameter(torch.empty(self.heads, self.state_size))
         self.C_bias = nn.Parameter(torch.empty(self.heads, self.state_size))
-        self.B_norm = SSMRMSNorm(self.state_size, config.layer_norm_epsilon)
-        self.C_norm = SSMRMSNorm(self.state_size, config.layer_norm_epsilon)
+        self.B_norm = SSMRMSNorm(self.state_size, config.layer_norm_epsilon, config.backend)
+        self.C_norm = SSMRMSNorm(self.state_size, config.layer_norm_epsilon, config.backend)
         self.D = nn.Parameter(torch.empty(self.heads))
 
     def _sizes(self) -> list[int]:

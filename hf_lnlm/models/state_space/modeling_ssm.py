@@ -61,13 +61,14 @@ class SelectiveSSMBlock(GradientCheckpointingLayer):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
         self.attends = config.layer_types[layer_idx] == ATTENTION
-        self.norm = SSMRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.norm = SSMRMSNorm(config.hidden_size, config.layer_norm_epsilon, config.backend)
         self.mixer: Any = SSMSelfAttention(config, layer_idx) if self.attends else MIXER_CLASSES[config.mixer](config)
         self.reverse_mixer: Any = None
         if config.bidirectional == "add" and not self.attends:
             self.reverse_mixer = MIXER_CLASSES[config.mixer](config)
         if config.bidirectional == "tied" and not self.attends:
             self.mixer.reverse = MIXER_CLASSES[config.mixer](config, projections=False)
+        self.decodes_fused = not self.attends and not config.reads_both_ways and self.mixer.fuses
 
     def forward(
         self,
@@ -89,6 +90,11 @@ class SelectiveSSMBlock(GradientCheckpointingLayer):
         Returns:
             the same shape, and the mixer's new states (None for attention).
         """
+        alone = hidden_states.shape[1] == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if alone and self.decodes_fused:
+            decoded = self.mixer.token(hidden_states, self.norm, states, marks)
+            if decoded is not None:
+                return decoded
         normal = self.norm(hidden_states.to(self.norm.weight.dtype))
         widen = self.residual_in_fp32 and hidden_states.dtype != torch.float64
         residual = hidden_states.float() if widen else hidden_states
@@ -188,11 +194,12 @@ class SelectiveSSMModel(SelectiveSSMPreTrainedModel):
         # No padding row: published models pad with their end-of-text token, whose embedding must learn.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([SelectiveSSMBlock(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = SSMRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.norm = SSMRMSNorm(config.hidden_size, config.layer_norm_epsilon, config.backend)
         self.gradient_checkpointing = False
         # A config's attributes are slow to read, which a decoded token would feel.
         self.kernel, self.kind, self.reads_both_ways = config.conv_kernel, config.mixer, config.reads_both_ways
         self.has_attention = bool(config.attn_layer_indices)
+        self.state_shapes = [None if layer.attends else layer.mixer.state_shapes() for layer in self.layers]
         self.post_init()
 
     @merge_with_config_defaults
@@ -266,10 +273,10 @@ class SelectiveSSMModel(SelectiveSSMPreTrainedModel):
         return past_key_values
 
     def _read(self, cache: Cache | None, index: int, batch_size: int) -> States | None:
-        layer: Any = self.layers[index]
-        if cache is None or layer.attends:
+        shapes = self.state_shapes[index]
+        if cache is None or shapes is None:
             return None
-        return cache.layers[index].read(self.kind, batch_size, layer.mixer.state_shapes())
+        return cache.layers[index].read(self.kind, batch_size, shapes)
 
     def _scores_mask(
         self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, marks: ScanMarks, past: int
@@ -302,6 +309,30 @@ class SelectiveSSMForCausalLM(SelectiveSSMPreTrainedModel, GenerationMixin):
         self.model = SelectiveSSMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Prepare a call of `forward` for `generate`, as the base class does.
+
+        A generated token is always real and never begins a document: without attention layers, a model that reads it alone
+        needs neither mask nor positions, whose checks it would feel.
+        """
+        if next_sequence_length == 1 and not is_first_iteration and not self.model.has_attention:
+            attention_mask = None
+            kwargs.pop("position_ids", None)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
 
     @can_return_tuple
     def forward(

@@ -42,6 +42,7 @@ BLOCK = 64
 Vector = Any  # sixteen channels
 Inputs = Any  # addresses and one row stride: (x, stride, weight, bias, state or 0, taps or 0)
 Sizes = Any  # (batch, length, channels, kernel)
+Out = Any  # addresses of gradients: (input, its row stride, state)
 
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
@@ -96,23 +97,24 @@ def _forward(inputs: Inputs, y: int, last: int, sizes: Sizes, activation: bool) 
 
 
 @compiled(STRICT, forceinline=True)
-def _give(grad: Vector, source: int, r: int, e: int, sizes: Sizes, dx: int, dstate: int) -> None:
+def _give(grad: Vector, source: int, r: int, e: int, sizes: Sizes, out: Out) -> None:
     """Add to the gradient of the row that a tap had read."""
     _batch, length, channels, kernel = sizes
     left = channels - e
     if source >= kernel:
-        at = (r * length + source - kernel) * channels + e
-        store_row(dx, at, add(load_row(dx, at, left), grad), left)
+        at = (r * length + source - kernel) * out[1] + e
+        store_row(out[0], at, add(load_row(out[0], at, left), grad), left)
     elif source > 0:
         at = (r * (kernel - 1) + source - 1) * channels + e
-        store_row(dstate, at, add(load_row(dstate, at, left), grad), left)
+        store_row(out[2], at, add(load_row(out[2], at, left), grad), left)
 
 
 @compiled(STRICT)
-def _retreat(
-    inputs: Inputs, dy: int, r: int, t: int, sizes: Sizes, activation: bool, part: int, dx: int, dstate: int
-) -> None:  # fmt: skip
-    """One position's gradients; `part` takes those of the weights and, as its last row, of the bias."""
+def _retreat(inputs: Inputs, dy: int, r: int, t: int, sizes: Sizes, activation: bool, part: int, out: Out) -> None:
+    """One position's gradients; `part` takes those of the weights and, as its last row, of the bias.
+
+    A position's own tap writes its row, which no earlier position has read; the other taps add to rows written before.
+    """
     _batch, length, channels, kernel = sizes
     padded = padded_size(channels)
     one = splat(_ONE)
@@ -127,8 +129,11 @@ def _retreat(
             source = _source(inputs, r, t, k, sizes)
             at = k * padded + e
             store(part, at, fma(grad, _read(inputs, source, r, e, sizes), load(part, at)))
-            weight = load_row(inputs[2], k * channels + e, channels - e)
-            _give(mul(grad, weight), source, r, e, sizes, dx, dstate)
+            given = mul(grad, load_row(inputs[2], k * channels + e, channels - e))
+            if k == kernel - 1:
+                store_row(out[0], (r * length + t) * out[1] + e, given, channels - e)
+            else:
+                _give(given, source, r, e, sizes, out)
 
 
 @compiled(STRICT)
@@ -141,20 +146,20 @@ def flush(part: int, totals: int, count: int) -> None:
 
 @compiled(STRICT)
 def _backward(
-    inputs: Inputs, dy: int, dlast: int, dx: int, dstate: int, part: int, totals: int, sizes: Sizes, activation: bool
+    inputs: Inputs, dy: int, dlast: int, out: Out, part: int, totals: int, sizes: Sizes, activation: bool
 ) -> None:
     """`part` and `totals` have a row for each tap and one for the bias, padded to whole vectors."""
     batch, length, channels, kernel = sizes
     count = (kernel + 1) * padded_size(channels)
     for r in range(batch):
+        for t in range(length):
+            _retreat(inputs, dy, r, t, sizes, activation, part, out)
+            if t % BLOCK == BLOCK - 1:
+                flush(part, totals, count)
         for k in range(kernel - 1):
             for e in range(0, channels, WIDTH):
                 grad = load_row(dlast, (r * (kernel - 1) + k) * channels + e, channels - e)
-                _give(grad, _source(inputs, r, length, k, sizes), r, e, sizes, dx, dstate)
-        for t in range(length):
-            _retreat(inputs, dy, r, t, sizes, activation, part, dx, dstate)
-            if t % BLOCK == BLOCK - 1:
-                flush(part, totals, count)
+                _give(grad, _source(inputs, r, length, k, sizes), r, e, sizes, out)
         flush(part, totals, count)
 
 
@@ -178,18 +183,22 @@ def causal_conv_cpu(call: dict[str, Any], activation: bool) -> tuple[torch.Tenso
 
 
 def causal_conv_cpu_backward(
-    grad_y: torch.Tensor, grad_state: torch.Tensor, call: dict[str, Any], activation: bool
+    grad_y: torch.Tensor,
+    grad_state: torch.Tensor,
+    call: dict[str, Any],
+    activation: bool,
+    into: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Backward pass; arguments and results as in `causal_conv_eager_backward`."""
     _kept, inputs, sizes = _inputs(call)
     batch, length, channels, kernel = sizes
-    dx = torch.zeros(batch, length, channels, **FLOATS)
+    dx = torch.empty(batch, length, channels, **FLOATS) if into is None else into
     dstate = torch.zeros(batch, kernel - 1, channels, **FLOATS)
     part = torch.zeros(kernel + 1, padded_size(channels), **FLOATS)
     totals = part.double()
     dy, dlast = flat_vector(grad_y), flat_vector(grad_state)
-    out = [t.data_ptr() for t in (dx, dstate, part, totals)]
-    _backward(inputs, dy.address, dlast.address, *out, sizes, activation)
+    out = dx.data_ptr(), dx.stride(-2), dstate.data_ptr()
+    _backward(inputs, dy.address, dlast.address, out, part.data_ptr(), totals.data_ptr(), sizes, activation)
     sums = totals[:, :channels].float()
     return {"x": dx, "weight": sums[:-1].t().contiguous(), "bias": sums[-1].clone(), "state": dstate}
 

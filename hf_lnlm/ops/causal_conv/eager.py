@@ -1,7 +1,8 @@
-"""Causal depthwise convolution in plain torch: one fused multiply-add a tap over the whole sequence.
+"""Causal depthwise convolution in plain torch: one fused multiply-add a tap.
 
 `(batch, length, channel)` throughout: no transposition, which `F.conv1d` would need twice. The backward pass recomputes
-the pre-activation, so that only the input is kept.
+the pre-activation, so that only the input is kept. Without a table of taps, positions run in chunks that stay in the
+cache: over the whole sequence at once, every one of the two dozen operations would wait for memory.
 """
 
 from __future__ import annotations
@@ -11,9 +12,103 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+CHUNK = 64
+
+
+class Chunks:
+    """The input as each tap sees it, chunk by chunk, where every tap reads its neighbour.
+
+    Attributes:
+        carried: `(B, K - 1, E)`, the inputs before the first.
+        bounds: first and last position of each chunk.
+    """
+
+    def __init__(self, call: dict[str, Any]) -> None:
+        x, weight = call["x"], call["weight"]
+        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.x, self.kernel = x.to(self.dtype), weight.shape[1]
+        self.weights = weight.to(self.dtype).t().contiguous().unbind(0)
+        bias = call["bias"]
+        self.bias = self.x.new_zeros(x.shape[2]) if bias is None else bias.to(self.dtype)
+        shape = (x.shape[0], self.kernel - 1, x.shape[2])
+        self.carried = self.x.new_zeros(shape) if call["state"] is None else call["state"].to(self.dtype)
+        self.bounds = [(t, min(x.shape[1], t + CHUNK)) for t in range(0, x.shape[1], CHUNK)]
+
+    def windows(self, first: int, last: int) -> list[torch.Tensor]:
+        """What each tap, the oldest first, reads at positions `first ≤ t < last`: views `(B, T, E)`."""
+        before = self.kernel - 1
+        if first >= before:
+            rows = self.x[:, first - before : last]
+        else:
+            rows = torch.cat([self.carried[:, first:], self.x[:, :last]], 1)
+        return [rows[:, tap : tap + last - first] for tap in range(self.kernel)]
+
+    def total(self, windows: list[torch.Tensor]) -> torch.Tensor:
+        """The convolution before its activation, `(B, T, E)`."""
+        out = torch.addcmul(self.bias, windows[-1], self.weights[-1])
+        for window, weight in zip(windows[:-1], self.weights):
+            out.addcmul_(window, weight)
+        return out
+
+    def last(self) -> torch.Tensor:
+        """The next state, `(B, K - 1, E)`."""
+        missing = max(0, self.kernel - 1 - self.x.shape[1])
+        kept = self.x[:, self.x.shape[1] - (self.kernel - 1 - missing) :]
+        return torch.cat([self.carried[:, self.kernel - 1 - missing :], kept], 1) if missing else kept.clone()
+
+
+def _forward_chunks(call: dict[str, Any], activation: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`causal_conv_eager` where every tap reads its neighbour."""
+    c = Chunks(call)
+    y = c.x.new_empty(c.x.shape)
+    for first, last in c.bounds:
+        total = c.total(c.windows(first, last))
+        if activation:
+            torch.ops.aten.silu.out(total, out=y[:, first:last])
+        else:
+            y[:, first:last] = total
+    return y, c.last()
+
+
+def _backward_chunks(
+    grad_y: torch.Tensor, grad_state: torch.Tensor, call: dict[str, Any], activation: bool, into: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """`causal_conv_eager_backward` where every tap reads its neighbour."""
+    c = Chunks(call)
+    dx = c.x.new_empty(c.x.shape) if into is None else into
+    dstate = c.carried.new_zeros(c.carried.shape)
+    # Sums over the whole batch are kept in float64: their terms are sums over a chunk.
+    sums = torch.zeros(c.kernel + 1, c.x.shape[2], dtype=torch.float64, device=c.x.device)
+    for first, last in c.bounds:
+        windows, grad = c.windows(first, last), grad_y[:, first:last].to(c.dtype)
+        if activation:
+            grad = torch.ops.aten.silu_backward(grad, c.total(windows))
+        parts = [(grad * window).sum((0, 1)) for window in windows]
+        sums += torch.stack([*parts, grad.sum((0, 1))])
+        torch.mul(grad, c.weights[-1], out=dx[:, first:last])
+        for tap, weight in enumerate(c.weights[:-1]):
+            _give(dx, dstate, grad, weight, first, tap)
+    missing = max(0, c.kernel - 1 - c.x.shape[1])  # rows of the next state that are the old one's
+    dstate[:, c.x.shape[1] : c.x.shape[1] + missing] += grad_state[:, :missing]
+    dx[:, c.x.shape[1] - (c.kernel - 1 - missing) :] += grad_state[:, missing:]
+    sums = sums.to(c.dtype)
+    return {"x": dx, "weight": sums[:-1].t().contiguous(), "bias": sums[-1].clone(), "state": dstate}
+
+
+def _give(
+    dx: torch.Tensor, dstate: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor, first: int, tap: int
+) -> None:
+    """Add `grad` `(B, T, E)` of positions from `first` on, times a tap's weight, to the rows that the tap had read."""
+    count, shift = grad.shape[1], dstate.shape[1] - tap
+    carried = min(max(0, shift - first), count)  # positions that had read the state
+    if carried:
+        dstate[:, first + tap : first + tap + carried].addcmul_(grad[:, :carried], weight)
+    if carried < count:
+        dx[:, first + carried - shift : first + count - shift].addcmul_(grad[:, carried:], weight)
+
 
 class Windows:
-    """The input as each tap sees it.
+    """The input as each tap sees it, by a table of taps.
 
     Attributes:
         rows: `(B, 1 + K - 1 + L, E)`: a zero row, the state, the input.
@@ -38,7 +133,7 @@ class Windows:
 
     def window(self, tap: int) -> torch.Tensor:
         """`(B, L, E)`: what tap `tap` (0 the oldest, `K - 1` the current position) reads at every position."""
-        if self.taps is None or tap == self.kernel - 1:
+        if tap == self.kernel - 1:
             return self.rows[:, tap + 1 : tap + 1 + self.length]
         return self.rows.gather(1, self.index(tap, self.rows.shape[2]))
 
@@ -52,14 +147,14 @@ class Windows:
 
     def spread(self, into: torch.Tensor, grad: torch.Tensor, tap: int) -> None:
         """Add `grad` `(B, L, E)` to the rows `into` that tap `tap` had read."""
-        if self.taps is None or tap == self.kernel - 1:
+        if tap == self.kernel - 1:
             into[:, tap + 1 : tap + 1 + self.length].add_(grad)
         else:
             into.scatter_add_(1, self.index(tap, grad.shape[2]), grad)
 
-    def last(self) -> torch.Tensor | None:
-        """Rows of the next state `(B, K - 1, E)`, or None when they are simply the last ones."""
-        return None if self.taps is None else self.taps[:, -1].unsqueeze(2).expand(-1, -1, self.rows.shape[2])
+    def last(self) -> torch.Tensor:
+        """Rows of the next state, `(B, K - 1, E)`."""
+        return self.taps[:, -1].unsqueeze(2).expand(-1, -1, self.rows.shape[2])
 
 
 def causal_conv_eager(call: dict[str, Any], activation: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,15 +167,19 @@ def causal_conv_eager(call: dict[str, Any], activation: bool) -> tuple[torch.Ten
     Returns:
         `y` `(B, L, E)` and the next state `(B, K - 1, E)`, float32 (float64 for float64 input).
     """
+    if call["taps"] is None:
+        return _forward_chunks(call, activation)
     w = Windows(call)
     total = w.total()
-    index = w.last()
-    state = w.rows[:, w.length + 1 :].clone() if index is None else w.rows.gather(1, index)
-    return (F.silu(total, inplace=True) if activation else total), state
+    return (F.silu(total, inplace=True) if activation else total), w.rows.gather(1, w.last())
 
 
 def causal_conv_eager_backward(
-    grad_y: torch.Tensor, grad_state: torch.Tensor, call: dict[str, Any], activation: bool
+    grad_y: torch.Tensor,
+    grad_state: torch.Tensor,
+    call: dict[str, Any],
+    activation: bool,
+    into: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Backward pass.
 
@@ -89,10 +188,14 @@ def causal_conv_eager_backward(
         grad_state: `(B, K - 1, E)`, gradient of the next state.
         call: the forward pass's tensors by name.
         activation: as in the forward pass.
+        into: where to write the input's gradient, `(B, L, E)` of the computation's dtype with evenly spaced rows; None
+            for a new tensor.
 
     Returns:
         Gradients by argument name.
     """
+    if call["taps"] is None:
+        return _backward_chunks(grad_y, grad_state, call, activation, into)
     w = Windows(call)
     grad = grad_y.to(w.dtype)
     if activation:
@@ -100,18 +203,15 @@ def causal_conv_eager_backward(
         s = torch.sigmoid(total)
         grad = grad * s * (1 + total * (1 - s))
     rows = torch.zeros_like(w.rows)
-    index = w.last()
-    if index is None:
-        rows[:, w.length + 1 :].add_(grad_state)
-    else:
-        rows.scatter_add_(1, index, grad_state.to(w.dtype))
+    rows.scatter_add_(1, w.last(), grad_state.to(w.dtype))
     dw = torch.empty_like(w.weight)
     for tap in range(w.kernel):
         dw[:, tap] = (grad * w.window(tap)).sum((0, 1))
         w.spread(rows, grad * w.weight[:, tap], tap)
     bias = grad.sum((0, 1))
+    dx = rows[:, w.kernel :]
     return {
-        "x": rows[:, w.kernel :].clone(),
+        "x": dx.clone() if into is None else into.copy_(dx),
         "weight": dw,
         "bias": bias,
         "state": rows[:, 1 : w.kernel].clone(),

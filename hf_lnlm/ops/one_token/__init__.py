@@ -1,8 +1,8 @@
-"""One decoded token of a whole Mamba-1 or Mamba-2 mixer, between its projections, as a single call.
+"""One decoded token of a whole Mamba-1 or Mamba-2 layer, in three calls: into the mixer, between its projections, out.
 
-While decoding, a mixer is a dozen operations on a few thousand numbers each, and their overhead is most of the time. The
-law is the composition of `causal_conv`, `selective_scan` and `ssd`; here it runs without their checks, as one kernel of
-the `cpu` backend (numba) or as few calls of torch (`eager`).
+While decoding, a layer is two dozen operations on a few thousand numbers each, and their overhead is most of the time. The
+law is the composition of norm, projections, `causal_conv`, `selective_scan` and `ssd`; here it runs without their checks,
+as kernels of the `cpu` backend (numba) or as few calls of torch (`eager`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import torch
 
 from ..backend import pick_backend
 from ..operator import runs_directly
-from .eager import s6_token_eager, ssd_token_eager
+from .eager import enter_eager, leave_eager, s6_token_eager, ssd_token_eager
 
-__all__ = ["s6_token", "ssd_token", "token_backend"]
+__all__ = ["s6_token", "ssd_token", "token_backend", "token_ends"]
+
+# Rows up to which the kernels' own matrix products keep up with the library's.
+MOST_ROWS = 8
 
 Token = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -38,6 +41,15 @@ def token_backend(backend: str, *tensors: torch.Tensor | None) -> str | None:
     if not runs_directly(*tensors) or any(tensor is not None and tensor.dtype != dtype for tensor in tensors):
         return None
     return pick_backend(backend, first.device, ("eager", "cpu"), dtype) if dtype == torch.float32 else "eager"
+
+
+def token_ends(backend: str) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    """Return the functions for one token's way into and out of a mixer; see `enter_cpu` and `leave_cpu`."""
+    if backend == "eager":
+        return enter_eager, leave_eager
+    from .cpu import enter_cpu, leave_cpu
+
+    return enter_cpu, leave_cpu
 
 
 def s6_token(backend: str) -> Token:

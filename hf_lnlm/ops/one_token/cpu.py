@@ -53,6 +53,73 @@ def _dot(x: int, at: int, y: int, start: int, count: int) -> Any:
 
 
 @compiled(STRICT)
+def _product(x: int, weight: int, bias: int, sizes: Any, residual: int, y: int) -> None:
+    """`residual + W x + bias` of all rows; each row of `W` is read once."""
+    batch, inputs, outputs = sizes
+    for o in range(outputs):
+        shift = read_float(bias, o) if bias != 0 else _ZERO
+        for r in range(batch):
+            value = _dot(weight, o * inputs, x, r * inputs, inputs) + shift
+            if residual != 0:
+                value += read_float(residual, r * outputs + o)
+            write_float(y, r * outputs + o, value)
+
+
+@compiled(STRICT)
+def _normalise(x: int, norm: int, eps: Any, batch: int, size: int, y: int) -> None:
+    """RMS norm of all rows."""
+    for r in range(batch):
+        at = r * size
+        factor = splat(_ONE / np.sqrt(_dot(x, at, x, at, size) / np.float32(size) + eps))
+        for e in range(0, size, WIDTH):
+            value = mul(mul(load_row(x, at + e, size - e), factor), load_row(norm, e, size - e))
+            store_row(y, at + e, value, size - e)
+
+
+def enter_cpu(
+    hidden: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """One token's way into a mixer: RMS norm and input projection.
+
+    Args:
+        hidden: `(batch, 1, size)`.
+        norm: `(size,)`, the norm's weight.
+        eps: of the norm.
+        weight, bias: `(outputs, size)` and `(outputs,)` or None.
+
+    Returns:
+        `(batch, 1, outputs)`.
+    """
+    batch, _, size = hidden.shape
+    x, scale, matrix, shift = (flat_vector(tensor) for tensor in (hidden, norm, weight, bias))
+    normal, y = torch.empty(batch, size, **FLOATS), torch.empty(batch, 1, weight.shape[0], **FLOATS)
+    _normalise(x.address, scale.address, np.float32(eps), batch, size, normal.data_ptr())
+    sizes = (batch, size, weight.shape[0])
+    _product(normal.data_ptr(), matrix.address, shift.address, sizes, 0, y.data_ptr())
+    return y
+
+
+def leave_cpu(
+    mixed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+) -> torch.Tensor:
+    """One token's way out of a mixer: output projection and residual sum.
+
+    Args:
+        mixed: `(batch, 1, inner)`.
+        weight, bias: `(size, inner)` and `(size,)` or None.
+        residual: `(batch, 1, size)`.
+
+    Returns:
+        `(batch, 1, size)`.
+    """
+    x, matrix, shift, before = (flat_vector(tensor) for tensor in (mixed, weight, bias, residual))
+    y = torch.empty(residual.shape, **FLOATS)
+    sizes = (mixed.shape[0], mixed.shape[2], weight.shape[0])
+    _product(x.address, matrix.address, shift.address, sizes, before.address, y.data_ptr())
+    return y
+
+
+@compiled(STRICT)
 def _s6(
     z: int, zs: int, x: int, mixed: int, rank: int, states: int, channels: int, step_weight: int, step_bias: int,
     a_log: int, skip: int, state: int, last: int, y: int,

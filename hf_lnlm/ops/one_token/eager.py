@@ -6,6 +6,20 @@ import torch
 import torch.nn.functional as F
 
 
+def enter_eager(
+    hidden: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Norm and input projection of one token; arguments and result as in `enter_cpu`, float32 or float64."""
+    return F.linear(F.rms_norm(hidden, norm.shape, norm, eps), weight, bias)
+
+
+def leave_eager(
+    mixed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+) -> torch.Tensor:
+    """Output projection and residual sum of one token; arguments and result as in `leave_cpu`."""
+    return F.linear(mixed, weight, bias).add_(residual)
+
+
 def _convolve(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +51,8 @@ def s6_token_eager(
     u, step = u.unsqueeze(1), step.unsqueeze(1)
     last = b.unsqueeze(2) * (step * u)
     if state is not None:
-        last.addcmul_(torch.mul(a_log.exp().t(), -step).exp_(), state)
+        decay = torch.mul(a_log.exp().t(), -step, out=torch.empty_like(last))  # else it would lie transposed
+        last.addcmul_(decay.exp_(), state)
     y = torch.bmm(c.unsqueeze(1), last).addcmul_(u, skip)
     return y.mul_(F.silu(z)), conv, last
 

@@ -264,7 +264,7 @@ def _write(
             s = sigmoid(gate)
             bend = mul(s, fma(gate, sub(splat(_ONE), s), splat(_ONE)))
             value = mul(fma(skip, u, load(y, row)), load_row(dy, at, left))
-            store_row(dz, at, mul(value, bend), left)
+            store_row(dz, i * out[5] + e, mul(value, bend), left)
 
 
 @compiled(STRICT)
@@ -364,7 +364,11 @@ def selective_scan_cpu(call: dict[str, Any], save: bool) -> tuple[torch.Tensor, 
 
 
 def selective_scan_cpu_backward(
-    grad_y: torch.Tensor, grad_state: torch.Tensor, call: dict[str, Any], entries: torch.Tensor
+    grad_y: torch.Tensor,
+    grad_state: torch.Tensor,
+    call: dict[str, Any],
+    entries: torch.Tensor,
+    into: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Backward pass.
 
@@ -373,6 +377,7 @@ def selective_scan_cpu_backward(
         grad_state: `(B, N, E)`, gradient of the final state.
         call: the forward pass's tensors by name.
         entries: the entry states that the forward pass returned.
+        into: where to write the gate's gradient, float32 `(B, L, E)` with evenly spaced rows; None for a new tensor.
 
     Returns:
         Gradients by argument name, float32; `A`'s as `(E, N)`.
@@ -380,8 +385,9 @@ def selective_scan_cpu_backward(
     _kept, operands, sizes = _operands(call)
     batch, length, channels, states, padded = sizes
     shape = (batch, length, channels)
-    shapes = shape, shape, shape if call["z"] is not None else 0, *[(batch, length, states)] * 2
-    du, ddt, dz, db, dc = (torch.empty(size, **FLOATS) for size in shapes)
+    shapes = shape, shape, *[(batch, length, states)] * 2
+    du, ddt, db, dc = (torch.empty(size, **FLOATS) for size in shapes)
+    dz = into if into is not None else torch.empty(shape if call["z"] is not None else 0, **FLOATS)
     # Sums over the whole batch are kept in float64: their terms are block sums in float32.
     da = torch.zeros(padded // WIDTH, states, WIDTH, **DOUBLES)
     sums = torch.zeros(2, padded, **DOUBLES)
@@ -390,7 +396,7 @@ def selective_scan_cpu_backward(
     _rows, rows = _buffers(*[many] * 5)
     _packed, packed = _buffers(states * padded, states * padded, few, few + states * WIDTH, states * padded, few, few)
     _more, more = _buffers(many, many, 2 * padded)
-    out = tuple(tensor.data_ptr() for tensor in (du, ddt, dz, db, dc))
+    out = (*(tensor.data_ptr() for tensor in (du, ddt, dz, db, dc)), dz.stride(-2) if dz.dim() > 1 else 0)
     totals = (da.data_ptr(), sums.data_ptr())
     _backward(operands, entries.data_ptr(), dy.address, dh.data_ptr(), totals, rows, packed, more, out, sizes)
     by_channel = da.transpose(1, 2).flatten(0, 1)[:channels]

@@ -1,8 +1,10 @@
 """Selective scan in plain torch: blocks of tokens, one fused multiply-add a token, recomputed backward pass.
 
 Within a block every decay `exp(Δ A)` and source `Δ u B` is made by one operation each; the recurrence itself is one
-`addcmul` a token in place; outputs and gradients are matrix products over the block. Layout is `(time, batch, state,
-channel)`: channels innermost. Only the states at the blocks' entries are kept for the backward pass.
+`addcmul` a token in place; outputs and gradients are matrix products over the block. Everything else (step sizes, gate,
+skip connection) is made block by block too: what a block needs then still lies in the cache, where operations on whole
+sequences would wait for memory. Layout is `(time, batch, state, channel)`: channels innermost. Only the states at the
+blocks' entries are kept for the backward pass.
 
 Complexity: O(B · L · E · N) time, O(B · L · E · N / BLOCK) memory.
 """
@@ -18,184 +20,225 @@ BLOCK = 16
 
 _LOG2E = 1.4426950408889634
 
+# Blocks whose sums over tokens stay in the computation's dtype before they are added in float64.
+_BLOCKS = 8
+
+Block = dict[str, torch.Tensor]  # tensors by name, of which the first dimension is time
+Rows = tuple[torch.Tensor, ...]
+
+
+def _cut(parts: Block, first: int, count: int) -> Block:
+    """A block's part of every tensor."""
+    return {name: part.narrow(0, first, count) for name, part in parts.items()}
+
 
 class Operands:
-    """The operation's tensors, time-major, in the computation's dtype.
+    """The operation's tensors in the computation's dtype, time-major.
 
     Attributes:
-        u, delta, slope: `(L, B, 1, E)`; `slope` is the derivative of `delta` with respect to `dt`.
-        b, c: `(L, B, N, 1)`.
+        parts: by name `u`, `dt`, `z`, `grad` `(T, B, 1, E)`, `b`, `c` `(T, B, N, 1)`, `mask` `(T, B, 1, 1)`, and `keep`
+            `(T, B, 1, 1)`, 0 where the state is reset.
         a, binary_a: `(N, E)`, and the same times log2(e).
-        keep: `(L, B, 1, 1)`, 0 where the state is reset, or None.
+        bias, skip: `(E,)` or None.
     """
 
-    def __init__(self, call: dict[str, Any], softplus: bool) -> None:
+    def __init__(self, call: dict[str, Any], softplus: bool, grad_y: torch.Tensor | None = None) -> None:
         u = call["u"]
-        dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-        raw = call["dt"].to(dtype)
-        raw = raw if call["dt_bias"] is None else raw + call["dt_bias"].to(dtype)
-        delta = F.softplus(raw, threshold=30.0) if softplus else raw
-        slope = torch.sigmoid(raw) if softplus else torch.ones_like(raw)
-        mask = call["mask"]
-        if mask is not None:
-            weight = mask.to(dtype).unsqueeze(-1)
-            delta, slope = delta * weight, slope * weight
-        self.dtype = dtype
-        self.u, self.delta, self.slope = (self._time_major(t.to(dtype)).unsqueeze(2) for t in (u, delta, slope))
-        self.b, self.c = (self._time_major(call[name].to(dtype)).unsqueeze(3) for name in ("B", "C"))
-        self.a = call["A"].to(dtype).t().contiguous()
+        self.dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+        self.softplus = softplus
+        self.length, self.batch = u.shape[1], u.shape[0]
+        self.a = call["A"].to(self.dtype).t().contiguous()
         self.binary_a = self.a * _LOG2E
-        self.source = self.delta * self.u
-        self.keep = self._keep(call["reset"], mask)
+        self.bias, self.skip = (None if call[n] is None else call[n].to(self.dtype) for n in ("dt_bias", "D"))
+        rows = {"u": u, "dt": call["dt"], "z": call["z"], "grad": grad_y}
+        parts = {n: self._time_major(t).unsqueeze(2) for n, t in rows.items() if t is not None}
+        parts |= {n.lower(): self._time_major(call[n]).contiguous().unsqueeze(3) for n in ("B", "C")}
+        for name, mark in (("mask", call["mask"]), ("keep", _kept(call["reset"], call["mask"]))):
+            if mark is not None:
+                parts[name] = self._time_major(mark)[:, :, None, None]
+        self.parts = parts
 
-    @staticmethod
-    def _time_major(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.transpose(0, 1).contiguous()
+    def _time_major(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.dtype).transpose(0, 1)
 
-    def _keep(self, reset: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor | None:
-        if reset is None:
-            return None
-        fresh = reset if mask is None else reset & (mask != 0)
-        return (~fresh).t().to(self.dtype)[:, :, None, None]
+    def steps(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+        """`dt + bias` and `Δ` of a block, `(T, B, 1, E)`."""
+        raw = block["dt"] if self.bias is None else block["dt"] + self.bias
+        delta = F.softplus(raw, threshold=30.0) if self.softplus else raw
+        return raw, delta * block["mask"] if "mask" in block else delta
 
-    def decays(self, first: int, last: int, out: torch.Tensor) -> torch.Tensor:
-        """Write `exp(Δ A)` of tokens `first ≤ t < last` into `out` `(last - first, B, N, E)`."""
-        torch.mul(self.delta[first:last], self.binary_a, out=out)
+    def slope(self, block: Block, raw: torch.Tensor) -> torch.Tensor:
+        """Derivative of `Δ` with respect to `dt`, given `dt + bias`."""
+        slope = torch.sigmoid(raw) if self.softplus else torch.ones_like(raw)
+        return slope.mul_(block["mask"]) if "mask" in block else slope
+
+    def decays(self, block: Block, delta: torch.Tensor, out: torch.Tensor) -> None:
+        """Write `exp(Δ A)` of a block into `out` `(T, B, N, E)`."""
+        torch.mul(delta, self.binary_a, out=out)
         # Powers of two: torch's vectorised exp is biased by 2e-9 near 0, which adds up over thousands of tokens.
         out.exp2_()
-        return out if self.keep is None else out.mul_(self.keep[first:last])
+        if "keep" in block:
+            out.mul_(block["keep"])
+
+    def skipped(self, y: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Add `D u` to a block's outputs in place."""
+        return y if self.skip is None else y.addcmul_(u, self.skip)
+
+
+def _kept(reset: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor | None:
+    if reset is None:
+        return None
+    return ~(reset if mask is None else reset & (mask != 0))
 
 
 def selective_scan_eager(call: dict[str, Any], softplus: bool, save: bool) -> tuple[torch.Tensor, ...]:
     """Forward pass; arguments and results as in `selective_scan_cpu`."""
+    size = BLOCK if save else 2 * BLOCK
     o = Operands(call, softplus)
-    length, batch, _, channels = o.u.shape
-    shape = (batch, o.a.shape[0], channels)
-    state = o.u.new_zeros(shape) if call["initial_state"] is None else call["initial_state"].to(o.dtype).contiguous()
-    block = BLOCK if save else 2 * BLOCK
-    entries = o.u.new_empty((-(-length // block) if save else 0, *shape))
-    decay, states = o.u.new_empty((block, *shape)), o.u.new_empty((block, *shape))
-    y = o.u.new_empty(length, batch, 1, channels)
-    for first in range(0, length, block):
-        last = min(length, first + block)
+    shape = (o.batch, *o.a.shape)
+    state = o.a.new_zeros(shape) if call["initial_state"] is None else call["initial_state"].to(o.dtype).contiguous()
+    entries = o.a.new_empty((-(-o.length // size) if save else 0, *shape))
+    decay, states = o.a.new_empty((size, *shape)), o.a.new_empty((size, *shape))
+    rows, factors = states.unbind(0), decay.unbind(0)
+    y = o.a.new_empty(call["u"].shape)
+    parts = o.parts | {"y": y.transpose(0, 1).unsqueeze(2)}
+    for first in range(0, o.length, size):
         if save:
-            entries[first // block].copy_(state)
-        o.decays(first, last, decay[: last - first])
-        torch.mul(o.b[first:last], o.source[first:last], out=states[: last - first])
-        state = _run(states, decay, state, last - first)
-        torch.matmul(o.c[first:last].transpose(2, 3), states[: last - first], out=y[first:last])
+            entries[first // size].copy_(state)
+        count = min(size, o.length - first)
+        block = _cut(parts, first, count)
+        delta = o.steps(block)[1]
+        o.decays(block, delta, decay[:count])
+        torch.mul(block["b"], delta * block["u"], out=states[:count])
+        state = _run(rows[:count], factors, state)
+        value = o.skipped(torch.matmul(block["c"].mT, states[:count]), block["u"])
+        torch.mul(value, F.silu(block["z"]), out=block["y"]) if "z" in block else block["y"].copy_(value)
         state = state.clone()
-    return _finish(y, call, o), state, entries
+    return y, state, entries
 
 
-def _run(states: torch.Tensor, decay: torch.Tensor, state: torch.Tensor, count: int) -> torch.Tensor:
-    """`states[t] += decay[t] · states[t - 1]` in place; return the last one."""
-    for current, factor in zip(states.unbind(0)[:count], decay.unbind(0)):
-        torch.addcmul(current, factor, state, out=current)
-        state = current
+def _run(rows: Rows, factors: Rows, state: torch.Tensor) -> torch.Tensor:
+    """`rows[t] += factors[t] · rows[t - 1]` in place; return the last one."""
+    for row, factor in zip(rows, factors):
+        state = row.addcmul_(factor, state)
     return state
-
-
-def _finish(y: torch.Tensor, call: dict[str, Any], o: Operands) -> torch.Tensor:
-    """Add `D u`, apply the gate, and return to `(B, L, E)`."""
-    out = y.squeeze(2).transpose(0, 1)
-    if call["D"] is not None:
-        out = torch.addcmul(out, call["u"].to(o.dtype), call["D"].to(o.dtype))
-    return (out if call["z"] is None else out * F.silu(call["z"].to(o.dtype))).contiguous()
 
 
 class Workspace:
     """Buffers and sums of one backward pass, by the gradients' names."""
 
-    def __init__(self, o: Operands) -> None:
-        _length, batch, _, channels = o.u.shape
-        count = o.a.shape[0]
-        self.decay = o.u.new_empty(BLOCK, batch, count, channels)
-        self.states = o.u.new_empty(BLOCK + 1, batch, count, channels)
-        self.adjoint = o.u.new_empty(BLOCK, batch, count, channels)
-        self.gain, self.pull = torch.empty_like(o.u), torch.empty_like(o.u)
-        self.b, self.c = torch.empty_like(o.b), torch.empty_like(o.c)
+    def __init__(self, o: Operands, call: dict[str, Any], into: torch.Tensor | None) -> None:
+        shape = (o.batch, *o.a.shape)
+        new = o.a.new_empty
+        self.decay, self.states, self.adjoint = new(BLOCK, *shape), new(BLOCK + 1, *shape), new(BLOCK, *shape)
+        self.rows = {name: getattr(self, name).unbind(0) for name in ("decay", "states", "adjoint")}
+        self.b, self.c = (new(o.length, o.batch, 1, shape[1]) for _ in range(2))
+        gated = call["z"] is not None
+        self.u, self.dt, self.z = (
+            new(call["u"].shape if wanted else 0) for wanted in (True, True, gated and into is None)
+        )
+        self.z = self.z if into is None else into
+        self.parts = {"b": self.b, "c": self.c}
+        for name in ("u", "dt", "z") if gated else ("u", "dt"):
+            self.parts[name] = getattr(self, name).transpose(0, 1).unsqueeze(2)
+        self.block_a, self.block_skip = torch.zeros_like(o.a), new(BLOCK, o.batch, 1, o.a.shape[1]).zero_()
+        # Sums over the whole batch are kept in float64: their terms are sums over some blocks.
         self.a = torch.zeros_like(o.a, dtype=torch.float64)
+        self.skip = self.a.new_zeros(o.a.shape[1])
+
+    def flush(self) -> None:
+        """Move the blocks' sums to the whole batch's."""
+        self.a += self.block_a
+        self.skip += self.block_skip.sum((0, 1, 2))
+        self.block_a.zero_(), self.block_skip.zero_()
 
 
 def selective_scan_eager_backward(
-    grad_y: torch.Tensor, grad_state: torch.Tensor, call: dict[str, Any], entries: torch.Tensor, softplus: bool
+    grad_y: torch.Tensor,
+    grad_state: torch.Tensor,
+    call: dict[str, Any],
+    entries: torch.Tensor,
+    softplus: bool,
+    into: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Backward pass; arguments and results as in `selective_scan_cpu_backward`."""
-    o = Operands(call, softplus)
-    grad, before_gate = _through_gate(grad_y.to(o.dtype), call)
-    time_grad = Operands._time_major(grad).unsqueeze(2)
-    w = Workspace(o)
-    y = torch.empty_like(o.u) if call["z"] is not None else None
+    o = Operands(call, softplus, grad_y)
+    w = Workspace(o, call, into)
     carry = grad_state.to(o.dtype).contiguous()
-    for k in reversed(range(entries.shape[0])):
-        first, last = k * BLOCK, min(o.u.shape[0], (k + 1) * BLOCK)
-        _replay(o, w, entries[k], first, last)
-        if y is not None:
-            torch.matmul(o.c[first:last].transpose(2, 3), w.states[1 : last - first + 1], out=y[first:last])
-        carry = _retreat(o, w, time_grad, carry, first, last)
-    return _collect(o, w, call, grad, y, before_gate) | {"initial_state": carry}
+    for k in range(entries.shape[0] - 1, -1, -1):
+        first, count = k * BLOCK, min(BLOCK, o.length - k * BLOCK)
+        carry = _backward_block(o, w, _cut(o.parts, first, count), _cut(w.parts, first, count), entries[k], carry)
+        if k % _BLOCKS == 0:
+            w.flush()
+    grads = {"u": w.u, "dt": w.dt, "z": w.z, "A": w.a.t().to(o.dtype).contiguous(), "D": w.skip.to(o.dtype)}
+    grads |= {name: getattr(w, name.lower()).squeeze(2).transpose(0, 1).contiguous() for name in ("B", "C")}
+    return grads | {"dt_bias": w.dt.sum((0, 1)), "initial_state": carry}
 
 
-def _through_gate(grad: torch.Tensor, call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradient before the gate, and the factor that turns the ungated output into the gate's gradient."""
-    if call["z"] is None:
-        return grad, None
-    z = call["z"].to(grad.dtype)
-    s = torch.sigmoid(z)
-    return grad * z * s, grad * s * (1 + z * (1 - s))
-
-
-def _replay(o: Operands, w: Workspace, entry: torch.Tensor, first: int, last: int) -> None:
-    """Recompute decays and states of a block; `w.states[0]` is the state at its entry."""
-    count = last - first
-    o.decays(first, last, w.decay[:count])
-    w.states[0].copy_(entry)
-    torch.mul(o.b[first:last], o.source[first:last], out=w.states[1 : count + 1])
-    _run(w.states[1:], w.decay, w.states[0], count)
-
-
-def _retreat(o: Operands, w: Workspace, grad: torch.Tensor, carry: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """Adjoint recurrence of a block and its matrix products; returns the gradient of the state at its entry."""
-    count = last - first
-    adjoint, decay, states = w.adjoint[:count], w.decay[:count], w.states[: count + 1]
-    torch.mul(o.c[first:last], grad[first:last], out=adjoint)
-    rows, factors = adjoint.unbind(0), decay.unbind(0)
-    rows[-1].add_(carry)
-    for t in range(count - 2, -1, -1):
-        torch.addcmul(rows[t], factors[t + 1], rows[t + 1], out=rows[t])
-    carry = factors[0] * rows[0]
-    torch.matmul(states[1:], grad[first:last].transpose(2, 3), out=w.c[first:last])
-    torch.matmul(adjoint, o.source[first:last].transpose(2, 3), out=w.b[first:last])
-    torch.matmul(o.b[first:last].transpose(2, 3), adjoint, out=w.gain[first:last])
-    decay.mul_(adjoint).mul_(states[:-1])
-    torch.mul(decay, o.a, out=adjoint)
-    torch.sum(adjoint, 2, keepdim=True, out=w.pull[first:last])
-    w.a += decay.mul_(o.delta[first:last]).sum((0, 1))
+def _backward_block(
+    o: Operands, w: Workspace, block: Block, out: Block, entry: torch.Tensor, carry: torch.Tensor
+) -> torch.Tensor:
+    """Replay a block from the state at its entry, then retreat through it; returns that state's gradient."""
+    raw, delta = o.steps(block)
+    source = delta * block["u"]
+    _replay(o, w, block, delta, source, entry)
+    grad = _through_gate(o, w, block, out)
+    gain, pull, carry = _retreat(o, w, block, out, (delta, source, grad), carry)
+    torch.mul(gain, delta, out=out["u"])
+    if o.skip is not None:
+        out["u"].addcmul_(grad, o.skip)
+        w.block_skip[: grad.shape[0]].addcmul_(grad, block["u"])
+    torch.mul(pull.addcmul_(gain, block["u"]), o.slope(block, raw), out=out["dt"])
     return carry
 
 
-def _collect(
-    o: Operands,
-    w: Workspace,
-    call: dict[str, Any],
-    grad: torch.Tensor,
-    y: torch.Tensor | None,
-    gate_factor: torch.Tensor | None,
-) -> dict[str, torch.Tensor]:
-    """Assemble the gradients of the operation's arguments, `(B, L, ...)`."""
-    u = call["u"].to(o.dtype)
-    du = (w.gain * o.delta).squeeze(2).transpose(0, 1)
-    ddt = ((w.gain * o.u + w.pull) * o.slope).squeeze(2).transpose(0, 1).contiguous()
-    out = {"dt": ddt, "A": w.a.t().to(o.dtype).contiguous(), "dt_bias": ddt.sum((0, 1))}
-    out |= {name: getattr(w, name.lower()).squeeze(3).transpose(0, 1).contiguous() for name in ("B", "C")}
-    skip = call["D"]
-    if skip is not None:
-        du = torch.addcmul(du, grad, skip.to(o.dtype))
-        out["D"] = (grad * u).sum((0, 1))
-    out["u"] = du.contiguous()
-    if y is not None and gate_factor is not None:
-        ungated = y.squeeze(2).transpose(0, 1)
-        ungated = ungated if skip is None else torch.addcmul(ungated, u, skip.to(o.dtype))
-        out["z"] = (gate_factor * ungated).contiguous()
-    return out
+def _replay(
+    o: Operands, w: Workspace, block: Block, delta: torch.Tensor, source: torch.Tensor, entry: torch.Tensor
+) -> None:
+    """Recompute decays and states of a block; `w.states[0]` is the state at its entry."""
+    count = delta.shape[0]
+    o.decays(block, delta, w.decay[:count])
+    w.states[0].copy_(entry)
+    torch.mul(block["b"], source, out=w.states[1 : count + 1])
+    _run(w.rows["states"][1 : count + 1], w.rows["decay"], w.rows["states"][0])
+
+
+def _through_gate(o: Operands, w: Workspace, block: Block, out: Block) -> torch.Tensor:
+    """Gradient before the gate, `(T, B, 1, E)`; writes the gate's own."""
+    grad = block["grad"]
+    if "z" not in block:
+        return grad
+    z = block["z"]
+    y = o.skipped(torch.matmul(block["c"].mT, w.states[1 : grad.shape[0] + 1]), block["u"])
+    torch.ops.aten.silu_backward.grad_input(y.mul_(grad), z, grad_input=out["z"])
+    return grad * F.silu(z)
+
+
+def _retreat(
+    o: Operands, w: Workspace, block: Block, out: Block, values: Rows, carry: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Adjoint recurrence of a block and its matrix products.
+
+    Args:
+        values: `Δ`, `Δ u` and the outputs' gradient before the gate, each `(T, B, 1, E)`.
+
+    Returns:
+        `Σ_n B g` and `Σ_n A exp(Δ A) h g`, `(T, B, 1, E)`, and the gradient of the state at the block's entry.
+    """
+    delta, source, grad = values
+    count = grad.shape[0]
+    adjoint, decay, states = w.adjoint[:count], w.decay[:count], w.states[: count + 1]
+    torch.mul(block["c"], grad, out=adjoint)
+    rows, factors = w.rows["adjoint"], w.rows["decay"]
+    later = rows[count - 1].add_(carry)
+    for t in range(count - 2, -1, -1):
+        later = rows[t].addcmul_(factors[t + 1], later)
+    carry = factors[0] * rows[0]
+    # As rows times matrices: columns would cost four times as much.
+    torch.matmul(grad, states[1:].mT, out=out["c"])
+    torch.matmul(source, adjoint.mT, out=out["b"])
+    gain = torch.matmul(block["b"].mT, adjoint)
+    decay.mul_(adjoint).mul_(states[:-1])
+    pull = torch.mul(decay, o.a, out=adjoint).sum(2, keepdim=True)
+    w.block_a += decay.mul_(delta).sum((0, 1))
+    return gain, pull, carry

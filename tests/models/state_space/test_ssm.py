@@ -101,14 +101,44 @@ def test_wrapped_modules_are_not_read_around_while_decoding():
     close(torch.cat(parts, 1), logits(model, ids))
 
 
-def test_a_watched_norm_is_not_read_around_while_decoding():
-    """The one-token kernel of Mamba-2 holds the gated norm, whose hooks must act on single tokens too."""
-    model, ids = build(mixer="mamba2"), tokens()
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("name", ["norm", "mixer.in_proj", "mixer.out_proj", "mixer.norm"])
+def test_a_watched_module_is_not_read_around(mixer, name):
+    """Fused operations hold norms and projections, whose hooks must act on single tokens and while training too."""
+    if mixer == "mamba1" and name == "mixer.norm":
+        return
+    model, ids = build(mixer=mixer), tokens()
     for layer in model.model.layers:
-        layer.mixer.norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+        layer.get_submodule(name).register_forward_hook(lambda module, inputs, output: 2 * output)
+    whole = logits(model, ids)
     cache = DynamicCache(config=model.config)
     parts = [logits(model, ids[:, t : t + 1], past_key_values=cache) for t in range(LENGTH)]
-    close(torch.cat(parts, 1), logits(model, ids))
+    close(torch.cat(parts, 1), whole)
+    close(model(ids).logits, whole)
+
+
+def test_wrapped_modules_are_not_read_around_while_training():
+    """What runs with gradients, where a core is fused, equals what runs without."""
+    model, ids = build(), tokens()
+    close(model(ids).logits, logits(model, ids))
+    for layer in model.model.layers:
+        layer.mixer.dt_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    close(model(ids).logits, logits(model, ids))
+
+
+def test_generation_without_mask_equals_reading_again():
+    """A prompt padded on the left goes on without its mask: the generated tokens are those of whole forward passes."""
+    model, ids = build(), tokens(batch=2, length=9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    made = model.generate(
+        ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    for row, begin in enumerate((4, 0)):
+        text = ids[row : row + 1, begin:]
+        for _ in range(6):
+            text = torch.cat([text, logits(model, text)[:, -1:].argmax(-1)], 1)
+        assert made[row, begin:].tolist() == text[0].tolist()
 
 
 @every_case

@@ -1,0 +1,83 @@
+"""The fused Mamba-1 core against the composition that is its law: outputs, states and every gradient."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_lnlm.ops.causal_conv import causal_conv, tap_table
+from hf_lnlm.ops.s6_core import s6_core, s6_core_backend
+from hf_lnlm.ops.selective_scan import selective_scan
+
+FAST = ("eager", "cpu")
+BATCH, LENGTH, CHANNELS, RANK, STATES, KERNEL = 2, 75, 40, 5, 8, 4
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape)
+
+
+def arguments(*, whole: bool) -> tuple[torch.Tensor, list[Any], list[Any], list[Any]]:
+    """Input, weights, states and marks; `whole` leaves nothing out."""
+    torch.manual_seed(0)
+    weights = [draw(CHANNELS, 1, KERNEL), draw(CHANNELS), draw(RANK + 2 * STATES, CHANNELS) / 6, draw(CHANNELS, RANK)]
+    weights += [draw(CHANNELS) - 2, draw(CHANNELS, STATES), draw(CHANNELS)]
+    states: list[Any] = [draw(BATCH, KERNEL - 1, CHANNELS), draw(BATCH, STATES, CHANNELS)]
+    mask, starts = torch.rand(BATCH, LENGTH) > 0.2, torch.rand(BATCH, LENGTH) > 0.9
+    marks: list[Any] = [tap_table(mask, starts & mask, KERNEL), mask, starts & mask]
+    if not whole:
+        weights[1] = weights[4] = None
+        states, marks = [None, None], [None, None, None]
+    return draw(BATCH, LENGTH, 2 * CHANNELS), weights, states, marks
+
+
+def compose(projected: torch.Tensor, weights: Any, states: Any, marks: Any) -> tuple[torch.Tensor, ...]:
+    """What `s6_core` must equal, in float64."""
+    conv, bias, mixing, steps, shift, a_log, skip = weights
+    x, z = projected.split(CHANNELS, -1)
+    x, last = causal_conv(x, conv.squeeze(1), bias, states[0], marks[0], backend="reference")
+    dt, b, c = F.linear(x, mixing).split([RANK, STATES, STATES], -1)
+    rest = (-a_log.exp(), b, c, skip, z, shift, states[1], marks[1], marks[2])
+    y, state = selective_scan(x, F.linear(dt, steps), *rest, backend="reference")
+    return y, last, state
+
+
+def with_gradients(function: Any, dtype: torch.dtype, arguments: Any) -> list[torch.Tensor]:
+    projected, weights, states, marks = arguments
+    leaves = [None if t is None else t.to(dtype).requires_grad_() for t in (projected, *weights, *states)]
+    results = function(leaves[0], tuple(leaves[1:8]), tuple(leaves[8:]), tuple(marks))
+    real = torch.ones(BATCH, LENGTH) if marks[1] is None else marks[1]
+    results = (results[0] * real.unsqueeze(2), *results[1:])  # outputs at masked positions mean nothing
+    loss = sum((t * torch.linspace(-1, 1, t.numel(), dtype=dtype).view(t.shape)).sum() for t in results)
+    return [*results, *torch.autograd.grad(loss, [t for t in leaves if t is not None])]
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("whole", [True, False])
+def test_equals_the_composition(backend: str, whole: bool) -> None:
+    given = arguments(whole=whole)
+    ours = with_gradients(lambda *rest: s6_core(backend, *rest), torch.float32, given)
+    exact = with_gradients(compose, torch.float64, given)
+    assert len(ours) == len(exact)
+    for got, expected in zip(ours, exact):
+        assert got.shape == expected.shape
+        assert (got - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_unwanted_gradients_are_left_out(backend: str) -> None:
+    projected, weights, states, marks = arguments(whole=True)
+    weights[6].requires_grad_()
+    y = s6_core(backend, projected, tuple(weights), tuple(states), tuple(marks))[0]
+    y.sum().backward()
+    assert weights[6].grad is not None and weights[0].grad is None
+
+
+def test_only_plain_float32_tensors_are_fused() -> None:
+    x = torch.randn(2, 3)
+    assert s6_core_backend("eager", x, None) == "eager"
+    assert s6_core_backend("auto", x, x.double()) is None
+    assert s6_core_backend("gpu", x) is None and s6_core_backend("reference", x) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert s6_core_backend("auto", x) is None
