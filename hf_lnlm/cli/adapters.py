@@ -22,16 +22,17 @@ def adapter_settings_of(model: Any, section: LoraSection, **more: Any) -> Any:
     if section.targets is not None or section.target_parameters is not None:
         named |= {"target_modules": section.targets if section.targets is not None else []}
         named |= {"target_parameters": section.target_parameters, "rank_pattern": {}, "alpha_pattern": {}}
-    return lora_config(model, section.r, alpha=section.alpha, dropout=section.dropout, **named, **more)
+    options: dict[str, Any] = {"alpha": section.alpha, "dropout": section.dropout, "embeddings": section.embeddings}
+    return lora_config(model, section.r, **options, **named, **more)
 
 
-def add_adapter(model: Any, section: LoraSection, task_type: str) -> Any:
+def add_adapter(model: Any, section: LoraSection, **named: Any) -> Any:
     """`model` wrapped so that only low-rank adapters (and a fresh head) are trained.
 
     Args:
         model: a transformers model.
         section: the recipe's; where it names no targets, all weight matrices are adapted.
-        task_type: peft's name of the task, e.g. `CAUSAL_LM`.
+        named: fields of peft's config, e.g. `task_type`.
 
     Raises:
         UsageProblem: a target is not in the model, or can't be adapted; one line.
@@ -40,7 +41,7 @@ def add_adapter(model: Any, section: LoraSection, task_type: str) -> Any:
 
     try:
         with quiet_libraries():
-            return get_peft_model(model, adapter_settings_of(model, section, task_type=task_type))
+            return get_peft_model(model, adapter_settings_of(model, section, **named))
     except (ValueError, TypeError, NotImplementedError) as error:
         line = " ".join(str(error).split())[:300]
         raise UsageProblem(f"lora: {line} (lora.targets is {section.targets})") from None

@@ -12,12 +12,23 @@ from ..data.preferences import REWARDS, preference_rows
 from ..data.readers import FileOptions
 from ..data.tokenizers import check_vocabulary
 from ..trainer.alignment import METHODS, Method, preference_trainer
+from ..trainer.checkpoints import last_complete_checkpoint
 from .adapters import adapter_settings_of
 from .documents import source_name
 from .errors import UsageProblem, unknown_name
 from .models import adapter_settings, load_config, load_model, load_tokenizer
-from .output import check_output, is_first_process, open_output, plain_when_piped, say, warn, write_recipe
-from .recipe import Recipe, field_types, load_recipe, typed_section
+from .output import (
+    check_output,
+    check_unchanged,
+    is_first_process,
+    open_output,
+    plain_when_piped,
+    say,
+    warn,
+    write_recipe,
+)
+from .pretrain import require_no_head
+from .recipe import RECIPE_FILE, Recipe, field_types, load_recipe, typed_section
 from .run import Parts, output_folder, own_metrics, publish, save, seed_everything
 
 TRAINING: dict[str, Any] = {
@@ -25,7 +36,8 @@ TRAINING: dict[str, Any] = {
     "learning_rate": 5e-5,
     "per_device_train_batch_size": 8,
     "logging_steps": 0.1,
-    "save_strategy": "no",
+    "save_steps": 0.25,
+    "save_total_limit": 2,
     "seed": 0,
 }
 """TrainingArguments of every method; adapters learn at ten times the rate."""
@@ -43,6 +55,7 @@ def align(
     reward: str | None,
     lora: bool | None,
     output: str | None,
+    resume: bool,
     overwrite: bool,
     trust_remote_code: bool,
     set: list[str] | None,
@@ -59,11 +72,15 @@ def align(
         "lora.enabled": lora,
         "training.output_dir": output,
     }
+    if resume and recipe is None and output is not None:
+        recipe = str(Path(output) / RECIPE_FILE)
     resolved = load_recipe(recipe, flags, list(set or []))
     chosen = resolve_method(resolved)
     folder = output_folder(resolved, f"runs/{Path(str(resolved.model.checkpoint)).name}_{chosen.name}")
-    check_output(folder, False, overwrite, resolved)
-    run(resolved, chosen, folder)
+    check_output(folder, resume, overwrite, resolved)
+    if resume:
+        check_unchanged(folder, resolved)
+    run(resolved, chosen, folder, resume)
     return publish(resolved)
 
 
@@ -79,6 +96,7 @@ def resolve_method(recipe: Recipe) -> Method:
         raise UsageProblem(f"{recipe.model.checkpoint} is an adapter: merge it first (align … --set lora.merge=true)")
     if recipe.lora.merge and not recipe.lora.enabled:
         raise UsageProblem("lora.merge merges an adapter: give --lora too")
+    require_no_head(recipe)
     if recipe.objective.name is None:
         raise UsageProblem(f"no method: give --method, one of {', '.join(METHODS)}")
     if recipe.objective.name == "ppo":
@@ -140,8 +158,15 @@ def _reward(recipe: Recipe, pad_token_id: int | None) -> Any:
     return load_model(place, "AutoModelForSequenceClassification", num_labels=1, pad_token_id=pad_token_id)
 
 
-def run(recipe: Recipe, method: Method, folder: Path) -> None:
-    """Train, measure and save."""
+def run(recipe: Recipe, method: Method, folder: Path, resume: bool = False) -> None:
+    """Train, measure and save.
+
+    Args:
+        recipe: its method resolved.
+        method: that method.
+        folder: the output folder.
+        resume: go on from the last whole checkpoint in it.
+    """
     fields = training_fields(recipe, method)
     rows, held = preference_data(recipe, method)
     seed_everything(recipe)
@@ -158,14 +183,17 @@ def run(recipe: Recipe, method: Method, folder: Path) -> None:
     if recipe.lora.enabled:
         adapters = adapter_settings_of(model, recipe.lora)
     trainer = preference_trainer(method, model, tokenizer, rows, fields, held, reward, adapters)
-    open_output(folder, False)
+    open_output(folder, resume)
     if is_first_process():
         write_recipe(folder, recipe, "align")
+    begun = last_complete_checkpoint(folder) if resume else None
+    if resume and begun is None:
+        warn(f"{folder} holds no whole checkpoint; starting at step 0")
     total = sum(parameter.numel() for parameter in trainer.model.parameters())
     say(f"model      {model.config.model_type}, {total:,} parameters")
     say(f"data       {len(trainer.train_dataset):,} rows")
     say(f"method     {method.name}: {method.title} ({method.paper})")
-    trainer.train()
+    trainer.train(resume_from_checkpoint=begun)
     metrics = own_metrics(trainer.evaluate()) if held else {}
     if not held:
         warn("nothing was held out, so nothing was measured")

@@ -164,6 +164,8 @@ class QuestionAnswering(Task):
         scores = logits.detach().float().cpu()
         nulls = not all(row["answers"] for row in self.table)
         for number in dict.fromkeys(numbers):
+            if number < 0:  # it only fills up a process's last batch
+                continue
             row = self.table[number]
             mine = [index for index, owner in enumerate(numbers) if owner == number]
             guess = best_answer(scores[mine], row, self.longest_answer, nulls)
@@ -182,7 +184,8 @@ class WindowCollator:
 
     Args:
         tokenizer: gives the pad token's id.
-        bookkeeping: adds `example` `[windows]`, the number of each window's question.
+        bookkeeping: adds `example` `[windows]`, the number of each window's question, and `row` `[windows]`, the place of
+            that question in the batch.
     """
 
     tokenizer: Any
@@ -195,14 +198,14 @@ class WindowCollator:
             return batch | {
                 name: torch.tensor([r[name] for r in rows]) for name in ("start_positions", "end_positions")
             }
-        windows = [
-            (row["number"], window, place) for row in rows for window, place in zip(row["windows"], row["places"])
-        ]
-        batch = padded_inputs([window.inputs for _, window, _ in windows], self.tokenizer)
-        batch["start_positions"] = torch.tensor([place[0] for _, _, place in windows])
-        batch["end_positions"] = torch.tensor([place[1] for _, _, place in windows])
+        windows = [window for row in rows for window in row["windows"]]
+        places = torch.tensor([place for row in rows for place in row["places"]])
+        batch = padded_inputs([window.inputs for window in windows], self.tokenizer)
+        batch |= {"start_positions": places[:, 0], "end_positions": places[:, 1]}
         if self.bookkeeping:
-            batch["example"] = torch.tensor([number for number, _, _ in windows])
+            counts = torch.tensor([len(row["windows"]) for row in rows])
+            batch["example"] = torch.tensor([row["number"] for row in rows]).repeat_interleave(counts)
+            batch["row"] = torch.arange(len(rows)).repeat_interleave(counts)
         return batch
 
 

@@ -194,7 +194,7 @@ def _text(recipe: Recipe, goal: Any, tokenizer: Any, config: Any) -> tuple[Any, 
     check_positions(config, recipe.data.block_size)
     text = load_text(recipe, int(recipe.training.get("seed", 0)))
     held = text.documents.validation if text.documents.validation is not None else text.documents.train
-    model = load_model(recipe.model, goal.loader(config))
+    model = load_model(recipe.model, goal.loader(config), **goal.going_on(config, recipe.objective.options))
     recipe.training.setdefault("per_device_train_batch_size", recipe.training.get("per_device_eval_batch_size", 8))
     recipe.training["carry_state"] = False
     dataset, _ = packed(recipe, goal, Text(Documents(held, None), text.name), tokenizer, model)

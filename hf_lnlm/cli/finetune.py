@@ -28,7 +28,15 @@ from .models import (
     new_model,
 )
 from .output import check_output, check_unchanged, plain_when_piped, warn
-from .pretrain import check_options, check_positions, default_block, new_tokenizer, tokenizer_flag
+from .pretrain import (
+    check_options,
+    check_positions,
+    default_block,
+    model_to_go_on_from,
+    new_tokenizer,
+    require_no_head,
+    tokenizer_flag,
+)
 from .recipe import RECIPE_FILE, Recipe, load_recipe
 from .run import Parts, output_folder, publish, seed_everything, train
 from .sizes import SIZES, stock_config_class
@@ -57,12 +65,6 @@ TRAINING: dict[str, Any] = {
     "seed": 0,
 }
 """TrainingArguments of fine-tuning; adapters learn at ten times the rate."""
-
-LORA_TYPES = {
-    "AutoModelForCausalLM": "CAUSAL_LM",
-    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
-}
-"""Auto class → peft's name for what it does, for objectives; a task brings its own."""
 
 
 def finetune(
@@ -164,8 +166,8 @@ def finetuning_parts(recipe: Recipe) -> Parts:
     parts = make(recipe, goal)
     check_vocabulary(parts.tokenizer, parts.model.config)
     if recipe.lora.enabled:
-        kind = goal.lora_type if isinstance(goal, Task) else LORA_TYPES.get(goal.auto_class, "FEATURE_EXTRACTION")
-        parts.model = add_adapter(parts.model, recipe.lora, kind)
+        named = {"task_type": goal.lora_type} if isinstance(goal, Task) else {}
+        parts.model = add_adapter(parts.model, recipe.lora, **named)
     return parts
 
 
@@ -209,11 +211,17 @@ def text_parts(recipe: Recipe, goal: Any, tokenizer: Any, config: Any) -> Parts:
     """Parts for an objective: more text, cut as in pre-training."""
     goal = objective(goal.name, **recipe.objective.options)
     goal.check(config, tokenizer)
+    require_no_head(recipe)
+    if recipe.lora.enabled and goal.composes(config):
+        raise UsageProblem(
+            f"{goal.name!r} adds parts with fresh weights to {config.model_type}, which adapters can't learn: first "
+            f"hf-lnlm pretrain --checkpoint {recipe.model.checkpoint} --objective {goal.name}, then --lora on the result"
+        )
     recipe.data.block_size = recipe.data.block_size or default_block(config, 128)
     check_positions(config, recipe.data.block_size)
     text = load_text(recipe, int(recipe.training["seed"]))
     seed_everything(recipe)
-    model = load_model(recipe.model, goal.auto_class)
+    model = model_to_go_on_from(recipe, goal, config)
     datasets = packed(recipe, goal, text, tokenizer, model)
     return Parts(model, tokenizer, goal, *datasets, measured_on=text.name)
 

@@ -36,6 +36,10 @@ _OBJECTIVES = (
     "What is learnt: causal, masked, span, replaced_token, permutation, sentence_order, next_sentence or bidirectional; "
     "default: the first that fits the family. `hf-lnlm list` says what each is."
 )
+_TASKS = (
+    "What is learnt: sequence_classification, token_classification, question_answering, multiple_choice or "
+    "text_to_text, from rows with labels; or an objective of `pretrain`, from more text."
+)
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint carries.")]
 
 
@@ -108,7 +112,7 @@ def finetune(
     family: Annotated[str | None, typer.Option(help="Train this family from scratch instead.")] = None,
     size: Size = None,
     tokenizer: Tokenizer = None,
-    task: Annotated[str | None, typer.Option(help="What is learnt; see `hf-lnlm list`.")] = None,
+    task: Annotated[str | None, typer.Option(help=_TASKS)] = None,
     data: Data = None,
     text_column: TextColumn = None,
     label_column: Annotated[str | None, typer.Option(help="Column that holds the class.")] = None,
@@ -121,7 +125,7 @@ def finetune(
     trust_remote_code: Trust = False,
     set: Settings = None,
 ) -> None:
-    """Fine-tune any checkpoint: classification, tagging, language modelling, text to text."""
+    """Fine-tune any checkpoint: classes, tags, answers, choices, text to text, or more of what it was pre-trained on."""
     _call("finetune", "finetune", locals())
 
 
@@ -135,6 +139,7 @@ def align(
     reward: Annotated[str | None, typer.Option(help="grpo, rloo: a reward model's folder, or a reward's name.")] = None,
     lora: Annotated[bool | None, typer.Option("--lora/--no-lora", help="Train low-rank adapters only.")] = None,
     output: Output = None,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     set: Settings = None,

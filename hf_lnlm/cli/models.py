@@ -104,10 +104,10 @@ def adapter_settings(checkpoint: str) -> dict[str, Any] | None:
 
 
 def load_config(section: ModelSection) -> Any:
-    """The config of the checkpoint that `section` names (an adapter's: of its base).
+    """The config of the checkpoint that `section` names (an adapter's: of its base), with `model.config` over it.
 
     Raises:
-        UsageProblem: there is no such checkpoint, or it is none.
+        UsageProblem: there is no such checkpoint, it is none, or it has no such field.
     """
     from transformers import AutoConfig
 
@@ -115,10 +115,18 @@ def load_config(section: ModelSection) -> Any:
     settings = adapter_settings(name)
     name = str(settings["base_model_name_or_path"]) if settings else name
     _check_place(name)
+    common: dict[str, Any] = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     try:
-        return AutoConfig.from_pretrained(name, revision=section.revision, trust_remote_code=section.trust_remote_code)
+        config = AutoConfig.from_pretrained(name, **common)
     except (OSError, ValueError) as error:
         raise UsageProblem(load_problem(name, error)) from None
+    if not section.config or section.head:  # the fields of a head's family are not the checkpoint's
+        return config
+    check_fields(type(config), section.config)
+    try:
+        return AutoConfig.from_pretrained(name, **common, **section.config)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UsageProblem(f"model.config: {' '.join(str(error).split())}") from None
 
 
 def _check_place(name: str) -> None:
@@ -146,9 +154,9 @@ def load_model(section: ModelSection, auto_class: str, **options: Any) -> Any:
     """The checkpoint that `section` names, with the head `auto_class` (an adapter's: merged view on its base).
 
     Args:
-        section: names the checkpoint.
+        section: names the checkpoint, and config fields to change.
         auto_class: e.g. `AutoModelForCausalLM`.
-        options: config fields to change, e.g. `num_labels`.
+        options: more config fields to change, e.g. `num_labels`.
 
     Raises:
         UsageProblem: it can't be loaded; one line.
@@ -162,6 +170,7 @@ def load_model(section: ModelSection, auto_class: str, **options: Any) -> Any:
     if settings and not (Path(name) / "adapter_model.safetensors").is_file():  # peft would load a pickle in its place
         raise UsageProblem(f"{name} has no adapter_model.safetensors; pickled adapters (.bin) are not loaded")
     common = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    options = section.config | options
     try:
         auto = getattr(transformers, auto_class)
         with quiet_libraries():

@@ -90,6 +90,9 @@ def resolve_objective(recipe: Recipe) -> None:
         raise UsageProblem("no model: give --family (see `hf-lnlm list`), --checkpoint, or a recipe with model.family")
     if recipe.data.source is None:
         raise UsageProblem("no data: give --data FILE, a glob, a dataset's name, or `stdlib`")
+    if recipe.lora.enabled:
+        raise UsageProblem("lora adapts a checkpoint: hf-lnlm finetune --checkpoint … --task OBJECTIVE --lora")
+    require_no_head(recipe)
     if recipe.model.checkpoint is None:
         recipe.model.size = recipe.model.size or "tiny"
     if recipe.objective.name is None:
@@ -101,6 +104,16 @@ def resolve_objective(recipe: Recipe) -> None:
             raise UsageProblem(f"{recipe.objective.name!r} needs labels: use `hf-lnlm finetune`")
         raise unknown_name("objective", recipe.objective.name, OBJECTIVES)
     check_options(recipe, OBJECTIVES[recipe.objective.name])
+
+
+def require_no_head(recipe: Recipe) -> None:
+    """Refuse `model.head` where nothing has labels.
+
+    Raises:
+        UsageProblem: it is given.
+    """
+    if recipe.model.head:
+        raise UsageProblem(f"model.head={recipe.model.head} is trained on labels; this objective takes text alone")
 
 
 def check_options(recipe: Recipe, kind: type) -> None:
@@ -158,14 +171,26 @@ def pretraining_parts(recipe: Recipe) -> Parts:
     check_vocabulary(tokenizer, config)
     check_positions(config, recipe.data.block_size)
     seed_everything(recipe)
-    if recipe.model.checkpoint is None:
-        model = goal.build(config)
-    elif goal.composes(config):
-        model = load_main_part(recipe.model, goal.build(config), goal.auto_class)
-    else:
-        model = load_model(recipe.model, goal.loader(config))
+    model = goal.build(config) if recipe.model.checkpoint is None else model_to_go_on_from(recipe, goal, config)
     datasets = packed(recipe, goal, text, tokenizer, model)
     return Parts(model, tokenizer, goal, *datasets, measured_on=text.name)
+
+
+def model_to_go_on_from(recipe: Recipe, goal: Any, config: Any) -> Any:
+    """The recipe's checkpoint as the model that an objective trains: itself, or the main part of one made of several.
+
+    Args:
+        recipe: names the checkpoint.
+        goal: the objective, with the recipe's options.
+        config: the checkpoint's.
+
+    Raises:
+        ValueError: an option asks for another model than a checkpoint made of several holds.
+    """
+    if goal.composes(config):
+        return load_main_part(recipe.model, goal.build(config), goal.auto_class)
+    changed = goal.going_on(config, recipe.objective.options)
+    return load_model(recipe.model, goal.loader(config), **changed)
 
 
 def new_tokenizer(recipe: Recipe, direction: str, texts: Iterable[str], vocab_size: int) -> Any:

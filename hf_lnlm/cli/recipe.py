@@ -86,12 +86,16 @@ class ObjectiveSection:
 
 @dataclass
 class LoraSection:
-    """Low-rank adapters instead of full fine-tuning; without targets every weight matrix is adapted."""
+    """Low-rank adapters instead of full fine-tuning; without targets every weight matrix is adapted.
+
+    `alpha` is twice `r` unless given; `embeddings` adapts tables of embeddings too, as far as they aren't tied.
+    """
 
     enabled: bool = False
     r: int = 8
-    alpha: int = 16
+    alpha: float | None = None
     dropout: float = 0.0
+    embeddings: bool = False
     targets: str | list[str] | None = None
     target_parameters: list[str] | None = None
     modules_to_save: list[str] | None = None

@@ -188,12 +188,20 @@ def save(trainer: Any, parts: Parts, recipe: Recipe, metrics: Mapping[str, float
         write_evaluation(folder, evaluation)
         say("\n" + "\n".join(f"{name:<14} {value:.5g}" for name, value in metrics.items()))
     write_card(folder, recipe.hub.repo_id, recipe.hub.license)
-    for part in getattr(model, "part_names", ()):  # each a checkpoint of its own
-        parts.tokenizer.save_pretrained(folder / part)
-        write_card(folder / part, license=recipe.hub.license)
-    if recipe.lora.enabled and recipe.lora.merge:
+    if not recipe.lora.enabled:
+        _finish_parts(model, parts.tokenizer, folder, recipe.hub.license)
+    elif recipe.lora.merge:
         save_merged(model, parts.tokenizer, folder / "merged")
     say(f"saved to {folder}")
+
+
+def _finish_parts(model: Any, tokenizer: Any, folder: Path, license: str | None = None) -> None:
+    """Give the parts of a model made of several, each a checkpoint of its own, tokenizer and card."""
+    from ..hub.card import write_card
+
+    for part in getattr(model, "part_names", ()):
+        tokenizer.save_pretrained(folder / part)
+        write_card(folder / part, license=license)
 
 
 def _save_tokenizer(parts: Parts, folder: Path) -> None:
@@ -209,6 +217,7 @@ def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_card(folder)
+    _finish_parts(merged, tokenizer, folder)
     say(f"saved the merged model to {folder}")
 
 

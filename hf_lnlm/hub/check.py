@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
+import inspect
 import logging
 import re
 import sys
@@ -371,8 +372,9 @@ def _load_findings(folder: Folder, name: str) -> Iterator[Finding]:
         )
         return
     cls = cast(Any, cls)
+    options = _without_pooler(folder, cls)
     with torch.device("meta"):
-        skeleton = cls(config)
+        skeleton = cls(config, **options)
     # A config much larger than its files would make the loader allocate what it has to invent.
     needed = sum(parameter.numel() for parameter in skeleton.parameters())
     held = sum(entry.elements for entry in folder.tensors.values())
@@ -381,9 +383,16 @@ def _load_findings(folder: Folder, name: str) -> Iterator[Finding]:
         return
     _, report = cls.from_pretrained(
         folder.path, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True,
-        ignore_mismatched_sizes=True, low_cpu_mem_usage=True,
+        ignore_mismatched_sizes=True, low_cpu_mem_usage=True, **options,
     )  # fmt: skip
     yield from _report_findings(report, len(folder.tensors))
+
+
+def _without_pooler(folder: Folder, cls: Any) -> dict[str, bool]:
+    """Arguments of a class that can do without a pooler, for files that hold none (an encoder trained without it)."""
+    optional = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
+    held = any(key.startswith("pooler.") for key in folder.tensors)
+    return {"add_pooling_layer": False} if optional and not held else {}
 
 
 def _report_findings(report: dict[str, Any], count: int) -> Iterator[Finding]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -83,6 +83,18 @@ class Objective(ABC):
     def loader(cls, config: Any) -> str:
         """The Auto class that loads a trained model of this configuration."""
         return "AutoModelForPreTraining" if cls.composed_type == config.model_type else cls.auto_class
+
+    def going_on(self, config: Any, given: Collection[str]) -> dict[str, Any]:
+        """Fields of a trained model's configuration that going on from it changes; most objectives change none.
+
+        Args:
+            config: The checkpoint's.
+            given: Names of the options that were asked for, not merely left at their defaults.
+
+        Raises:
+            ValueError: An option asks for another model than the checkpoint holds.
+        """
+        return {}
 
     def takes_lanes(self, model: Any) -> bool:
         """Whether a model's state is carried from batch to batch, over contiguous lanes."""

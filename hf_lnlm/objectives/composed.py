@@ -86,6 +86,10 @@ class ComposedModel(PreTrainedModel):
         """
         self._tied_weights_keys = tied
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The main part's embedding; peft asks for it to find what is tied to it."""
+        return getattr(self, self.config.main_part).get_input_embeddings()
+
     def start_from(self, encoder: PreTrainedModel) -> None:
         """Take over the weights of a model of the main part's configuration, its head too if that is the same.
 

@@ -18,7 +18,8 @@ random so that its mean is exact; every example's noise is its own, so that a re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -108,6 +109,34 @@ class ReplacedTokenObjective(Objective):
             self.generator_config(config), config, shared=self.share_embeddings, temperature=self.temperature,
             weight=self.weight,
         )  # fmt: skip
+
+    def going_on(self, config: Any, given: Collection[str]) -> dict[str, Any]:
+        """Temperature and weight may change when a run goes on; generator and sharing are what they are, see the base."""
+        if config.model_type != self.composed_type:
+            return {}
+        if "share_embeddings" in given and self.share_embeddings != config.tie_word_embeddings:
+            raise ValueError(
+                f"the checkpoint was made with share_embeddings={config.tie_word_embeddings}, got {self.share_embeddings}"
+            )
+        if {"generator", "generator_fraction"} & set(given):
+            wanted = self._as_saved(self.generator_config(config.part("discriminator")))
+            found = self._as_saved(config.part("generator"))
+            differing = [name for name, value in wanted.items() if found.get(name) != value]
+            if differing:
+                name = differing[0]
+                raise ValueError(
+                    f"the checkpoint was made with another generator ({name}={found.get(name)!r}, wanted "
+                    f"{wanted[name]!r}): leave generator and generator_fraction out to go on with it"
+                )
+        return {name: getattr(self, name) for name in ("temperature", "weight") if name in given}
+
+    @staticmethod
+    def _as_saved(config: Any) -> dict[str, Any]:
+        """A configuration's values as a file would give them back, without what says who wrote them."""
+        from .composed import plain_config
+
+        values = json.loads(json.dumps(plain_config(config), default=str))
+        return {name: value for name, value in values.items() if name not in ("transformers_version", "dtype")}
 
     def generator_config(self, config: Any) -> Any:
         """The generator's configuration: the discriminator's made narrower, or another family's.

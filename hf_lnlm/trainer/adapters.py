@@ -59,6 +59,10 @@ _REFUSED_BY_PEFT = {
 }
 
 
+_TIED = "tied to another weight: an adapter on one of them would untie them"
+_IN_TWO_PLACES = "its layer stands in two places: peft would put an adapter into the first only, and merge it into both"
+
+
 @dataclass(frozen=True)
 class LoraPlan:
     """Which weights adapters reach.
@@ -123,7 +127,7 @@ def _place(
     weight: nn.Parameter,
     r: int,
     embeddings: bool,
-    shared: set[int],
+    shared: dict[int, str],
     found: _Findings,
 ) -> None:
     """Write into `found` what becomes of one weight matrix."""
@@ -146,12 +150,12 @@ def _obstacle(
     key: str,
     weight: nn.Parameter,
     embeddings: bool,
-    shared: set[int],
+    shared: dict[int, str],
 ) -> str | None:
     """Why no adapter reaches a weight, or None."""
     model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     if id(weight) in shared:
-        return "tied to another weight: an adapter on one of them would untie them"
+        return shared[id(weight)]
     if not weight.requires_grad:
         return "frozen"
     if isinstance(module, nn.Embedding) or _over_vocabulary(model, module):
@@ -184,12 +188,16 @@ def _reads_inside_forward(model_type: str, name: str, module: nn.Module, key: st
     return listed or not any(True for _ in module.children())
 
 
-def _shared_weights(model: nn.Module) -> set[int]:
-    """Ids of parameters that more than one module holds."""
-    counts: Counter[int] = Counter()
-    for _, module in model.named_modules():
-        counts.update(id(weight) for weight in vars(module)["_parameters"].values() if weight is not None)
-    return {number for number, count in counts.items() if count > 1}
+def _shared_weights(model: nn.Module) -> dict[int, str]:
+    """Ids of parameters that two modules hold, or one module that stands in two places → why no adapter is put there."""
+    holders: Counter[int] = Counter()
+    places: Counter[int] = Counter()
+    for module in model.modules():
+        holders.update(id(weight) for weight in vars(module)["_parameters"].values() if weight is not None)
+        places.update(id(child) for child in vars(module)["_modules"].values() if child is not None)
+    doubled = [module for module in model.modules() if places[id(module)] > 1]
+    found = {id(weight): _IN_TWO_PLACES for module in doubled for weight in module.parameters(recurse=False)}
+    return found | {number: _TIED for number, count in holders.items() if count > 1}
 
 
 def _below(name: str, tops: Iterable[str]) -> bool:

@@ -229,11 +229,13 @@ def preference_trainer(
         raise ValueError("packing_strategy=wrapped joins texts without marking their borders: use bfd or bfd_split")
     if method.name == "sft" and (packs or arguments.get("padding_free")):
         check_packing(model)
+    elif arguments.get("padding_free"):
+        raise ValueError(f"TRL's {method.name} pads whatever padding_free says: leave it out")
     config = config_class(**{"report_to": "none", "bf16": False} | arguments)
     made = [None if part is None else Dataset.from_list(rows_for(method, part)) for part in (rows, held)]
     extra = {"reward_funcs": reward} if method.rewarded else {}
     with _auto_map_of(type(model.config)):
-        return trainer_class(
+        trainer = trainer_class(
             model=model,
             args=config,
             train_dataset=made[0],
@@ -242,6 +244,12 @@ def preference_trainer(
             peft_config=peft_config,
             **extra,
         )
+    trainer.create_model_card = _no_card  # with every checkpoint, in the place of the run's own
+    return trainer
+
+
+def _no_card(*args: Any, **kwargs: Any) -> None:
+    """TRL's model card, left out."""
 
 
 @contextmanager

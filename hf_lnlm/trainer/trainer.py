@@ -35,7 +35,7 @@ from .signals import StopRequested, StopSignal, shelter_worker
 from .totals import EvaluationTotals, TrainingTotals, input_tokens
 
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-_ASIDE = ("num_bytes", "reset", "example")
+_ASIDE = ("num_bytes", "reset", "example", "row")
 
 
 class LNLMTrainer(Trainer):
@@ -468,13 +468,16 @@ class LNLMTrainer(Trainer):
         """Return how many rows of this process's last batch aren't repetitions, None if all count.
 
         accelerate fills up the last batch with rows from the start. Their labels are ignored here; terms that count
-        rows or attended tokens instead of labels still see them.
+        rows or attended tokens instead of labels still see them. Where a collator makes several rows of one of the data
+        set (the windows of a question), `row` says which.
         """
         gradient_state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not gradient_state.end_of_dataloader or gradient_state.remainder <= 0:
             return None
-        rows = next(iter(inputs.values())).shape[0]
-        return min(max(gradient_state.remainder - self.args.process_index * rows, 0), rows)
+        made_of = inputs.get("row")
+        rows = next(iter(inputs.values())).shape[0] if made_of is None else int(made_of.max()) + 1
+        kept = min(max(gradient_state.remainder - self.args.process_index * rows, 0), rows)
+        return kept if made_of is None else int((made_of < kept).sum())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with tokens per second and, for a language-modelling objective, perplexity and bits per byte."""
@@ -570,8 +573,9 @@ def _without_rows(name: str, value: Any, keep: int) -> Any:
     labels = name in ("labels", "shift_labels") or name.endswith("_label")
     if not torch.is_tensor(value) or not value.dim() or value.is_floating_point():
         return value
-    if not (labels or name in ("num_bytes", "start_positions", "end_positions")):
+    fillers = {"num_bytes": 0, "example": -1}
+    if not (labels or name in ("start_positions", "end_positions", *fillers)):
         return value
     value = value.clone()
-    value[keep:] = IGNORED if labels else 0 if name == "num_bytes" else torch.iinfo(value.dtype).max
+    value[keep:] = IGNORED if labels else fillers.get(name, torch.iinfo(value.dtype).max)
     return value

@@ -21,6 +21,10 @@ def test_refusals(rnn, tmp_path):
         (["--method", "grpo"], "needs a reward for them"),
         (["--method", "dpo", *settings("objective.betta=1.0")], "did you mean 'beta'?"),
         (["--method", "dpo", *settings("training.carry_state=true")], "training.carry_state doesn't go with dpo"),
+        (
+            ["--method", "dpo", *settings("model.head=lnlm_encoder_cnn")],
+            "model.head=lnlm_encoder_cnn is trained on labels",
+        ),
     ):
         result = run(*words, *extra)
         assert result.status == 2 and message in result.err, result.err
@@ -41,6 +45,28 @@ def test_dpo_leaves_a_folder_that_is_fit(rnn, tmp_path):
     assert list(folder.glob("modeling_*.py"))
     assert "loss" in json.loads((folder / "evaluation.json").read_text())["metrics"]
     assert {line.split()[0] for line in succeed("check", folder).out.splitlines()} == {"ok"}
+
+
+def test_a_run_is_resumed_from_its_last_checkpoint(rnn, tmp_path):
+    words = ["--checkpoint", rnn, "--method", "dpo", "--data", "stdlib"]
+    quick = [*QUICK, *settings("training.save_steps=2", "training.lr_scheduler_type=constant")]
+    for folder, steps in (("whole", 4), ("parts", 2)):
+        more = settings(f"training.max_steps={steps}")
+        succeed("align", *words, "--output", tmp_path / folder, *quick, *more)
+    parts = tmp_path / "parts"
+    torn = parts / "checkpoint-3"  # as a run leaves it that is killed while it saves
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    changed = run("align", "--resume", "--output", parts, *settings("objective.beta=0.9"))
+    assert changed.status == 2 and "objective.beta" in changed.err
+    succeed("align", "--resume", "--output", parts, *settings("training.max_steps=4"))
+    states = [
+        json.loads((tmp_path / f / "checkpoint-4" / "trainer_state.json").read_text()) for f in ("whole", "parts")
+    ]
+    assert states[1]["global_step"] == 4 and len([entry for entry in states[1]["log_history"] if "loss" in entry]) == 4
+    whole, again = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "parts"))
+    assert whole == again
+    assert "nothing to resume" in run("align", parts / "recipe.yaml", "--resume", "--output", tmp_path / "none").err
 
 
 @pytest.mark.slow

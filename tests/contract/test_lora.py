@@ -176,6 +176,28 @@ def test_adapter_folder_resumes_and_auto_classes_load_it(case: Case, tmp_path):
     torch.testing.assert_close(first_output(loaded, **inputs), first_output(resumed.eval(), **inputs))
 
 
+AUTO_PEFT = {
+    "AutoModelForCausalLM": peft.AutoPeftModelForCausalLM,
+    "AutoModelForQuestionAnswering": peft.AutoPeftModelForQuestionAnswering,
+    "AutoModelForSequenceClassification": peft.AutoPeftModelForSequenceClassification,
+    "AutoModelForTokenClassification": peft.AutoPeftModelForTokenClassification,
+}
+"""Heads that peft has an Auto class for; `AutoPeftModel` finds any other by its class's name."""
+
+
+@loss_case
+def test_auto_classes_load_every_head(case: Case, tmp_path):
+    build(case).save_pretrained(tmp_path / "base")
+    base = case.cls.from_pretrained(tmp_path / "base")
+    model = shaken(peft.get_peft_model(base, hf_lnlm.lora_config(base, r=3))).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    labels = {"num_labels": 3} if case.auto.endswith("Classification") else {}
+    loaded = AUTO_PEFT.get(case.auto, peft.AutoPeftModel).from_pretrained(tmp_path / "adapter", **labels).eval()
+    inputs = inputs_of(case)
+    assert type(loaded.get_base_model()) is case.cls
+    torch.testing.assert_close(first_output(loaded, **inputs), first_output(model, **inputs), rtol=1e-6, atol=1e-6)
+
+
 @family_case
 def test_plain_config_and_all_linear_work(case: Case):
     """peft's own table knows our families, and all-linear reaches every layer with a gradient."""

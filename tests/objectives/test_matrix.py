@@ -1,11 +1,13 @@
-"""Every objective with every family that it fits: a few steps, and the loss on what was trained on falls."""
+"""Every objective with every family that it fits, in full and by adapters: a few steps, and the loss falls."""
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from transformers import set_seed
 
+import hf_lnlm
 from hf_lnlm.objectives import OBJECTIVES, objective, table
 from tests.objectives.families import CELLS, CONFIGS, DOCUMENTS, LENGTH, TOKENIZER
 
@@ -14,15 +16,21 @@ STEPS = 6
 USUAL = {"lnlm_rnn", "lnlm_rnn, both ways", "gpt2", "bert", "albert", "electra", "xlnet", "t5"}
 
 
-def falls(goal: str, name: str) -> None:
-    """Train on one batch and check that its loss falls, every parameter stays finite and figures can be had."""
+def falls(goal: str, name: str, lora: bool = False) -> None:
+    """Train on one batch and check that its loss falls, every parameter stays finite and figures can be had.
+
+    With `lora` adapters alone are trained, and no other weight changes.
+    """
     set_seed(0)
     learnt = objective(goal)
     learnt.check(CONFIGS[name], TOKENIZER)
     model = learnt.build(CONFIGS[name])
+    if lora:
+        model = peft.get_peft_model(model, hf_lnlm.lora_config(model, r=4))
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     rows = learnt.rows(DOCUMENTS, TOKENIZER, LENGTH)
     batch = learnt.collator(TOKENIZER, seed=0)([rows[index] for index in range(4)])
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=3e-2 if lora else 1e-2)
     losses = []
     for _ in range(STEPS):
         outputs = model(**batch)
@@ -32,6 +40,8 @@ def falls(goal: str, name: str) -> None:
         optimizer.zero_grad()
     assert losses[-1] < losses[0] * 0.99, losses
     assert all(bool(torch.isfinite(value).all()) for value in model.parameters())
+    now = dict(model.named_parameters())
+    assert bool(frozen) == lora and all(torch.equal(now[n], before) for n, before in frozen.items())
     model.eval()
     with torch.no_grad():
         outputs = model(**batch)
@@ -52,6 +62,17 @@ def test_the_usual_families_learn(goal: str, name: str) -> None:
 @pytest.mark.parametrize(("goal", "name"), _cells(False))
 def test_every_family_learns(goal: str, name: str) -> None:
     falls(goal, name)
+
+
+@pytest.mark.parametrize(("goal", "name"), _cells(True))
+def test_the_usual_families_learn_by_adapters(goal: str, name: str) -> None:
+    falls(goal, name, lora=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("goal", "name"), _cells(False))
+def test_every_family_learns_by_adapters(goal: str, name: str) -> None:
+    falls(goal, name, lora=True)
 
 
 def test_the_table_has_every_cell_and_no_other() -> None:

@@ -98,6 +98,15 @@ def test_a_batch() -> None:
     )
 
 
+def _span_lengths(chosen: np.ndarray) -> list[float]:
+    """Shares of runs of 1 to 5 chosen tokens, over all rows `[rows, tokens]`."""
+    runs: list[int] = []
+    for row in chosen:
+        edges = np.flatnonzero(np.diff(np.r_[False, row, False]))
+        runs += (edges[1::2] - edges[::2]).tolist()
+    return [np.mean([length == n for length in runs]) for n in range(1, 6)]
+
+
 def test_differences_from_transformers_collator() -> None:
     rows = rows_of(8)
     ours, stock = PLAIN.collator(TOKENIZER)(rows), theirs(rows)
@@ -124,6 +133,14 @@ def test_differences_from_transformers_collator() -> None:
     assert PLAIN.collator(bare)(odd)["input_ids"].shape == (8, LENGTH - 1)
     with pytest.raises(ValueError, match="sequence lengths be even"):
         theirs(odd)
+    with pytest.raises(Exception, match=r"mask token|pad|padding_mask"):
+        theirs(rows, bare)
+    # spans are 1 to 5 words, short ones more often; theirs are 1 to 5 tokens, all lengths equally likely
+    long = rows_of(60, 602)
+    shares = [_span_lengths((theirs(long)["labels"] != -100).numpy())]
+    shares += [_span_lengths(PLAIN.collator(TOKENIZER)(long)["target_mapping"].sum(1).bool().numpy())]
+    assert shares[0] == pytest.approx([0.2] * 5, abs=0.06)
+    assert shares[1][0] > 0.35 and sorted(shares[1], reverse=True) == shares[1], shares[1]
     # the order covers the row; theirs lets the first half see what isn't predicted in the second
     blocks = objective("permutation", whole_word=False, perm_size=LENGTH // 2).collator(TOKENIZER)(rows)
     assert blocks["perm_mask"][:, : LENGTH // 2, LENGTH // 2 :].all()

@@ -45,8 +45,24 @@ ENCODERS = {
 }
 
 
+ENCODERS["dnc"] = AutoConfig.for_model(
+    "lnlm_dnc", vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, memory_size=4, word_size=4, num_read_heads=1,
+    bidirectional=True,
+)  # fmt: skip
+SMALL_BERT = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "intermediate_size": 16, "max_position_embeddings": 32}  # fmt: skip
+SMALL_RNN = {"model_type": "lnlm_rnn", "hidden_size": 32, "num_hidden_layers": 1, "bidirectional": True}
+PAIRS = {**{name: {} for name in ENCODERS if name != "dnc"}, "rnn, bert": SMALL_BERT, "bert, rnn": SMALL_RNN,
+         "ssm, rnn": SMALL_RNN, "dnc, rnn": SMALL_RNN}  # fmt: skip
+"""Discriminator, or discriminator and generator → what `generator` says; a DNC has no masked head, but tells tokens."""
+
+
 def model_of(encoder: str = "rnn", **options) -> ReplacedTokenForPreTraining:
     torch.manual_seed(0)
+    encoder, _, mixed = encoder.partition(", ")
+    if mixed:
+        options = {"generator": PAIRS[f"{encoder}, {mixed}"], **options}
+        objective("replaced_token", **options).check(ENCODERS[encoder], TOKENIZER)
     return objective("replaced_token", **{"generator_fraction": 0.5, **options}).build(ENCODERS[encoder]).eval()
 
 
@@ -147,7 +163,7 @@ def test_rows_are_masked_as_in_electra() -> None:
     assert uneven["uniforms"].shape == uneven["input_ids"].shape == uneven["attention_mask"].shape
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("encoder", PAIRS)
 def test_whole_and_parts_load_by_themselves(encoder: str, tmp_path) -> None:
     model, batch = model_of(encoder), batch_of()
     model.save_pretrained(tmp_path)
@@ -202,8 +218,7 @@ def test_generators_of_a_fraction_or_of_another_family() -> None:
     )
     assert narrowed(ENCODERS["electra"], 0.25)["embedding_size"] == 8
     assert narrowed(ENCODERS["rnn"], 0.25)["last_hidden_size"] == 8
-    mixed = model_of("rnn", generator={"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1,
-                                       "num_attention_heads": 2, "intermediate_size": 16})  # fmt: skip
+    mixed = model_of("rnn, bert")
     assert mixed.generator.config.model_type == "bert" and mixed.discriminator.config.model_type == "lnlm_rnn"
     assert torch.isfinite(mixed(**batch_of()).loss)
     own = model_of("bert", generator={"num_hidden_layers": 2})
@@ -256,6 +271,27 @@ def test_metrics_by_hand_and_whatever_the_batching() -> None:
     assert whole["discriminator_auc"] == pytest.approx(sum(pairs) / len(pairs), abs=0.02)
     assert area_under_curve(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 2.0])) == 0.75
     assert area_under_curve(torch.zeros(2), torch.ones(2)) is None
+
+
+def test_a_run_that_goes_on_keeps_its_generator_and_may_change_the_rest(tmp_path) -> None:
+    options = {"generator_fraction": 0.5, "generator": {"num_hidden_layers": 2}, "temperature": 2.0, "weight": 20.0}
+    model_of("bert", **options).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert objective("replaced_token").going_on(config, ()) == {}, "what isn't given stays as it was"
+    same = objective("replaced_token", **options)
+    changed = same.going_on(config, options)
+    assert changed == {"temperature": 2.0, "weight": 20.0}, "the recipe that made it goes on"
+    other = objective("replaced_token", weight=1.0, share_embeddings=True)
+    changed = other.going_on(config, ("weight", "share_embeddings"))
+    assert ReplacedTokenForPreTraining.from_pretrained(tmp_path, **changed).config.weight == 1.0
+    for given, message in (
+        ({"generator_fraction": 0.25}, r"another generator \(\w+=.*leave generator and generator_fraction out"),
+        ({"generator": SMALL_RNN}, r"another generator \(\w+=.*leave generator"),
+        ({"share_embeddings": False}, "made with share_embeddings=True, got False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            objective("replaced_token", **given).going_on(config, given)
+    assert objective("replaced_token", generator_fraction=0.5).going_on(ENCODERS["bert"], ("generator_fraction",)) == {}
 
 
 @pytest.mark.parametrize("encoder", ["rnn", "bert"])

@@ -99,10 +99,19 @@ def test_half_the_pairs_are_changed(name: str) -> None:
 
 
 def test_whole_words_and_spans_of_words() -> None:
-    learnt = objective("sentence_order", spans="ngram")
-    rows = learnt.rows(Dataset.from_dict({"text": texts(6)}), TOKENIZER, 48)
-    batch = learnt.collator(TOKENIZER)([rows[i] for i in range(8)])
-    assert (batch["labels"] != -100).any()
+    for options in ({"spans": "ngram"}, {"whole_word": True}):
+        learnt = objective("sentence_order", **options)
+        rows = learnt.rows(Dataset.from_dict({"text": texts(6)}), TOKENIZER, 48)
+        collate, whole, masked = learnt.collator(TOKENIZER), 0, 0
+        for number in range(40):
+            chosen = (collate([rows[number]])["labels"][0] != -100).numpy()
+            words = np.asarray(collate._row(rows[number])["word_ids"])
+            starts = np.r_[True, words[1:] != words[:-1]] | (words < 0)
+            word_of = np.cumsum(starts)
+            for word in np.unique(word_of[chosen]):
+                masked += 1
+                whole += bool(chosen[word_of == word].all())
+        assert masked > 40 and whole == masked, "no piece of a chosen word is left, in either part"
 
 
 def test_the_models_of_each_family() -> None:
@@ -145,10 +154,14 @@ def test_the_composed_model_by_hand_and_saved(tmp_path) -> None:
         assert torch.equal(SentencePairForPreTraining.from_pretrained(tmp_path).eval()(**batch).loss, found.loss)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_decoder_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"gpt2 reads left to right only.*Models that fit '{name}': .*bert.*albert"):
+        objective(name).check(GPT2Config(), TOKENIZER)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     learnt = objective("sentence_order")
-    with pytest.raises(ValueError, match=r"gpt2 reads left to right only.*Models that fit 'sentence_order': .*albert"):
-        learnt.check(GPT2Config(), TOKENIZER)
     bare = build_tokenizer("byte")
     bare.cls_token = None
     with pytest.raises(ValueError, match="needs a cls token"):

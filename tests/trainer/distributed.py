@@ -39,6 +39,7 @@ def sharing(folder: str) -> dict[str, Any]:
     """Return what two processes have to agree on besides the loss."""
     return {
         "evaluated": evaluated(os.path.join(folder, "evaluated")),
+        "answered": answered(os.path.join(folder, "answered"), 2),
         "terminated": terminated(os.path.join(folder, "terminated")),
         "lanes": lanes(os.path.join(folder, "lanes")),
         "resumed": resumed(DROPPING, os.path.join(folder, "map")),
@@ -86,6 +87,17 @@ def evaluated(folder: str) -> float:
     model, rows = families.build("BertForMaskedLM")
     trainer = scale.step(model, rows, folder, 4, 1, per_device_eval_batch_size=2, learning_rate=0.0)
     return trainer.evaluate(rows[:7])["eval_loss"]
+
+
+def answered(folder: str, batch: int) -> dict[str, float]:
+    """Return what is measured of five questions, whose texts make one to several windows each."""
+    model, rows = families.build("BertForQuestionAnswering")
+    task, held = families.questions()
+    arguments = {"per_device_eval_batch_size": batch, "learning_rate": 0.0}
+    trainer = scale.step(model, rows, folder, 4, 1, **arguments)
+    trainer.objective, trainer.data_collator = task, task.collator(families.tokenizer(), bookkeeping=True)
+    found = trainer.evaluate(held)
+    return {name: found[f"eval_{name}"] for name in ("loss", "exact_match", "f1")}
 
 
 def main() -> None:

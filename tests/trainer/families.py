@@ -7,6 +7,11 @@ from typing import Any
 import torch
 import transformers as T
 
+from hf_lnlm.cli.answers import QuestionAnswering
+from hf_lnlm.cli.recipe import DataSection
+from hf_lnlm.data.labelled import Rows
+from hf_lnlm.data.tokenizers import build_tokenizer
+
 VOCAB, LENGTH, ROWS = 40, 12, 8
 Row = dict[str, Any]
 
@@ -132,6 +137,25 @@ HEADS: dict[str, Callable[[int, random.Random], Row]] = {
     "XLNetForQuestionAnswering": question_inside, "XLNetForQuestionAnsweringSimple": question,
     "BertForMultipleChoice": choice,
 }  # fmt: skip
+
+
+def tokenizer() -> Any:
+    """Return a tokenizer of words whose ids a tiny model has."""
+    words = " ".join(chr(97 + n) * 2 for n in range(20))
+    return build_tokenizer("word", [words] * 3, template="bert")
+
+
+def questions() -> tuple[Any, Rows]:
+    """Return the task of reading five questions, and their rows, of one to four windows each."""
+    generator, rows = random.Random(2), []
+    for number in range(5):
+        words = [chr(97 + generator.randrange(20)) * 2 for _ in range(5 + 5 * number)]
+        rows.append({"question": "aa", "context": " ".join(words), "answers": words[-1]})
+    task = QuestionAnswering(stride=2)
+    known = tokenizer()
+    held, _ = task.encode_held(rows, DataSection(), known, T.BertConfig(type_vocab_size=2), LENGTH)
+    assert len(known) <= VOCAB and len({len(row["windows"]) for row in held}) > 2
+    return task.measuring(held), Rows(held)
 
 
 def build(head: str) -> tuple[torch.nn.Module, list[Row]]:

@@ -168,6 +168,35 @@ def test_layers_of_other_kinds():
     torch.testing.assert_close(adapted.merge_and_unload()(x), tuned, rtol=1e-5, atol=1e-5)
 
 
+class Twice(nn.Module):
+    """One layer in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.rest = nn.ModuleList([self.first, nn.Linear(8, 8)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rest[1](self.rest[0](self.first(x).tanh()).tanh())
+
+
+def test_a_layer_in_two_places_is_left_out():
+    torch.manual_seed(0)
+    plan, x = hf_lnlm.lora_plan(Twice(), 4), torch.randn(5, 8)
+    assert plan.modules == ("rest.1",)
+    assert list(plan.left_out) == ["first.weight"] and "stands in two places" in plan.left_out["first.weight"]
+
+    @torch.no_grad()
+    def error(config: Any) -> float:
+        model = peft.get_peft_model(Twice(), config)
+        noisy((p for n, p in model.named_parameters() if "lora_" in n), model)
+        apart = model(x)
+        return float((model.merge_and_unload()(x) - apart).abs().max())
+
+    assert error(hf_lnlm.lora_config(Twice(), 4)) < 1e-5
+    assert error(peft.LoraConfig(r=4, target_modules=["first"])) > 1e-3, "peft's own rule, the reason for ours"
+
+
 def test_wrong_requests_are_refused():
     model = build("mamba", "CausalLM")
     with pytest.raises(ValueError, match="r must be at least 1, got 0"):

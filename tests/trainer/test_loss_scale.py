@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_lnlm.trainer.loss_scale import DeclaredParts, HonoursItems, LossProbe, MeanOfItems, SumOfParts
 from tests.contract import cases as contract
-from tests.trainer import families, runs, scale
+from tests.trainer import distributed, families, runs, scale
 
 
 def two_processes(root: Path, folder: Path, heads: list[str], *options: str) -> dict[str, Any]:
@@ -51,6 +51,8 @@ def test_two_processes(repository: Path, tmp_path: Path) -> None:
         assert answers[name][0] == answers[name][1], name
     assert answers["lanes"] == pytest.approx(lanes_of_one_process(tmp_path), rel=1e-5)
     assert answers["evaluated"] == pytest.approx(evaluated_by_hand(), rel=1e-5)
+    alone = distributed.answered(str(tmp_path / "answered"), 5)
+    assert alone["f1"] > 0 and answers["answered"] == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.slow
