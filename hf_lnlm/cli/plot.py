@@ -21,6 +21,10 @@ _INK, _PAPER, _BITS, _HEAT, _WRONG = "#22223b", "white", "Greys", "magma", "#e63
 _WEIGHTINGS = {"write_weightings": "write weighting", "read_weightings": "read weighting", "usage": "usage"}
 _MODES = ("backward", "content", "forward")
 _ACTIVE, _MARGIN = 0.05, 2  # a slot is drawn if its weighting ever exceeds this; slots drawn around those
+_ROUND, _TICKS = (
+    (1, 2, 5),
+    7,
+)  # distances of numbered slots are these times a power of ten; at most so many have a number
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Panel:
     labels: tuple[str, ...] = ()
     bits: bool = False
     wrong: torch.Tensor | None = None
+
+    @property
+    def numbered(self) -> bool:
+        """Whether its rows are slots of the memory."""
+        return bool(self.labels) and self.labels[0].isdigit()
 
 
 def addressing_panels(outputs: Any, layer: int = 0, row: int = 0) -> list[Panel]:
@@ -154,6 +163,7 @@ def draw(panels: list[Panel], path: str | Path, title: str = "") -> None:
         bar = figure.colorbar(heated[-1], ax=hot, fraction=0.02, pad=0.015, ticks=(0, 0.5, 1))
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=7, colors=_INK, length=0)
+    figure.align_ylabels(axes[:, 0])
     figure.suptitle(title, color=_INK, fontsize=11)
     try:
         figure.savefig(path, dpi=160, facecolor=_PAPER)
@@ -164,9 +174,16 @@ def draw(panels: list[Panel], path: str | Path, title: str = "") -> None:
 def _height(panel: Panel) -> float:
     """Inches: rows with names need room for them, slots may be thin."""
     rows = panel.values.shape[0]
-    if panel.labels and not panel.labels[0].isdigit():
+    if panel.labels and not panel.numbered:
         return 0.15 * rows
     return 0.11 * min(12, rows) if panel.bits else max(0.6, min(2.0, 0.06 * rows))
+
+
+def _round_slots(labels: tuple[str, ...]) -> list[int]:
+    """Places of the slots whose numbers are written: round ones, as far apart as need be."""
+    distances = (step * 10**power for power in range(9) for step in _ROUND)
+    every = next(distance for distance in distances if len(labels) <= distance * _TICKS)
+    return [place for place, label in enumerate(labels) if int(label) % every == 0]
 
 
 def _draw_panel(axis: Any, panel: Panel) -> Any:
@@ -175,9 +192,9 @@ def _draw_panel(axis: Any, panel: Panel) -> Any:
     colours = _BITS if panel.bits else _HEAT
     image = axis.imshow(values, aspect="auto", cmap=colours, vmin=0.0, vmax=1.0, interpolation="nearest")
     axis.set_title(panel.title, loc="left", fontsize=9, color=_INK, pad=3)
-    rows = len(panel.labels)
-    every = max(1, -(-rows // 6)) if panel.labels and panel.labels[0].isdigit() else 1
-    axis.set_yticks(list(range(0, rows, every)), panel.labels[::every])
+    shown = _round_slots(panel.labels) if panel.numbered else range(len(panel.labels))
+    axis.set_yticks(list(shown), [panel.labels[i] for i in shown])
+    axis.set_ylabel("slot" if panel.numbered else "bit" if panel.bits else "", color=_INK, fontsize=8)
     axis.tick_params(length=2, labelsize=7, colors=_INK, bottom=False)
     for side in axis.spines.values():
         side.set(color="#c9c9d1", linewidth=0.6)

@@ -101,8 +101,8 @@ def _modes(tensor: torch.Tensor, reads: int, writes: int) -> torch.Tensor:
 def _check_config(config: Any) -> None:
     wanted = {
         "model_type": "lnlm_dnc", "num_hidden_layers": 1, "residual": False, "controller_type": "lstm",
-        "use_temporal_links": True, "use_masking": False, "use_sharpness": False, "layer_norm": False,
-        "bidirectional": False,
+        "use_temporal_links": True, "use_masking": False, "use_sharpness": False, "use_deallocation": False,
+        "layer_norm": False, "bidirectional": False,
     }  # fmt: skip
     for name, value in wanted.items():
         if getattr(config, name) != value:

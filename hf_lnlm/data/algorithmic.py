@@ -16,7 +16,7 @@ from itertools import count
 from typing import Any, ClassVar
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 IGNORED = -100.0
 LARGEST = 2**20  # of sizes and widths: what is beyond was mistyped, and would be allocated
@@ -388,7 +388,7 @@ class Stream(IterableDataset[Row]):
     """Endless rows of a task; rows of one batch have one size, so that nothing is padded.
 
     A batch depends on the seed, its number and `longest` at its time alone, so that skipping earlier batches (as a
-    resumed run does) changes nothing.
+    resumed run does) changes nothing. Workers of a DataLoader take turns; they do not see `longest` change.
 
     Args:
         task: which.
@@ -410,7 +410,9 @@ class Stream(IterableDataset[Row]):
 
     def __iter__(self) -> Iterator[Row]:
         generator = torch.Generator()
-        for number in count():
+        worker = get_worker_info()
+        first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for number in count(first, every):
             generator.manual_seed((self.seed << 32) + number)
             size = self.task.draw_size(generator, self.longest)
             for _ in range(self.batch_size):

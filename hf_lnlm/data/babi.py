@@ -66,17 +66,24 @@ def read_babi(path: str | Path) -> list[dict[str, Any]]:
         path: file name; `.gz` is unpacked.
 
     Raises:
-        ValueError: a line is not JSON or lacks a field.
+        ValueError: a line is not JSON, lacks a field or has one that is no text, or there are no lines.
     """
     opener = gzip.open if str(path).endswith(".gz") else open
     rows = []
     with opener(path, "rt", encoding="utf-8") as file:
         for number, text in enumerate(file, 1):
+            if not text.strip():
+                continue
             try:
                 line = json.loads(text)
-                rows.append({name: str(line[name]) for name in ("context", "question", "answer")})
+                rows.append({name: line[name] for name in ("context", "question", "answer")})
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: needs context, question and answer, got {error!r}") from error
+            for name, value in rows[-1].items():
+                if not isinstance(value, str):
+                    raise ValueError(f"{path}, line {number}: {name} must be a text, got {value!r}")
+    if not rows:
+        raise ValueError(f"{path}: no questions")
     return rows
 
 

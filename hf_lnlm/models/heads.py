@@ -9,7 +9,7 @@ References:
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from ..nn.loss_heads import (
     IGNORED,
     AdaptiveSoftmax,
+    check_labels,
     chunked_loss,
     classification_loss,
     next_token_labels,
@@ -140,8 +141,20 @@ def targets_of(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -
     return None if given is None else next_token_labels(given, shift_labels)
 
 
+def handed_on(outputs: Any, output_class: type) -> dict[str, Any]:
+    """Return what a head gives of its base model's outputs: all that the head's own outputs have a field for.
+
+    Args:
+        outputs: of the base model.
+        output_class: a dataclass, every field of which has a default (dynamo can't trace `dataclasses.fields`).
+    """
+    return {name: value for name, value in outputs.items() if hasattr(output_class, name)}
+
+
 class SequenceClassificationHead:
     """`forward` of a text classifier or regressor with `model`, `dropout` and `classifier`; the family adds `pool`."""
+
+    output_class: ClassVar[Any] = SequenceClassifierOutput
 
     model: Any
     dropout: Any
@@ -185,13 +198,13 @@ class SequenceClassificationHead:
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions")
-        )
+        return self.output_class(loss=loss, logits=logits, **handed_on(outputs, self.output_class))
 
 
 class TokenClassificationHead:
     """`forward` of a tagger with `model`, `dropout` and `classifier`."""
+
+    output_class: ClassVar[Any] = TokenClassifierOutput
 
     model: Any
     dropout: Any
@@ -222,14 +235,15 @@ class TokenClassificationHead:
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
+            check_labels(labels, logits.shape[-1], logits.shape[:-1])
             loss = self.loss_function(logits, labels, self.config, num_items_in_batch=kwargs.get("num_items_in_batch"))
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions")
-        )
+        return self.output_class(loss=loss, logits=logits, **handed_on(outputs, self.output_class))
 
 
 class QuestionAnsweringHead:
     """`forward` of an extractive reader with `model`, `qa_outputs` (two outputs) and, if it has one, `dropout`."""
+
+    output_class: ClassVar[Any] = QuestionAnsweringModelOutput
 
     model: Any
     qa_outputs: Any
@@ -263,10 +277,5 @@ class QuestionAnsweringHead:
         if start_positions is not None and end_positions is not None:
             items = kwargs.get("num_items_in_batch")
             loss = self.loss_function(start, end, start_positions, end_positions, num_items_in_batch=items)
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start,
-            end_logits=end,
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-        )
+        ends = {"start_logits": start, "end_logits": end}
+        return self.output_class(loss=loss, **ends, **handed_on(outputs, self.output_class))

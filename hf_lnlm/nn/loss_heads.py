@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, pad
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..ops.linear_cross_entropy import linear_cross_entropy
 from .effective_weight import effective_weight
@@ -31,6 +32,31 @@ def next_token_labels(labels: torch.Tensor, shift_labels: torch.Tensor | None = 
     if shift_labels is not None:
         return shift_labels.contiguous()
     return pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
+
+
+def check_labels(labels: torch.Tensor, classes: int, shape: tuple[int, ...], name: str = "labels") -> None:
+    """Refuse labels that are no classes: torch's own errors name neither the argument nor its range.
+
+    Values are looked at on the CPU only: elsewhere that would wait for the device.
+
+    Args:
+        labels: class ids, or -100.
+        classes: how many there are.
+        shape: that the labels must have.
+        name: the argument, for the message.
+
+    Raises:
+        ValueError: naming argument, range and value.
+    """
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"{name} must be whole numbers from 0 to {classes - 1}, got type {labels.dtype}")
+    if tuple(labels.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(labels.shape)}")
+    if labels.device.type != "cpu" or is_torchdynamo_compiling():
+        return
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if wrong.numel():
+        raise ValueError(f"{name} must be between 0 and {classes - 1}, or {IGNORED} to be ignored, got {int(wrong[0])}")
 
 
 def normalised(total: torch.Tensor, count: torch.Tensor | int, num_items_in_batch: Items) -> torch.Tensor:
@@ -95,12 +121,13 @@ def classification_loss(
         num_items_in_batch: number of labels of the whole accumulated batch.
 
     Raises:
-        ValueError: the labels' shape does not fit the problem type.
+        ValueError: the labels' shape, type or range does not fit the problem type.
     """
     if config.problem_type is None:
         config.problem_type = _problem_type(config.num_labels, labels)
     labels = labels.to(logits.device)
     if config.problem_type == "single_label_classification":
+        check_labels(labels.view(-1), logits.shape[-1], logits.shape[:1])
         total = cross_entropy(logits.float(), labels.view(-1), ignore_index=IGNORED, reduction="sum")
         return normalised(total, (labels != IGNORED).sum(), num_items_in_batch)
     expected = logits.squeeze(-1).shape if config.num_labels == 1 else logits.shape

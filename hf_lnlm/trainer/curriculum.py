@@ -30,7 +30,14 @@ class CurriculumCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": kept}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Take up the state of the checkpoint that is resumed from, and begin to look."""
+        """Take up the state of the checkpoint that is resumed from, and begin to look.
+
+        Raises:
+            ValueError: rows are drawn by other processes, which sequences would never grow in.
+        """
+        workers = getattr(args, "dataloader_num_workers", 0)
+        if workers:
+            raise ValueError(f"a curriculum changes the stream: dataloader_num_workers must be 0, got {workers}")
         kept = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         if kept is not None:
             self.curriculum.stream.longest = int(kept["attributes"]["longest"])

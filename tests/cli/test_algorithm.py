@@ -105,6 +105,13 @@ def test_sums_count_bits_that_are_asked_for():
     assert goal.summary(goal.sums(perfect, batch)) == pytest.approx({"wrong_bits": 0.5, "accuracy": 1 - 1 / 40})
 
 
+def test_sequences_that_grow_are_drawn_by_the_training_process_alone():
+    callback = CurriculumCallback(Curriculum(Stream(Copy(), 1, 0, 3)))
+    arguments = type("Arguments", (), {"dataloader_num_workers": 2})()
+    with pytest.raises(ValueError, match="dataloader_num_workers must be 0, got 2"):
+        callback.on_train_begin(arguments, None, None)
+
+
 def test_the_callback_stops_looking_when_training_ends():
     model, curriculum = torch.nn.Linear(1, 1), Curriculum(Stream(Copy(), 1, 0, 3))
     callback = CurriculumCallback(curriculum)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from hf_lnlm import (
     NTMForCausalLM,
     NTMForSequenceTransduction,
 )
-from hf_lnlm.cli.plot import addressing_panels, task_panels
+from hf_lnlm.cli.plot import Panel, addressing_panels, draw, task_panels
 from hf_lnlm.data.algorithmic import Copy, pad_rows
 
 from .running import run, succeed
@@ -68,6 +69,15 @@ def test_a_lonely_slot_and_none_at_all():
     flat = torch.full((1, 3, 1, 30), 1 / 30)
     nothing = SimpleNamespace(read_weightings=(flat,), write_weightings=(flat,))
     assert len(addressing_panels(nothing)[0].labels) == 30
+
+
+def test_axes_say_what_they_count_in_round_numbers(tmp_path):
+    values = torch.rand(57, 30)
+    slots = Panel("read weighting", values, tuple(str(i % 60) for i in range(33, 90)))
+    picture = tmp_path / "axes.svg"
+    draw([Panel("inputs", values[:9], bits=True), slots], picture, "title")
+    words = set(re.findall("<!-- (.+?) -->", picture.read_text()))
+    assert words >= {"title", "inputs", "read weighting", "bit", "slot", "step", "40", "50", "0", "10", "20"}
 
 
 def test_wrong_bits_are_marked():

@@ -83,6 +83,7 @@ def test_the_given_variables_are_left_alone():
         (lambda v: v.update({"dnc/output_linear/b:0": torch.zeros(9)}), {}, "shape"),
         (lambda v: None, {"residual": True}, "residual"),
         (lambda v: None, {"use_temporal_links": False}, "use_temporal_links"),
+        (lambda v: None, {"use_deallocation": True}, "use_deallocation"),
         (lambda v: None, {"controller_type": "feedforward"}, "controller_type"),
     ],
 )

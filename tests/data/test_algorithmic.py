@@ -146,6 +146,15 @@ def test_streams_are_endless_and_repeatable():
     assert all(lengths[i] == lengths[i + 1] == lengths[i + 2] for i in range(0, 30, 3)) and len(set(lengths)) > 3
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
+def test_workers_share_the_batches_out():
+    stream = Stream(Copy(), batch_size=3, seed=1)
+    loader = torch.utils.data.DataLoader(stream, batch_size=3, collate_fn=pad_rows, num_workers=2)
+    plain = torch.utils.data.DataLoader(stream, batch_size=3, collate_fn=pad_rows)
+    for one, other in islice(zip(loader, plain, strict=False), 5):
+        assert torch.equal(one["inputs_embeds"], other["inputs_embeds"])
+
+
 def test_batches_are_padded_and_masked():
     rows = [Copy().row(generator(), size) for size in (2, 4)]
     batch = pad_rows(rows)

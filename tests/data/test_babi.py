@@ -23,11 +23,22 @@ def test_reads_lines(tmp_path, packed):
     assert read_babi(path) == LINES
 
 
-@pytest.mark.parametrize("text", ["{", '{"context": "a"}', "[]"])
+@pytest.mark.parametrize(
+    "text", ["{", '{"context": "a"}', "[]", '{"context": "a", "question": "b?", "answer": ["c", "d"]}']
+)
 def test_bad_lines_are_named(tmp_path, text):
     path = tmp_path / "bad.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match="line 1"):
+        read_babi(path)
+
+
+def test_blank_lines_are_nothing_and_a_file_of_them_is_refused(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in LINES) + "\n\n")
+    assert read_babi(path) == LINES
+    path.write_text("\n\n")
+    with pytest.raises(ValueError, match="no questions"):
         read_babi(path)
 
 

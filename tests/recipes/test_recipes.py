@@ -154,6 +154,12 @@ def test_the_issue_of_recipes_is_complete():
     assert any(read_recipe(path).lora.enabled for path in FINETUNING)
 
 
+def test_every_algorithmic_task_has_a_recipe():
+    assert {read_recipe(path).objective.name for path in ALGORITHMS} == set(TASKS)
+    assert {read_recipe(path).model.family for path in ALGORITHMS} == {"lnlm_ntm", "lnlm_dnc"}
+    assert "dnc_babi" in {path.stem for path in FINETUNING}
+
+
 def test_launch_scripts_name_recipes_that_exist():
     folder = RECIPES[0].parents[1]
     for script in sorted(folder.glob("*.py")):

@@ -5,7 +5,7 @@
 from typing import ClassVar
 
 from ..base import strict_config
-from .memory_config import MemoryConfig
+from .memory_config import MAX_STATE, MemoryConfig
 
 
 @strict_config
@@ -13,7 +13,8 @@ class DNCConfig(MemoryConfig):
     """Configuration of `DNCModel` and its heads; see `MemoryConfig` for the fields shared with other memories.
 
     Args:
-        use_temporal_links: whether heads can follow the order of writes; costs memory_size² numbers a write head.
+        use_temporal_links: whether heads can follow the order of writes; costs memory_size² numbers a write head, at
+            most 2**28 a row.
         use_masking: whether a lookup can ignore parts of a word (Csordás and Schmidhuber 2019).
         mask_min: smallest value of a mask.
         use_deallocation: whether freed slots are also erased (Csordás and Schmidhuber 2019).
@@ -38,3 +39,9 @@ class DNCConfig(MemoryConfig):
         super().check_bounds()
         if self.use_sharpness and not self.use_temporal_links:
             raise ValueError("use_sharpness sharpens temporal links: use_temporal_links must be true, got false")
+        largest = MAX_STATE // self.memory_size**2
+        if self.use_temporal_links and self.num_write_heads > largest:
+            raise ValueError(
+                f"num_write_heads must be at most {largest} for temporal links between {self.memory_size} slots "
+                f"(memory_size), got {self.num_write_heads}"
+            )

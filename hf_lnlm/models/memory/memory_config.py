@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from ..base import LNLMConfig, check_choice, strict_config
 
 CONTROLLERS = ("lstm", "feedforward")
-MAX_SLOTS = 2**16
+MAX_SLOTS, MAX_WIDTH = 2**16, 2**16
+MAX_STATE = 2**28  # numbers of one row's memory in one layer, a gigabyte
 
 
 @strict_config
@@ -19,7 +20,7 @@ class MemoryConfig(LNLMConfig):
         controller_type: `lstm` or `feedforward`.
         controller_size: width of the controller; `hidden_size` if None.
         memory_size: slots of each layer's memory; at most 65,536.
-        memory_width: numbers in a slot.
+        memory_width: numbers in a slot; at most 65,536, and 2**28 in all slots.
         num_read_heads, num_write_heads: heads of each layer.
         interface_clip: bound of the controller's raw orders to the memory.
         residual: whether layers are pre-norm residual blocks, `x + W[h ; r]`; if false a layer's output is `W[h ; r]`
@@ -41,6 +42,7 @@ class MemoryConfig(LNLMConfig):
     base_model_fsdp_plan = {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight"}
     _bounds: ClassVar[dict[str, tuple[float, float]]] = {
         "memory_size": (1, MAX_SLOTS),
+        "memory_width": (1, MAX_WIDTH),
         "num_read_heads": (1, 1024),
         "num_write_heads": (1, 1024),
         "interface_clip": (1e-3, 1e4),
@@ -79,6 +81,11 @@ class MemoryConfig(LNLMConfig):
         for name in ("interface_clip", "bypass_dropout", "hidden_dropout", "classifier_dropout"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
+        if self.memory_size * self.memory_width > MAX_STATE:
+            raise ValueError(
+                f"memory_width must be at most {MAX_STATE // self.memory_size} for memory_size {self.memory_size}, "
+                f"got {self.memory_width}"
+            )
 
     def layer_sizes(self, layer: int, continuous: bool = False) -> tuple[int, int]:
         """Return `(input width, output width)` of a layer, counted from 0.

@@ -13,44 +13,48 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
-    ModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
 )
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ...nn.loss_heads import next_token_labels, normalised
+from ...nn.loss_heads import check_labels, next_token_labels, normalised
 from ...nn.masks import end_token
-from ..heads import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
+from ..heads import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead, handed_on
 from .memory_config import MemoryConfig
-from .memory_model import MemoryModel, MemoryPreTrainedModel
+from .memory_model import AddressingOutput, MemoryModel, MemoryPreTrainedModel
 
 IGNORED = -100.0
 
 
 @dataclass
-class SequenceTransductionOutput(ModelOutput):
-    """Output of a sequence transducer.
+class SequenceTransductionOutput(AddressingOutput, CausalLMOutputWithPast):
+    """Output of a sequence transducer: mean cross-entropy in nats a labelled bit, logits `(batch, length,
+    output_size)`, the state and the addressing."""
 
-    Args:
-        loss: mean cross-entropy in nats a labelled bit.
-        logits: `(batch, length, output_size)`.
-        past_key_values: the state.
-        hidden_states: as in transformers.
-        read_weightings, write_weightings, usage, free_gates, allocation_gates, write_gates, read_modes: the addressing.
-    """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    read_weightings: tuple[torch.Tensor, ...] | None = None
-    write_weightings: tuple[torch.Tensor, ...] | None = None
-    usage: tuple[torch.Tensor, ...] | None = None
-    free_gates: tuple[torch.Tensor, ...] | None = None
-    allocation_gates: tuple[torch.Tensor, ...] | None = None
-    write_gates: tuple[torch.Tensor, ...] | None = None
-    read_modes: tuple[torch.Tensor, ...] | None = None
+@dataclass
+class MemoryCausalLMOutput(AddressingOutput, CausalLMOutputWithPast):
+    """A language model's output, and the addressing."""
+
+
+@dataclass
+class MemorySequenceClassifierOutput(AddressingOutput, SequenceClassifierOutput):
+    """A text classifier's output, and the addressing."""
+
+
+@dataclass
+class MemoryTokenClassifierOutput(AddressingOutput, TokenClassifierOutput):
+    """A tagger's output, and the addressing."""
+
+
+@dataclass
+class MemoryQuestionAnsweringOutput(AddressingOutput, QuestionAnsweringModelOutput):
+    """A reader's output, and the addressing."""
 
 
 class MemoryHead(MemoryPreTrainedModel):
@@ -96,7 +100,7 @@ class MemoryForCausalLM(MemoryHead, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         seq_idx: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
+    ) -> MemoryCausalLMOutput:
         """Run the model and, given labels, its loss; see `MemoryModel.forward` for the other arguments.
 
         Args:
@@ -106,7 +110,10 @@ class MemoryForCausalLM(MemoryHead, GenerationMixin):
                 summed loss is divided, as Trainer gives them.
 
         Returns:
-            loss in nats a token, logits `(batch, kept, vocab_size)` and the state.
+            loss in nats a token, logits `(batch, kept, vocab_size)`, the state and the addressing if wanted.
+
+        Raises:
+            ValueError: labels are no token ids, or of another shape.
         """
         shift_labels: Any = kwargs.pop("shift_labels", None)
         outputs = self.model(
@@ -123,17 +130,13 @@ class MemoryForCausalLM(MemoryHead, GenerationMixin):
         loss = None
         given = labels if shift_labels is None else shift_labels
         if given is not None:
+            check_labels(given, self.config.vocab_size, tuple(outputs.last_hidden_state.shape[:2]))
             targets = next_token_labels(given, shift_labels)
             items = kwargs.get("num_items_in_batch")
             loss = self.loss_function(
                 logits, None, self.config.vocab_size, shift_labels=targets, num_items_in_batch=items
             )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
+        return MemoryCausalLMOutput(loss=loss, logits=logits, **handed_on(outputs, MemoryCausalLMOutput))
 
 
 class MemoryForSequenceClassification(SequenceClassificationHead, MemoryHead):
@@ -142,6 +145,8 @@ class MemoryForSequenceClassification(SequenceClassificationHead, MemoryHead):
     Args:
         config: the model's configuration.
     """
+
+    output_class: ClassVar[Any] = MemorySequenceClassifierOutput
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)
@@ -164,6 +169,8 @@ class MemoryForTokenClassification(TokenClassificationHead, MemoryHead):
         config: the model's configuration.
     """
 
+    output_class: ClassVar[Any] = MemoryTokenClassifierOutput
+
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -179,6 +186,8 @@ class MemoryForQuestionAnswering(QuestionAnsweringHead, MemoryHead):
     Args:
         config: the model's configuration.
     """
+
+    output_class: ClassVar[Any] = MemoryQuestionAnsweringOutput
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)
@@ -231,7 +240,7 @@ class MemoryForSequenceTransduction(MemoryHead):
             loss in nats a labelled bit, logits `(batch, length, output_size)`, the state and the addressing if wanted.
 
         Raises:
-            ValueError: labels are of another shape.
+            ValueError: labels are no bits, or of another shape.
         """
         outputs = self.model(
             inputs_embeds=inputs_embeds,
@@ -243,8 +252,8 @@ class MemoryForSequenceTransduction(MemoryHead):
         )
         logits = self.output(outputs.last_hidden_state)
         loss = None if labels is None else bit_loss(logits, labels, kwargs.get("num_items_in_batch"))
-        shared = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return SequenceTransductionOutput(loss=loss, logits=logits, **shared)
+        given = handed_on(outputs, SequenceTransductionOutput)
+        return SequenceTransductionOutput(loss=loss, logits=logits, **given)
 
 
 def bit_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -256,11 +265,15 @@ def bit_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any
         num_items_in_batch: labelled bits of the whole accumulated batch, or None.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or (looked at on the CPU only) a label is no bit.
     """
     if labels.shape != logits.shape:
         raise ValueError(f"labels must have the shape of the logits, {tuple(logits.shape)}, got {tuple(labels.shape)}")
     counted = labels != IGNORED
-    targets = labels.clamp(min=0).to(logits.dtype)
-    losses = binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
+    targets = torch.where(counted, labels, 0).float()
+    if labels.device.type == "cpu" and not is_torchdynamo_compiling():
+        wrong = targets[~((targets >= 0) & (targets <= 1))]
+        if wrong.numel():
+            raise ValueError(f"labels must be between 0 and 1, or -100 to be ignored, got {float(wrong[0])}")
+    losses = binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
     return normalised((losses * counted).sum(), counted.sum(), num_items_in_batch)

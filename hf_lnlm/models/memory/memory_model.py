@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
@@ -21,12 +21,12 @@ from transformers.utils.output_capturing import capture_outputs
 from ...nn.masks import sequence_marks
 from ..base import LNLMPreTrainedModel
 from .memory_config import MemoryConfig
-from .memory_layers import Looks, MemoryCell, MemoryLayer, States
+from .memory_layers import Looks, MemoryCell, MemoryLayer, States, core_dtype
 
 
 @dataclass
-class MemoryModelOutput(BaseModelOutputWithPast):
-    """Output of a memory-augmented model; the addressing, one tensor a layer, only with `output_addressing`.
+class AddressingOutput(ModelOutput):
+    """What memories did, one tensor a layer, only with `output_addressing`; part of every model's outputs.
 
     Args:
         read_weightings: `(batch, length, read heads, slots)`.
@@ -44,6 +44,11 @@ class MemoryModelOutput(BaseModelOutputWithPast):
     allocation_gates: tuple[torch.Tensor, ...] | None = None
     write_gates: tuple[torch.Tensor, ...] | None = None
     read_modes: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class MemoryModelOutput(AddressingOutput, BaseModelOutputWithPast):
+    """Output of a memory-augmented model without a head: last hidden state, state, addressing."""
 
 
 class MemoryPreTrainedModel(LNLMPreTrainedModel):
@@ -152,7 +157,7 @@ class MemoryModel(MemoryPreTrainedModel):
         marks = sequence_marks(hidden_states, attention_mask, position_ids, seq_idx, cache)
         looks: list[Looks] = []
         for index, layer in enumerate(self.layers):
-            states = self._read(cache, index, hidden_states.shape[0])
+            states = self._read(cache, index, hidden_states)
             hidden_states, states, look = layer(hidden_states, states, marks)
             looks.append(look)
             if cache is not None:
@@ -175,14 +180,10 @@ class MemoryModel(MemoryPreTrainedModel):
                 raise ValueError(
                     "the model reads continuous inputs (input_size is set): give inputs_embeds, not input_ids"
                 )
+            _check_positions("input_ids", input_ids, 2, "(batch, length)")
             inputs_embeds = self.embed_tokens(input_ids)
         width = self.config.input_size or self.config.hidden_size
-        if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width:
-            raise ValueError(
-                f"inputs_embeds must have shape (batch, length, {width}), got {tuple(inputs_embeds.shape)}"
-            )
-        if inputs_embeds.shape[1] == 0:
-            raise ValueError(f"the input has no positions: shape {tuple(inputs_embeds.shape[:2])}")
+        _check_positions("inputs_embeds", inputs_embeds, 3, f"(batch, length, {width})", width)
         if self.input_projection is not None:
             inputs_embeds = self.input_projection(inputs_embeds)
         return self.dropout(inputs_embeds)
@@ -202,10 +203,32 @@ class MemoryModel(MemoryPreTrainedModel):
             )
         return past_key_values
 
-    def _read(self, cache: Cache | None, index: int, batch_size: int) -> States | None:
+    def _read(self, cache: Cache | None, index: int, hidden_states: torch.Tensor) -> States | None:
         if cache is None:
             return None
         cell: Any = self.layers[index].forwards
         shapes = cell.state_shapes()
-        states: dict[str, Any] | None = cache.layers[index].read(self.config.model_type, batch_size, shapes)
-        return None if states is None else tuple(states[name] for name in self.state_names)
+        found: dict[str, Any] | None = cache.layers[index].read(self.config.model_type, len(hidden_states), shapes)
+        if found is None:
+            return None
+        place = next(cell.parameters()).device
+        for name in self.state_names:
+            _check_state(name, found[name], core_dtype(hidden_states.dtype), place)
+        return tuple(found[name] for name in self.state_names)
+
+
+def _check_state(name: str, state: torch.Tensor, dtype: torch.dtype, place: torch.device) -> None:
+    """Refuse a state that was rounded, or lies where its layer does not; an offloaded layer has no place of its own."""
+    if state.dtype != dtype:
+        raise ValueError(f"past_key_values: state {name!r} must be {dtype}, as the memory computes, got {state.dtype}")
+    if place.type != "meta" and state.device != place:
+        raise ValueError(f"past_key_values: state {name!r} must lie on {place}, as its layer does, got {state.device}")
+
+
+def _check_positions(name: str, inputs: Any, dims: int, wanted: str, width: int | None = None) -> None:
+    """Refuse inputs that have another shape than is wanted, or no rows or positions."""
+    shape = tuple(inputs.shape)
+    if len(shape) != dims or (width is not None and shape[-1] != width):
+        raise ValueError(f"{name} must have shape {wanted}, got {shape}")
+    if 0 in shape[:2]:
+        raise ValueError(f"the input has no {'rows' if shape[0] == 0 else 'positions'}: {name} has shape {shape}")

@@ -29,7 +29,8 @@ TAGGERS = {"ntm": NTMForTokenClassification, "dnc": DNCForTokenClassification}
     [
         ({"memory_size": 2.5}, "memory_size"),
         ({"memory_size": 2**17}, "memory_size"),
-        ({"memory_width": 0}, "memory_width"),
+        ({"memory_width": 0}, "memory_width must be between 1 and 65536, got 0"),
+        ({"memory_width": 2**16 + 1}, "memory_width must be between 1 and 65536, got 65537"),
         ({"num_read_heads": 0}, "num_read_heads"),
         ({"num_write_heads": 0}, "num_write_heads"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
@@ -51,6 +52,14 @@ def test_bad_fields_are_refused_by_name(name, fields, field):
         CONFIGS[name](**(TINY | fields))
 
 
+def test_memories_beyond_a_gigabyte_a_row_are_refused():
+    with pytest.raises(ValueError, match="memory_width must be at most 32768 for memory_size 8192, got 40000"):
+        CONFIGS["ntm"](**(TINY | {"memory_size": 2**13, "memory_width": 40_000}))
+    with pytest.raises(ValueError, match="num_write_heads must be at most 16 for temporal links between 4096 slots"):
+        CONFIGS["dnc"](**(TINY | {"memory_size": 4096, "num_write_heads": 17}))
+    CONFIGS["dnc"](**(TINY | {"memory_size": 4096, "num_write_heads": 17, "use_temporal_links": False}))
+
+
 @pytest.mark.parametrize("value", ["tapes", "Tape", ""])
 def test_bad_initial_addressing(value):
     with pytest.raises(ValueError, match="initial_addressing"):
@@ -66,12 +75,68 @@ def test_bad_calls_are_refused_by_name(name):
         model(inputs_embeds=torch.zeros(2, 9, 15))
     with pytest.raises(ValueError, match="inputs_embeds"):
         model(inputs_embeds=torch.zeros(2, 16))
-    with pytest.raises(ValueError, match="batch"):
-        model(ids()[:0])
+    for no_rows in ({"input_ids": ids()[:0]}, {"inputs_embeds": torch.zeros(0, 9, 16)}):
+        with pytest.raises(ValueError, match=r"the input has no rows: input.* has shape \(0, 9"):
+            model(**no_rows)
+    with pytest.raises(ValueError, match=r"input_ids must have shape \(batch, length\), got \(9,\)"):
+        model(ids()[0])
     with pytest.raises(ValueError, match="input_size"):
         TRANSDUCERS[name](CONFIGS[name](**BITS)).model(input_ids=ids())
-    with pytest.raises((ValueError, IndexError)):
-        model(ids(), labels=torch.full((2, 9), 61))
+
+
+@family
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.full((2, 9), 61), "labels must be between 0 and 60, or -100 to be ignored, got 61"),
+        (torch.full((2, 9), -1), "labels must be between 0 and 60, or -100 to be ignored, got -1"),
+        (torch.zeros(2, 9), "labels must be whole numbers from 0 to 60, got type torch.float32"),
+        (torch.zeros(2, 8, dtype=torch.long), r"labels must have shape \(2, 9\), got \(2, 8\)"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(name, labels, message):
+    model = causal(name)
+    with pytest.raises(ValueError, match=message):
+        model(ids(), labels=labels)
+    assert model(ids(), labels=torch.where(ids() < 30, ids(), -100)).loss.isfinite()
+    with pytest.raises(ValueError, match=message.replace("60", "3")):
+        TAGGERS[name](CONFIGS[name](**TINY, num_labels=4))(ids(), labels=labels)
+
+
+@family
+def test_labels_of_texts_that_are_no_classes_are_refused(name):
+    fields = {"num_labels": 3, "problem_type": "single_label_classification"}
+    model = CLASSIFIERS[name](CONFIGS[name](**TINY, **fields))
+    for labels, message in {
+        (0, 3): "labels must be between 0 and 2, or -100 to be ignored, got 3",
+        (0, -1): "got -1",
+        (0.0, 1.0): "labels must be whole numbers from 0 to 2, got type torch.float32",
+        (0, 1, 2): r"labels must have shape \(2,\), got \(3,\)",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            model(ids(), labels=torch.tensor(labels))
+
+
+@family
+@pytest.mark.parametrize("label", [2.0, -1.0, float("nan")])
+def test_labels_that_are_no_bits_are_refused(name, label):
+    model, labels = TRANSDUCERS[name](CONFIGS[name](**BITS)), torch.ones(2, 6, 8)
+    labels[1, 3, 2], labels[0] = label, -100
+    with pytest.raises(ValueError, match=f"labels must be between 0 and 1, or -100 to be ignored, got {label}"):
+        model(inputs_embeds=torch.rand(2, 6, 9), labels=labels)
+
+
+@family
+def test_a_state_that_was_rounded_or_moved_is_refused(name):
+    model = causal(name)
+    for change, message in {
+        (lambda t: t.bfloat16()): "must be torch.float32, as the memory computes, got torch.bfloat16",
+        (lambda t: t.to("meta")): "must lie on cpu, as its layer does, got meta",
+    }.items():
+        cache = model(ids(), use_cache=True).past_key_values
+        cache.layers[1].states = {part: change(tensor) for part, tensor in cache.layers[1].states.items()}
+        with pytest.raises(ValueError, match=f"past_key_values: state .* {message}"):
+            model(ids(), past_key_values=cache)
 
 
 @family
