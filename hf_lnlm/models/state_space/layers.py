@@ -45,30 +45,19 @@ class GatedRMSNorm(nn.Module):
         return rms_norm(y, self.weight, self.eps, z, self.groups, self.backend)
 
 
-def _is_watched(module: nn.Module) -> bool:
+_PLAIN = {nn.Conv1d, nn.Linear, SSMRMSNorm, GatedRMSNorm}
+
+
+def is_watched(module: nn.Module) -> bool:
     """Tell whether hooks hang on a module or something has replaced its forward."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooked) or "forward" in vars(module) or "_hf_hook" in vars(module)
+    own = vars(module)
+    return bool(hooked) or "forward" in own or "_hf_hook" in own  # accelerate puts both there
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Tell whether a module is of this very class and nothing wraps or watches it."""
-    return type(module) is kind and not _is_watched(module)
-
-
-def is_plain_conv(module: nn.Module) -> bool:
-    """Tell whether filter and bias are all there is to a convolution: an `nn.Conv1d` that nothing wraps or watches."""
-    return _is_plain(module, nn.Conv1d)
-
-
-def is_plain_norm(module: nn.Module) -> bool:
-    """Tell whether the weight is all there is to a gated norm that nothing wraps or watches."""
-    return _is_plain(module, GatedRMSNorm)
-
-
-def is_plain_layer(norm: nn.Module, mixer: nn.Module) -> bool:
-    """Tell whether nothing wraps or watches a layer's norm and mixer."""
-    return type(norm) is SSMRMSNorm and not _is_watched(norm) and not _is_watched(mixer)
+def are_plain(*modules: nn.Module) -> bool:
+    """Tell whether the weights are all there is to convolutions, linear layers and norms: nothing wraps or watches them."""
+    return all(type(module) in _PLAIN and not is_watched(module) for module in modules)
 
 
 def conv_filter(module: nn.Module, channels: int, kernel: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -80,7 +69,7 @@ def conv_filter(module: nn.Module, channels: int, kernel: int) -> tuple[torch.Te
         channels: number of channels.
         kernel: width of the filter.
     """
-    if is_plain_conv(module):
+    if are_plain(module):
         return module.weight.squeeze(1), module.bias  # type: ignore[operator, return-value]
     like = next(module.parameters())
     probe = torch.zeros(2, channels, 1, dtype=like.dtype, device=like.device if like.device.type != "meta" else None)

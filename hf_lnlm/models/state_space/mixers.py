@@ -28,14 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...nn.effective_weight import effective_weight, is_plain_linear
+from ...nn.effective_weight import effective_weight
 from ...ops.causal_conv import causal_conv
 from ...ops.one_token import MOST_ROWS, s6_token, ssd_token, token_backend, token_ends
 from ...ops.s6_core import s6_core, s6_core_backend
 from ...ops.selective_scan import selective_scan
 from ...ops.ssd import ssd
 from .configuration_ssm import SelectiveSSMConfig
-from .layers import GatedRMSNorm, SSMRMSNorm, conv_filter, is_plain_conv, is_plain_layer, is_plain_norm
+from .layers import GatedRMSNorm, SSMRMSNorm, are_plain, conv_filter, is_watched
 from .marks import ScanMarks
 
 States = dict[str, torch.Tensor]
@@ -123,14 +123,14 @@ class Mixer(nn.Module):
         """Backend and weights of a single token, without gradients, when nothing is wrapped, masked or begun."""
         if projected.shape[1] != 1 or torch.is_grad_enabled() or marks.mask is not None or marks.starts is not None:
             return None
-        if not self.fuses or not self._is_plain():
+        if not self.fuses or not are_plain(*self.fused_modules()):
             return None
         carried, weights = () if states is None else states.values(), self.fused_weights()
         backend = token_backend(self.backend, projected, *carried, *weights, *more)
         return None if backend is None else (backend, weights)
 
     def token(
-        self, hidden: torch.Tensor, norm: nn.Module, states: States | None, marks: ScanMarks
+        self, hidden: torch.Tensor, norm: Any, states: States | None, marks: ScanMarks
     ) -> tuple[torch.Tensor, States] | None:
         """Run the whole layer for one decoded token, if nothing in it is wrapped, masked or begun.
 
@@ -143,15 +143,15 @@ class Mixer(nn.Module):
         Returns:
             the layer's output and the new states, or None when it must run as it is composed.
         """
-        ends = (self.in_proj, self.out_proj)
-        if hidden.shape[0] > MOST_ROWS or not is_plain_layer(norm, self) or not all(map(is_plain_linear, ends)):
+        first, last = self.in_proj, self.out_proj
+        if hidden.shape[0] > MOST_ROWS or is_watched(self) or not are_plain(norm, first, last):
             return None
-        weights = (norm.weight, self.in_proj.weight, self.in_proj.bias, self.out_proj.weight, self.out_proj.bias)
+        weights = (norm.weight, first.weight, first.bias, last.weight, last.bias)
         fused = self._decodes(hidden, states, marks, *weights)
         if fused is None:
             return None
         enter, leave = token_ends(fused[0])
-        projected = enter(hidden, norm.weight, norm.eps, *weights[1:3])
+        projected = enter(hidden, weights[0], norm.eps, *weights[1:3])
         mixed, states = self._token(projected, states, fused)
         return leave(mixed, *weights[3:], hidden), states
 
@@ -159,13 +159,9 @@ class Mixer(nn.Module):
         """Run one token between the projections with what `_decodes` found."""
         raise NotImplementedError
 
-    def _is_plain(self) -> bool:
-        """Tell whether nothing wraps or watches the modules between the projections."""
-        return is_plain_conv(self.conv1d) and all(is_plain_linear(linear) for linear in self.fused_linears())
-
-    def fused_linears(self) -> tuple[nn.Module, ...]:
-        """Linear layers that fused operations replace."""
-        return ()
+    def fused_modules(self) -> tuple[nn.Module, ...]:
+        """Modules between the projections, which fused operations replace."""
+        raise NotImplementedError
 
     def fused_weights(self) -> tuple[torch.Tensor | None, ...]:
         """Weights that fused operations read."""
@@ -200,9 +196,9 @@ class S6Mixer(Mixer):
         """The convolution's last inputs and the state, channels last."""
         return {"conv": (self.kernel - 1, self.inner), "ssm": (self.state_size, self.inner)}
 
-    def fused_linears(self) -> tuple[nn.Module, ...]:
-        """The projections of step sizes, B and C."""
-        return self.x_proj, self.dt_proj
+    def fused_modules(self) -> tuple[nn.Module, ...]:
+        """The convolution and the projections of step sizes, B and C."""
+        return self.conv1d, self.x_proj, self.dt_proj
 
     def fused_weights(self) -> tuple[torch.Tensor | None, ...]:
         """Everything between the projections."""
@@ -216,7 +212,7 @@ class S6Mixer(Mixer):
 
     def _trains(self, projected: torch.Tensor, states: States | None) -> Fused | None:
         """Backend and weights of a whole sequence with gradients, when nothing is wrapped."""
-        if not torch.is_grad_enabled() or not self.fuses or not self._is_plain():
+        if not torch.is_grad_enabled() or not self.fuses or not are_plain(*self.fused_modules()):
             return None
         carried, weights = () if states is None else states.values(), self.fused_weights()
         tensors = (projected, *weights, *carried)
@@ -288,9 +284,9 @@ class SSDMixer(Mixer):
         conv = (self.kernel - 1, self.conv1d.in_channels)
         return {"conv": conv, "ssm": (self.heads, self.inner // self.heads, self.state_size)}
 
-    def _is_plain(self) -> bool:
-        """Tell whether nothing wraps or watches the modules between the projections."""
-        return is_plain_conv(self.conv1d) and is_plain_norm(self.norm)
+    def fused_modules(self) -> tuple[nn.Module, ...]:
+        """The convolution and the gated norm."""
+        return self.conv1d, self.norm
 
     def fused_weights(self) -> tuple[torch.Tensor | None, ...]:
         """Everything between the projections."""

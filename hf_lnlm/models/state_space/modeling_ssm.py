@@ -199,7 +199,8 @@ class SelectiveSSMModel(SelectiveSSMPreTrainedModel):
         # A config's attributes are slow to read, which a decoded token would feel.
         self.kernel, self.kind, self.reads_both_ways = config.conv_kernel, config.mixer, config.reads_both_ways
         self.has_attention = bool(config.attn_layer_indices)
-        self.state_shapes = [None if layer.attends else layer.mixer.state_shapes() for layer in self.layers]
+        blocks: list[Any] = list(self.layers)
+        self.state_shapes = [None if layer.attends else layer.mixer.state_shapes() for layer in blocks]
         self.post_init()
 
     @merge_with_config_defaults
@@ -321,11 +322,13 @@ class SelectiveSSMForCausalLM(SelectiveSSMPreTrainedModel, GenerationMixin):
         """Prepare a call of `forward` for `generate`, as the base class does.
 
         A generated token is always real and never begins a document: without attention layers, a model that reads it alone
-        needs neither mask nor positions, whose checks it would feel.
+        needs neither mask nor positions, and nothing that has to be prepared.
         """
-        if next_sequence_length == 1 and not is_first_iteration and not self.model.has_attention:
-            attention_mask = None
-            kwargs.pop("position_ids", None)
+        alone = next_sequence_length == 1 and not is_first_iteration and not self.model.has_attention
+        if alone and input_ids.device == self.lm_head.weight.device:
+            unread = ("position_ids", "token_type_ids", "inputs_embeds", "labels")
+            kept = {name: value for name, value in kwargs.items() if name not in unread}
+            return {**kept, "input_ids": input_ids[:, -1:].contiguous()}
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

@@ -12,7 +12,7 @@ import torch
 
 from ..backend import pick_backend
 from ..operator import check_shape, runs_directly
-from .operator import causal_conv_forward
+from .operator import run_causal_conv
 from .reference import causal_conv_reference
 from .step import causal_conv_step
 from .taps import tap_table
@@ -68,7 +68,7 @@ def causal_conv(
         y, last = causal_conv_reference(x, weight, bias, state, taps, activation)
         y, last = y.to(x.dtype), last if x.dtype == torch.float64 else last.float()
     else:
-        y, last = causal_conv_forward(x, weight, bias, state, taps, activation, backend)
+        y, last = run_causal_conv(x, weight, bias, state, taps, activation, backend)
     return (y.flip(1) if reverse else y), last
 
 

@@ -71,7 +71,8 @@ def flat_vector(tensor: torch.Tensor | None) -> Flat:
     """Contiguous float32 memory of a tensor."""
     if tensor is None:
         return _ABSENT
-    tensor = _local(tensor).float().contiguous()
+    if not (tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()):
+        tensor = _local(tensor).float().contiguous()
     return Flat(tensor, tensor.data_ptr(), tensor.shape[-1])
 
 

@@ -7,19 +7,21 @@ counting costs more than sixteen multiplications.
 
 `decay` splits its argument into an integer and a rest of at most 1/2, evaluates a degree-6 polynomial of the rest and adds
 the integer to the exponent bits. Results below 2^-126 are flushed to zero: denormal numbers would make the recurrences a
-hundred times slower. Relative error of `2^x` ≤ 1.2e-7.
+hundred times slower. Relative error of `2^x` ≤ 1.2e-7. AVX-512 has instructions for the first and the last step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from .compiled import STRICT, compiled
 
 try:
     import numpy as np
-    from numba.core import cgutils, types
+    from llvmlite.binding import get_host_cpu_features
+    from numba.core import cgutils, config, types
     from numba.core.cgutils import ir
     from numba.extending import intrinsic, models, register_model
 except ImportError as error:
@@ -95,15 +97,48 @@ def _at_most(builder: Any, x: Any, bound: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", x, _constant(bound)), _constant(bound), x)
 
 
-def _power(builder: Any, rest: Any, rounded: Any) -> Any:
-    """`2^rest` times the power of two in the low bits of `rounded`."""
+def _polynomial(builder: Any, rest: Any) -> Any:
+    """`2^rest`, for at most 1/2 either way."""
     p = _constant(_P6)
     for coefficient in (_P5, _P4, _P3, _P2, _P1, _ONE):
         p = _fma(builder, p, rest, _constant(coefficient))
+    return p
+
+
+def _power(builder: Any, rest: Any, rounded: Any) -> Any:
+    """`2^rest` times the power of two in the low bits of `rounded`."""
+    p = _polynomial(builder, rest)
     exponent = builder.shl(
         builder.bitcast(rounded, _INTEGERS), ir.Constant(_INTEGERS, [ir.Constant(ir.IntType(32), 23)] * WIDTH)
     )
     return builder.bitcast(builder.add(builder.bitcast(p, _INTEGERS), exponent), _FLOATS)
+
+
+@cache
+def has_avx512() -> bool:
+    """Tell whether kernels are compiled for a processor with AVX-512's scaling and range reduction."""
+    if config.CPU_NAME or config.CPU_FEATURES or not config.ENABLE_AVX:
+        return False  # compiled for another processor than this one
+    try:
+        features = get_host_cpu_features()
+    except RuntimeError:
+        return False
+    return bool(features.get("avx512f") and features.get("avx512dq"))
+
+
+def _wide(builder: Any, name: str, *arguments: Any) -> Any:
+    """Call an AVX-512 instruction that works on sixteen numbers."""
+    kind = ir.FunctionType(_FLOATS, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.avx512.mask.{name}"), arguments)
+
+
+def _wide_decay(builder: Any, x: Any) -> Any:
+    """`_decay` in ten instructions instead of thirteen: one reduces, one scales and zeroes what is too small."""
+    word, half = ir.IntType(32), ir.IntType(16)
+    kept = builder.bitcast(builder.fcmp_unordered(">=", x, _constant(_NORMAL)), half)
+    rest = _wide(builder, "reduce.ps.512", x, word(8), x, half(-1), word(4))
+    whole = builder.fsub(x, rest)
+    return _wide(builder, "scalef.ps.512", _polynomial(builder, rest), whole, _constant(_ZERO), kept, word(4))
 
 
 def _decay(builder: Any, x: Any) -> Any:
@@ -134,7 +169,7 @@ vanish_below = _operation(
     lambda builder, x, bound, y: builder.select(builder.fcmp_ordered("<", x, bound), _constant(0.0), y), 3
 )
 # `2^x` for `x ≤ 0`; 0 below -126; NaN stays NaN. The innermost operation of the scan.
-decay = _operation(_decay, 1)
+decay = _operation(_wide_decay if has_avx512() else _decay, 1)
 # `exp(x)`, clipped to finite, normal results; the argument is reduced in two parts.
 exp = _operation(_exp, 1)
 

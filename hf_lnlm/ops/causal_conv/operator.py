@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..backend import pick_backend
-from ..operator import define_operator, shared_sources, sibling, source_namespace, triton_sources
+from ..operator import define_operator, shared_sources, sibling, source_namespace, triton_sources, undispatched
 from .eager import causal_conv_eager, causal_conv_eager_backward
 
 _SOURCES = ("eager", "cpu", "compiled", "flat", "gpu", "lanes")
@@ -72,9 +73,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.options = inputs[len(_INPUTS) :]
 
 
-def _differentiate(ctx: Any, grad_y: torch.Tensor, grad_state: torch.Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, grad_y: torch.Tensor, grad_state: torch.Tensor, backward: Any = None) -> tuple[Any, ...]:
     values = ctx.saved_tensors
-    grads = causal_conv_backward(grad_y, grad_state, *values, *ctx.options)
+    grads = (backward or causal_conv_backward)(grad_y, grad_state, *values, *ctx.options)
     wanted = [g if v is not None and need else None for g, v, need in zip(grads, values, ctx.needs_input_grad)]
     return (*wanted, None, None, None)
 
@@ -89,3 +90,4 @@ causal_conv_backward = define_operator(
 causal_conv_forward = define_operator(
     _NAMESPACE, "causal_conv", f"({_SCHEMA}) -> (Tensor, Tensor)", _forward, _forward_fake, _keep, _differentiate
 )
+run_causal_conv = undispatched(causal_conv_forward, _forward, _keep, partial(_differentiate, backward=_backward))

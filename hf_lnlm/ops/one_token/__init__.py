@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..backend import pick_backend
-from ..operator import runs_directly
+from ..operator import plain_tensors
 from .eager import enter_eager, leave_eager, s6_token_eager, ssd_token_eager
 
 __all__ = ["s6_token", "ssd_token", "token_backend", "token_ends"]
@@ -38,7 +38,9 @@ def token_backend(backend: str, *tensors: torch.Tensor | None) -> str | None:
     dtype = first.dtype
     if backend not in ("auto", "cpu", "eager") or dtype not in (torch.float32, torch.float64):
         return None
-    if not runs_directly(*tensors) or any(tensor is not None and tensor.dtype != dtype for tensor in tensors):
+    if torch.is_grad_enabled() or not plain_tensors(*tensors):
+        return None
+    if len({tensor.dtype for tensor in tensors if tensor is not None}) > 1:
         return None
     return pick_backend(backend, first.device, ("eager", "cpu"), dtype) if dtype == torch.float32 else "eager"
 

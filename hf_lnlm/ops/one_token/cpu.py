@@ -76,6 +76,13 @@ def _normalise(x: int, norm: int, eps: Any, batch: int, size: int, y: int) -> No
             store_row(y, at + e, value, size - e)
 
 
+@compiled(STRICT)
+def _enter(x: int, norm: int, eps: Any, weight: int, bias: int, sizes: Any, normal: int, y: int) -> None:
+    """RMS norm and product of all rows."""
+    _normalise(x, norm, eps, sizes[0], sizes[1], normal)
+    _product(normal, weight, bias, sizes, 0, y)
+
+
 def enter_cpu(
     hidden: torch.Tensor, norm: torch.Tensor, eps: float, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
@@ -93,9 +100,8 @@ def enter_cpu(
     batch, _, size = hidden.shape
     x, scale, matrix, shift = (flat_vector(tensor) for tensor in (hidden, norm, weight, bias))
     normal, y = torch.empty(batch, size, **FLOATS), torch.empty(batch, 1, weight.shape[0], **FLOATS)
-    _normalise(x.address, scale.address, np.float32(eps), batch, size, normal.data_ptr())
-    sizes = (batch, size, weight.shape[0])
-    _product(normal.data_ptr(), matrix.address, shift.address, sizes, 0, y.data_ptr())
+    sizes, work = (batch, size, weight.shape[0]), normal.data_ptr()
+    _enter(x.address, scale.address, np.float32(eps), matrix.address, shift.address, sizes, work, y.data_ptr())
     return y
 
 

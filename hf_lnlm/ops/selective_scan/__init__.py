@@ -18,7 +18,7 @@ import torch
 
 from ..backend import pick_backend
 from ..operator import check_shape, runs_directly
-from .operator import selective_scan_forward
+from .operator import run_selective_scan
 from .reference import selective_scan_reference
 from .step import selective_scan_step
 
@@ -85,7 +85,7 @@ def selective_scan(
     else:
         tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state, mask, reset)
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        y, state, _ = selective_scan_forward(*tensors, softplus, backend, save)
+        y, state, _ = run_selective_scan(*tensors, softplus, backend, save)
     return (y.flip(1) if reverse else y), state
 
 

@@ -2,9 +2,9 @@
 
 Within a block every decay `exp(Δ A)` and source `Δ u B` is made by one operation each; the recurrence itself is one
 `addcmul` a token in place; outputs and gradients are matrix products over the block. Everything else (step sizes, gate,
-skip connection) is made block by block too: what a block needs then still lies in the cache, where operations on whole
-sequences would wait for memory. Layout is `(time, batch, state, channel)`: channels innermost. Only the states at the
-blocks' entries are kept for the backward pass.
+skip connection), which has no states, is made for a span of blocks at once: it then still lies in the cache, where
+operations on whole sequences would wait for memory. Layout is `(time, batch, state, channel)`: channels innermost. Only
+the states at the blocks' entries are kept for the backward pass.
 
 Complexity: O(B · L · E · N) time, O(B · L · E · N / BLOCK) memory.
 """
@@ -17,18 +17,17 @@ import torch
 import torch.nn.functional as F
 
 BLOCK = 16
+# Tokens whose operations without states are done at once, and whose sums are added in float64.
+SPAN = 4 * BLOCK
 
 _LOG2E = 1.4426950408889634
-
-# Blocks whose sums over tokens stay in the computation's dtype before they are added in float64.
-_BLOCKS = 8
 
 Block = dict[str, torch.Tensor]  # tensors by name, of which the first dimension is time
 Rows = tuple[torch.Tensor, ...]
 
 
 def _cut(parts: Block, first: int, count: int) -> Block:
-    """A block's part of every tensor."""
+    """The part of every tensor that begins at token `first`."""
     return {name: part.narrow(0, first, count) for name, part in parts.items()}
 
 
@@ -36,8 +35,8 @@ class Operands:
     """The operation's tensors in the computation's dtype, time-major.
 
     Attributes:
-        parts: by name `u`, `dt`, `z`, `grad` `(T, B, 1, E)`, `b`, `c` `(T, B, N, 1)`, `mask` `(T, B, 1, 1)`, and `keep`
-            `(T, B, 1, 1)`, 0 where the state is reset.
+        parts: by name `u`, `dt`, `z`, `grad` `(L, B, 1, E)`, `b`, `c` `(L, B, N, 1)`, `mask` `(L, B, 1, 1)`, and `keep`
+            `(L, B, 1, 1)`, 0 where the state is reset; absent ones are left out.
         a, binary_a: `(N, E)`, and the same times log2(e).
         bias, skip: `(E,)` or None.
     """
@@ -61,27 +60,29 @@ class Operands:
     def _time_major(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.dtype).transpose(0, 1)
 
-    def steps(self, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
-        """`dt + bias` and `Δ` of a block, `(T, B, 1, E)`."""
-        raw = block["dt"] if self.bias is None else block["dt"] + self.bias
+    def span(self, first: int) -> Block:
+        """Everything of the span that begins at token `first`, with `raw`, `dt + bias`, `delta`, Δ, and `source`, Δ u."""
+        span = _cut(self.parts, first, min(SPAN, self.length - first))
+        raw = span["dt"] if self.bias is None else span["dt"] + self.bias
         delta = F.softplus(raw, threshold=30.0) if self.softplus else raw
-        return raw, delta * block["mask"] if "mask" in block else delta
+        delta = delta * span["mask"] if "mask" in span else delta
+        return span | {"raw": raw, "delta": delta, "source": delta * span["u"]}
 
-    def slope(self, block: Block, raw: torch.Tensor) -> torch.Tensor:
-        """Derivative of `Δ` with respect to `dt`, given `dt + bias`."""
-        slope = torch.sigmoid(raw) if self.softplus else torch.ones_like(raw)
-        return slope.mul_(block["mask"]) if "mask" in block else slope
+    def slope(self, span: Block) -> torch.Tensor:
+        """Derivative of `Δ` with respect to `dt`."""
+        slope = torch.sigmoid(span["raw"]) if self.softplus else torch.ones_like(span["raw"])
+        return slope.mul_(span["mask"]) if "mask" in span else slope
 
-    def decays(self, block: Block, delta: torch.Tensor, out: torch.Tensor) -> None:
+    def decays(self, block: Block, out: torch.Tensor) -> None:
         """Write `exp(Δ A)` of a block into `out` `(T, B, N, E)`."""
-        torch.mul(delta, self.binary_a, out=out)
+        torch.mul(block["delta"], self.binary_a, out=out)
         # Powers of two: torch's vectorised exp is biased by 2e-9 near 0, which adds up over thousands of tokens.
         out.exp2_()
         if "keep" in block:
             out.mul_(block["keep"])
 
     def skipped(self, y: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Add `D u` to a block's outputs in place."""
+        """Add `D u` to outputs in place."""
         return y if self.skip is None else y.addcmul_(u, self.skip)
 
 
@@ -89,6 +90,13 @@ def _kept(reset: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor
     if reset is None:
         return None
     return ~(reset if mask is None else reset & (mask != 0))
+
+
+def _blocks(span: Block, size: int, *names: str) -> list[Block]:
+    """A span's tensors of these names, where there, cut into blocks."""
+    parts = {name: span[name] for name in names if name in span}
+    length = span["delta"].shape[0]
+    return [_cut(parts, first, min(size, length - first)) for first in range(0, length, size)]
 
 
 def selective_scan_eager(call: dict[str, Any], softplus: bool, save: bool) -> tuple[torch.Tensor, ...]:
@@ -101,19 +109,22 @@ def selective_scan_eager(call: dict[str, Any], softplus: bool, save: bool) -> tu
     decay, states = o.a.new_empty((size, *shape)), o.a.new_empty((size, *shape))
     rows, factors = states.unbind(0), decay.unbind(0)
     y = o.a.new_empty(call["u"].shape)
-    parts = o.parts | {"y": y.transpose(0, 1).unsqueeze(2)}
-    for first in range(0, o.length, size):
-        if save:
-            entries[first // size].copy_(state)
-        count = min(size, o.length - first)
-        block = _cut(parts, first, count)
-        delta = o.steps(block)[1]
-        o.decays(block, delta, decay[:count])
-        torch.mul(block["b"], delta * block["u"], out=states[:count])
-        state = _run(rows[:count], factors, state)
-        value = o.skipped(torch.matmul(block["c"].mT, states[:count]), block["u"])
-        torch.mul(value, F.silu(block["z"]), out=block["y"]) if "z" in block else block["y"].copy_(value)
-        state = state.clone()
+    o.parts["out"] = y.transpose(0, 1).unsqueeze(2)
+    value = o.a.new_empty(SPAN, o.batch, 1, shape[2])
+    for begin in range(0, o.length, SPAN):
+        span = o.span(begin)
+        span["value"] = value[: span["delta"].shape[0]]
+        for k, block in enumerate(_blocks(span, size, "delta", "source", "b", "c", "keep", "value"), begin // size):
+            if save:
+                entries[k].copy_(state)
+            count = block["delta"].shape[0]
+            o.decays(block, decay[:count])
+            torch.mul(block["b"], block["source"], out=states[:count])
+            state = _run(rows[:count], factors, state)
+            torch.matmul(block["c"].mT, states[:count], out=block["value"])
+            state = state.clone()
+        gate = F.silu(span["z"]) if "z" in span else 1.0
+        torch.mul(o.skipped(span["value"], span["u"]), gate, out=span["out"])
     return y, state, entries
 
 
@@ -125,32 +136,31 @@ def _run(rows: Rows, factors: Rows, state: torch.Tensor) -> torch.Tensor:
 
 
 class Workspace:
-    """Buffers and sums of one backward pass, by the gradients' names."""
+    """Buffers and sums of one backward pass.
+
+    Attributes:
+        decay, adjoint, states: a block's decays, adjoint states and states; the last begin with that at its entry.
+        rows: their rows by name.
+        spans: a span's outputs before skip connection and gate, `y`, `Σ_n B g`, `gain`, and `Σ_n A exp(Δ A) h g`,
+            `pull`, each `(T, B, 1, E)`.
+        parts: gradients by name, time-major.
+        a, skip: sums of the gradients of A and D, in float64.
+    """
 
     def __init__(self, o: Operands, call: dict[str, Any], into: torch.Tensor | None) -> None:
         shape = (o.batch, *o.a.shape)
-        new = o.a.new_empty
+        new, wide = o.a.new_empty, call["u"].shape
         self.decay, self.states, self.adjoint = new(BLOCK, *shape), new(BLOCK + 1, *shape), new(BLOCK, *shape)
         self.rows = {name: getattr(self, name).unbind(0) for name in ("decay", "states", "adjoint")}
-        self.b, self.c = (new(o.length, o.batch, 1, shape[1]) for _ in range(2))
-        gated = call["z"] is not None
-        self.u, self.dt, self.z = (
-            new(call["u"].shape if wanted else 0) for wanted in (True, True, gated and into is None)
-        )
-        self.z = self.z if into is None else into
-        self.parts = {"b": self.b, "c": self.c}
-        for name in ("u", "dt", "z") if gated else ("u", "dt"):
-            self.parts[name] = getattr(self, name).transpose(0, 1).unsqueeze(2)
-        self.block_a, self.block_skip = torch.zeros_like(o.a), new(BLOCK, o.batch, 1, o.a.shape[1]).zero_()
-        # Sums over the whole batch are kept in float64: their terms are sums over some blocks.
+        self.spans = {name: new(SPAN, o.batch, 1, shape[2]) for name in ("y", "gain", "pull")}
+        self.grads = {"u": new(wide), "dt": new(wide)}
+        if call["z"] is not None:
+            self.grads["z"] = new(wide) if into is None else into
+        self.parts = {f"d{name}": grad.transpose(0, 1).unsqueeze(2) for name, grad in self.grads.items()}
+        self.parts |= {name: new(o.length, o.batch, 1, shape[1]) for name in ("db", "dc")}
+        self.block_a = torch.zeros_like(o.a)
         self.a = torch.zeros_like(o.a, dtype=torch.float64)
         self.skip = self.a.new_zeros(o.a.shape[1])
-
-    def flush(self) -> None:
-        """Move the blocks' sums to the whole batch's."""
-        self.a += self.block_a
-        self.skip += self.block_skip.sum((0, 1, 2))
-        self.block_a.zero_(), self.block_skip.zero_()
 
 
 def selective_scan_eager_backward(
@@ -164,68 +174,55 @@ def selective_scan_eager_backward(
     """Backward pass; arguments and results as in `selective_scan_cpu_backward`."""
     o = Operands(call, softplus, grad_y)
     w = Workspace(o, call, into)
+    o.parts |= w.parts
     carry = grad_state.to(o.dtype).contiguous()
-    for k in range(entries.shape[0] - 1, -1, -1):
-        first, count = k * BLOCK, min(BLOCK, o.length - k * BLOCK)
-        carry = _backward_block(o, w, _cut(o.parts, first, count), _cut(w.parts, first, count), entries[k], carry)
-        if k % _BLOCKS == 0:
-            w.flush()
-    grads = {"u": w.u, "dt": w.dt, "z": w.z, "A": w.a.t().to(o.dtype).contiguous(), "D": w.skip.to(o.dtype)}
-    grads |= {name: getattr(w, name.lower()).squeeze(2).transpose(0, 1).contiguous() for name in ("B", "C")}
-    return grads | {"dt_bias": w.dt.sum((0, 1)), "initial_state": carry}
+    for begin in range((o.length - 1) // SPAN * SPAN, -1, -SPAN):
+        carry = _backward_span(o, w, o.span(begin), entries[begin // BLOCK :], carry)
+    grads = w.grads | {"A": w.a.t().to(o.dtype).contiguous(), "D": w.skip.to(o.dtype)}
+    grads |= {name: w.parts[f"d{name.lower()}"].squeeze(2).transpose(0, 1).contiguous() for name in ("B", "C")}
+    return grads | {"dt_bias": grads["dt"].sum((0, 1)), "initial_state": carry}
 
 
-def _backward_block(
-    o: Operands, w: Workspace, block: Block, out: Block, entry: torch.Tensor, carry: torch.Tensor
-) -> torch.Tensor:
-    """Replay a block from the state at its entry, then retreat through it; returns that state's gradient."""
-    raw, delta = o.steps(block)
-    source = delta * block["u"]
-    _replay(o, w, block, delta, source, entry)
-    grad = _through_gate(o, w, block, out)
-    gain, pull, carry = _retreat(o, w, block, out, (delta, source, grad), carry)
-    torch.mul(gain, delta, out=out["u"])
+def _backward_span(o: Operands, w: Workspace, span: Block, entries: torch.Tensor, carry: torch.Tensor) -> torch.Tensor:
+    """All gradients of a span, blocks from last to first; returns that of the state at its entry."""
+    count = span["delta"].shape[0]
+    span |= {name: buffer[:count] for name, buffer in w.spans.items()}
+    gate = F.silu(span["z"]) if "z" in span else None
+    before = span["grad"] if gate is None else span["grad"] * gate
+    span["before"] = before
+    names = ("delta", "source", "b", "c", "keep", "before", "y", "gain", "pull", "db", "dc")
+    for block, entry in reversed(list(zip(_blocks(span, BLOCK, *names), entries))):
+        _replay(o, w, block, entry, gate is not None)
+        carry = _retreat(o, w, block, carry)
+    if gate is not None:
+        y = o.skipped(span["y"], span["u"]).mul_(span["grad"])
+        torch.ops.aten.silu_backward.grad_input(y, span["z"], grad_input=span["dz"])
+    torch.mul(span["gain"], span["delta"], out=span["du"])
     if o.skip is not None:
-        out["u"].addcmul_(grad, o.skip)
-        w.block_skip[: grad.shape[0]].addcmul_(grad, block["u"])
-    torch.mul(pull.addcmul_(gain, block["u"]), o.slope(block, raw), out=out["dt"])
+        span["du"].addcmul_(before, o.skip)
+        w.skip += (before * span["u"]).sum((0, 1, 2))
+    torch.mul(span["pull"].addcmul_(span["gain"], span["u"]), o.slope(span), out=span["ddt"])
+    # Sums over the whole batch are kept in float64: their terms are sums over a span.
+    w.a += w.block_a
+    w.block_a.zero_()
     return carry
 
 
-def _replay(
-    o: Operands, w: Workspace, block: Block, delta: torch.Tensor, source: torch.Tensor, entry: torch.Tensor
-) -> None:
-    """Recompute decays and states of a block; `w.states[0]` is the state at its entry."""
-    count = delta.shape[0]
-    o.decays(block, delta, w.decay[:count])
+def _replay(o: Operands, w: Workspace, block: Block, entry: torch.Tensor, gated: bool) -> None:
+    """Recompute decays and states of a block and, for the gate's gradient, its outputs."""
+    count = block["delta"].shape[0]
+    o.decays(block, w.decay[:count])
     w.states[0].copy_(entry)
-    torch.mul(block["b"], source, out=w.states[1 : count + 1])
+    states = w.states[1 : count + 1]
+    torch.mul(block["b"], block["source"], out=states)
     _run(w.rows["states"][1 : count + 1], w.rows["decay"], w.rows["states"][0])
+    if gated:
+        torch.matmul(block["c"].mT, states, out=block["y"])
 
 
-def _through_gate(o: Operands, w: Workspace, block: Block, out: Block) -> torch.Tensor:
-    """Gradient before the gate, `(T, B, 1, E)`; writes the gate's own."""
-    grad = block["grad"]
-    if "z" not in block:
-        return grad
-    z = block["z"]
-    y = o.skipped(torch.matmul(block["c"].mT, w.states[1 : grad.shape[0] + 1]), block["u"])
-    torch.ops.aten.silu_backward.grad_input(y.mul_(grad), z, grad_input=out["z"])
-    return grad * F.silu(z)
-
-
-def _retreat(
-    o: Operands, w: Workspace, block: Block, out: Block, values: Rows, carry: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Adjoint recurrence of a block and its matrix products.
-
-    Args:
-        values: `Δ`, `Δ u` and the outputs' gradient before the gate, each `(T, B, 1, E)`.
-
-    Returns:
-        `Σ_n B g` and `Σ_n A exp(Δ A) h g`, `(T, B, 1, E)`, and the gradient of the state at the block's entry.
-    """
-    delta, source, grad = values
+def _retreat(o: Operands, w: Workspace, block: Block, carry: torch.Tensor) -> torch.Tensor:
+    """Adjoint recurrence of a block and its matrix products; returns the gradient of the state at its entry."""
+    grad = block["before"]
     count = grad.shape[0]
     adjoint, decay, states = w.adjoint[:count], w.decay[:count], w.states[: count + 1]
     torch.mul(block["c"], grad, out=adjoint)
@@ -235,10 +232,10 @@ def _retreat(
         later = rows[t].addcmul_(factors[t + 1], later)
     carry = factors[0] * rows[0]
     # As rows times matrices: columns would cost four times as much.
-    torch.matmul(grad, states[1:].mT, out=out["c"])
-    torch.matmul(source, adjoint.mT, out=out["b"])
-    gain = torch.matmul(block["b"].mT, adjoint)
+    torch.matmul(grad, states[1:].mT, out=block["dc"])
+    torch.matmul(block["source"], adjoint.mT, out=block["db"])
+    torch.matmul(block["b"].mT, adjoint, out=block["gain"])
     decay.mul_(adjoint).mul_(states[:-1])
-    pull = torch.mul(decay, o.a, out=adjoint).sum(2, keepdim=True)
-    w.block_a += decay.mul_(delta).sum((0, 1))
-    return gain, pull, carry
+    torch.sum(torch.mul(decay, o.a, out=adjoint), 2, keepdim=True, out=block["pull"])
+    w.block_a += decay.mul_(block["delta"]).sum((0, 1))
+    return carry

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..backend import pick_backend
-from ..operator import define_operator, shared_sources, sibling, source_namespace, triton_sources
+from ..operator import define_operator, shared_sources, sibling, source_namespace, triton_sources, undispatched
 from .eager import BLOCK, selective_scan_eager, selective_scan_eager_backward
 
 _SOURCES = ("eager", "cpu", "gpu")
@@ -87,9 +88,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     ctx.mark_non_differentiable(output[2])
 
 
-def _differentiate(ctx: Any, grad_y: torch.Tensor, grad_state: torch.Tensor, _: Any) -> tuple[Any, ...]:
+def _differentiate(
+    ctx: Any, grad_y: torch.Tensor, grad_state: torch.Tensor, _: Any, backward: Any = None
+) -> tuple[Any, ...]:
     entries, *values = ctx.saved_tensors
-    grads = selective_scan_backward(grad_y, grad_state, entries, *values, *ctx.options)
+    grads = (backward or selective_scan_backward)(grad_y, grad_state, entries, *values, *ctx.options)
     wanted = [g if v is not None and need else None for g, v, need in zip(grads, values, ctx.needs_input_grad)]
     return (*wanted, None, None, None, None, None)
 
@@ -110,3 +113,4 @@ selective_scan_forward = define_operator(
     _keep,
     _differentiate,
 )
+run_selective_scan = undispatched(selective_scan_forward, _forward, _keep, partial(_differentiate, backward=_backward))

@@ -19,7 +19,7 @@ import torch
 
 from ..backend import pick_backend
 from ..operator import check_shape, runs_directly
-from .operator import ssd_forward
+from .operator import run_ssd
 from .reference import ssd_reference
 from .step import ssd_step
 
@@ -87,7 +87,7 @@ def ssd(
         chunk_size = min(chunk_size, CHUNK_SIZE) if x.device.type == "cpu" else chunk_size
         tensors = (x, scale, log_decay, B, C, D, initial_state, diagonal, reset)
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        y, state, _ = ssd_forward(*tensors, chunk_size, backend, save)
+        y, state, _ = run_ssd(*tensors, chunk_size, backend, save)
     return (y.flip(1) if reverse else y), state
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..backend import pick_backend
-from ..operator import define_operator, shared_sources, sibling, source_namespace, triton_sources
+from ..operator import define_operator, shared_sources, sibling, source_namespace, triton_sources, undispatched
 from .eager import ssd_eager, ssd_eager_backward
 
 _SHARED = ("backend", *(f"causal_conv.{name}" for name in ("compiled", "cpu", "flat", "lanes")))
@@ -83,9 +84,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     ctx.mark_non_differentiable(output[2])
 
 
-def _differentiate(ctx: Any, grad_y: torch.Tensor, grad_state: torch.Tensor, _: Any) -> tuple[Any, ...]:
+def _differentiate(
+    ctx: Any, grad_y: torch.Tensor, grad_state: torch.Tensor, _: Any, backward: Any = None
+) -> tuple[Any, ...]:
     entries, *values = ctx.saved_tensors
-    grads = ssd_backward(grad_y, grad_state, entries, *values, *ctx.options)
+    grads = (backward or ssd_backward)(grad_y, grad_state, entries, *values, *ctx.options)
     wanted = [g if v is not None and need else None for g, v, need in zip(grads, values, ctx.needs_input_grad)]
     return (*wanted, None, None, None, None)
 
@@ -106,3 +109,4 @@ ssd_forward = define_operator(
     _keep,
     _differentiate,
 )
+run_ssd = undispatched(ssd_forward, _forward, _keep, partial(_differentiate, backward=_backward))
