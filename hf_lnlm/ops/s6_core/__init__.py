@@ -11,16 +11,20 @@ Reference: Gu, Dao 2023, "Mamba", arXiv:2312.00752, algorithm 2.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ..backend import pick_backend
 from ..operator import plain_tensors
+from ..selective_scan.eager import BLOCK
 from .passes import passes
 
 __all__ = ["s6_core", "s6_core_backend"]
+
+# Tokens that run together when a single row holds many: what lies between the operations then stays in the cache.
+PIECE = 16 * BLOCK
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -74,54 +78,94 @@ class _S6Core(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, backend: str, marks: Any, projected: torch.Tensor, *rest: Any) -> Any:
-        weights, states = rest[:7], rest[7:]
-        run = passes(backend)
-        conv_call = _conv_call(projected, weights, states, marks)
-        x, conv_last = run.conv(conv_call, True)
-        mixed = F.linear(x, weights[2])
-        call = _scan_call(x, mixed, projected, weights, states, marks)
-        y, last, entries = run.scan(call, True)
-        # Making the convolved input again takes numba less time than the memory to keep it would.
-        ctx.save_for_backward(projected, mixed, entries, None if backend == "cpu" else x, *rest)
+        weights, (conv_last, last), run = rest[:7], rest[7:], passes(backend)
+        y, mixed, entries = _results(projected, weights)
+        for piece in _pieces(projected, weights, rest[7], marks):
+            x, conv_last = run.conv(piece.conv, True)
+            window = slice(piece.first, piece.last)
+            mixed[:, window] = F.linear(x, weights[2])
+            into = y[:, window], entries[piece.first // BLOCK : -(-piece.last // BLOCK)]
+            _, last, _ = run.scan(piece.scan(x, mixed, last), True, into)
+        ctx.save_for_backward(projected, mixed, entries, *rest)
         ctx.backend, ctx.marks = backend, marks
         return y, conv_last, last
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor, grad_conv: torch.Tensor, grad_last: torch.Tensor) -> Any:
-        projected, mixed, entries, x, *rest = ctx.saved_tensors
-        weights, states = rest[:7], rest[7:]
-        run = passes(ctx.backend)
-        conv_call = _conv_call(projected, weights, states, ctx.marks)
-        x = run.conv(conv_call, True)[0] if x is None else x
-        call = _scan_call(x, mixed, projected, weights, states, ctx.marks)
-        out, inner = torch.empty_like(projected), x.shape[2]
-        of_scan = run.scan_backward(grad_y, grad_last, call, entries, out[..., inner:])
-        of_steps, of_mixed = _through_projections(of_scan, x, mixed, weights)
-        of_conv = run.conv_backward(of_scan["u"], grad_conv, conv_call, True, out[..., :inner])
-        of_decay = of_scan["A"] * call["A"]  # A is minus an exponential
-        grads = (of_conv["weight"].unsqueeze(1), of_conv["bias"], of_mixed, of_steps, of_scan["dt_bias"], of_decay,
-                 of_scan["D"], of_conv["state"], of_scan["initial_state"])  # fmt: skip
-        return None, None, out, *[g if t is not None else None for g, t in zip(grads, rest)]
+        projected, mixed, entries, *rest = ctx.saved_tensors
+        weights, run = rest[:7], passes(ctx.backend)
+        out, inner = projected.new_empty(projected.shape), weights[0].shape[0]
+        sums: list[torch.Tensor] = []
+        for piece in reversed(_pieces(projected, weights, rest[7], ctx.marks)):
+            window = slice(piece.first, piece.last)
+            x = run.conv(piece.conv, True)[0]  # takes less time than the memory to keep it would
+            call = piece.scan(x, mixed, None)
+            part = entries[piece.first // BLOCK : -(-piece.last // BLOCK)]
+            of_scan = run.scan_backward(grad_y[:, window], grad_last, call, part, out[:, window, inner:])
+            of_steps, of_mixed = _through_projections(of_scan, x, mixed[:, window], weights)
+            of_conv = run.conv_backward(of_scan["u"], grad_conv, piece.conv, True, out[:, window, :inner])
+            grad_conv, grad_last = of_conv["state"], of_scan["initial_state"]
+            of_decay = of_scan["A"] * call["A"]  # A is minus an exponential
+            grads = [of_conv["weight"].unsqueeze(1), of_conv["bias"], of_mixed, of_steps, of_scan["dt_bias"], of_decay,
+                     of_scan["D"]]  # fmt: skip
+            sums = [total.add_(grad) for total, grad in zip(sums, grads)] if sums else grads
+        return None, None, out, *[g if t is not None else None for g, t in zip((*sums, grad_conv, grad_last), rest)]
 
 
-def _conv_call(projected: torch.Tensor, weights: Tensors, states: Tensors, marks: Tensors) -> dict[str, Any]:
-    """Tensors of the convolution by name."""
-    weight: Any = weights[0]
-    x = projected[..., : weight.shape[0]]
-    return {"x": x, "weight": weight.squeeze(1), "bias": weights[1], "state": states[0], "taps": marks[0]}
+def _results(projected: torch.Tensor, weights: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Memory for outputs, projections and entry states."""
+    batch, length = projected.shape[:2]
+    inner, states = weights[5].shape
+    shapes = (batch, length, inner), (batch, length, weights[2].shape[0]), (-(-length // BLOCK), batch, states, inner)
+    y, mixed, entries = (projected.new_empty(shape) for shape in shapes)
+    return y, mixed, entries
 
 
-def _scan_call(
-    x: torch.Tensor, mixed: torch.Tensor, projected: torch.Tensor, weights: Any, states: Tensors, marks: Tensors
-) -> dict[str, Any]:
-    """Tensors of the scan by name; makes the step sizes."""
-    rank, count = weights[3].shape[1], weights[5].shape[1]
-    steps, b, c = mixed.split([rank, count, count], dim=-1)
-    names = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "mask", "reset")
-    values = (x, F.linear(steps, weights[3]), -torch.exp(weights[5]), b, c, weights[6], projected[..., x.shape[2] :],
-              weights[4], states[1], marks[1], marks[2])  # fmt: skip
-    return dict(zip(names, values))
+class Piece(NamedTuple):
+    """Tokens that run together.
+
+    Attributes:
+        first, last: its tokens are `first ≤ t < last`.
+        projected: their input and gate.
+        conv: tensors of the convolution by name.
+        weights, marks: as given to `s6_core`, the marks of these tokens.
+    """
+
+    first: int
+    last: int
+    projected: torch.Tensor
+    conv: dict[str, Any]
+    weights: Any
+    marks: Any
+
+    def scan(self, x: torch.Tensor, mixed: torch.Tensor, state: torch.Tensor | None) -> dict[str, Any]:
+        """Tensors of the scan by name, given the convolved input, all projections and the state before; makes Δ."""
+        rank, count = self.weights[3].shape[1], self.weights[5].shape[1]
+        steps, b, c = mixed[:, self.first : self.last].split([rank, count, count], dim=-1)
+        dt, decay = F.linear(steps, self.weights[3]), -torch.exp(self.weights[5])
+        names = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "mask", "reset")
+        values = (x, dt, decay, b, c, self.weights[6], self.projected[..., x.shape[2] :], self.weights[4], state,
+                  *self.marks)  # fmt: skip
+        return dict(zip(names, values))
+
+
+def _pieces(projected: torch.Tensor, weights: Any, conv_state: torch.Tensor | None, marks: Tensors) -> list[Piece]:
+    """Cut a single long row without a table of taps; anything else is one piece."""
+    inner, _, kernel = weights[0].shape
+    batch, length = projected.shape[:2]
+    size = PIECE if batch == 1 and marks[0] is None and kernel <= PIECE else length
+    pieces = []
+    for first in range(0, length, size):
+        last = min(length, first + size)
+        part = projected[:, first:last]
+        # What lies before a piece is its convolution's state, whose gradient is that of the piece before's next state.
+        state = conv_state if first == 0 else projected[:, first - kernel + 1 : first, :inner]
+        call = {"x": part[..., :inner], "weight": weights[0].squeeze(1), "bias": weights[1], "state": state,
+                "taps": marks[0]}  # fmt: skip
+        here = tuple(None if mark is None else mark[:, first:last] for mark in marks[1:])
+        pieces.append(Piece(first, last, part, call, weights, here))
+    return pieces
 
 
 def _through_projections(

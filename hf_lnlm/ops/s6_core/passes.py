@@ -15,7 +15,7 @@ class Passes(NamedTuple):
     Attributes:
         conv: `(call, activation)` → output and next state.
         conv_backward: `(gradients, call, activation, into)` → gradients by name.
-        scan: `(call, save)` → output, final state, states at the blocks' entries.
+        scan: `(call, save, into)` → output, final state, states at the blocks' entries.
         scan_backward: `(gradients, call, entries, into)` → gradients by name.
     """
 
@@ -25,8 +25,8 @@ class Passes(NamedTuple):
     scan_backward: Any
 
 
-def _eager_scan(call: dict[str, Any], save: bool) -> Any:
-    return selective_scan_eager(call, True, save)
+def _eager_scan(call: dict[str, Any], save: bool, into: Any) -> Any:
+    return selective_scan_eager(call, True, save, into)
 
 
 def _eager_scan_backward(grad_y: Any, grad_state: Any, call: dict[str, Any], entries: Any, into: Any) -> Any:

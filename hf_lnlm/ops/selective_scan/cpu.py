@@ -363,12 +363,15 @@ def _buffers(*sizes: int) -> tuple[list[torch.Tensor], tuple[int, ...]]:
     return tensors, tuple(tensor.data_ptr() for tensor in tensors)
 
 
-def selective_scan_cpu(call: dict[str, Any], save: bool) -> tuple[torch.Tensor, ...]:
+def selective_scan_cpu(
+    call: dict[str, Any], save: bool, into: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, ...]:
     """Forward pass, with `Δ = softplus(dt + dt_bias)` and `A ≤ 0`.
 
     Args:
         call: the operator's tensors by name (see `selective_scan`), absent ones None.
         save: whether to return the states at the blocks' entries for the backward pass.
+        into: memory for outputs and entry states, of the right sizes, or None for new tensors.
 
     Returns:
         `y` `(B, L, E)` float32, final state `(B, N, E)` float32, entry states `(blocks, B, N, E)` or empty.
@@ -377,8 +380,8 @@ def selective_scan_cpu(call: dict[str, Any], save: bool) -> tuple[torch.Tensor, 
     batch, length, channels, states, padded = sizes
     shape = (batch, states, channels)
     final = torch.zeros(shape, **FLOATS) if call["initial_state"] is None else _writable(call["initial_state"])
-    y = torch.empty(batch, length, channels, **FLOATS)
-    entries = torch.empty((-(-length // BLOCK) if save else 0, *shape), **FLOATS)
+    blocks = -(-length // BLOCK) if save else 0
+    y, entries = into or (torch.empty(batch, length, channels, **FLOATS), torch.empty((blocks, *shape), **FLOATS))
     _tensors, scratch = _buffers(*[BLOCK * padded] * 3, states * padded, states * padded)
     _forward(operands, final.data_ptr(), y.data_ptr(), entries.data_ptr() if save else 0, scratch, sizes)
     return y, final, entries

@@ -99,16 +99,17 @@ def _blocks(span: Block, size: int, *names: str) -> list[Block]:
     return [_cut(parts, first, min(size, length - first)) for first in range(0, length, size)]
 
 
-def selective_scan_eager(call: dict[str, Any], softplus: bool, save: bool) -> tuple[torch.Tensor, ...]:
+def selective_scan_eager(
+    call: dict[str, Any], softplus: bool, save: bool, into: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, ...]:
     """Forward pass; arguments and results as in `selective_scan_cpu`."""
     size = BLOCK if save else 2 * BLOCK
     o = Operands(call, softplus)
     shape = (o.batch, *o.a.shape)
     state = o.a.new_zeros(shape) if call["initial_state"] is None else call["initial_state"].to(o.dtype).contiguous()
-    entries = o.a.new_empty((-(-o.length // size) if save else 0, *shape))
     decay, states = o.a.new_empty((size, *shape)), o.a.new_empty((size, *shape))
     rows, factors = states.unbind(0), decay.unbind(0)
-    y = o.a.new_empty(call["u"].shape)
+    y, entries = into or (o.a.new_empty(call["u"].shape), o.a.new_empty((-(-o.length // size) if save else 0, *shape)))
     o.parts["out"] = y.transpose(0, 1).unsqueeze(2)
     value = o.a.new_empty(SPAN, o.batch, 1, shape[2])
     for begin in range(0, o.length, SPAN):

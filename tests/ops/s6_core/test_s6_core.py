@@ -47,7 +47,7 @@ def with_gradients(function: Any, dtype: torch.dtype, arguments: Any) -> list[to
     projected, weights, states, marks = arguments
     leaves = [None if t is None else t.to(dtype).requires_grad_() for t in (projected, *weights, *states)]
     results = function(leaves[0], tuple(leaves[1:8]), tuple(leaves[8:]), tuple(marks))
-    real = torch.ones(BATCH, LENGTH) if marks[1] is None else marks[1]
+    real = torch.ones(projected.shape[:2]) if marks[1] is None else marks[1]
     results = (results[0] * real.unsqueeze(2), *results[1:])  # outputs at masked positions mean nothing
     loss = sum((t * torch.linspace(-1, 1, t.numel(), dtype=dtype).view(t.shape)).sum() for t in results)
     return [*results, *torch.autograd.grad(loss, [t for t in leaves if t is not None])]
@@ -62,6 +62,20 @@ def test_equals_the_composition(backend: str, whole: bool) -> None:
     assert len(ours) == len(exact)
     for got, expected in zip(ours, exact):
         assert got.shape == expected.shape
+        assert (got - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_long_row_runs_in_pieces(backend: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_lnlm.ops.s6_core.PIECE", 32)
+    projected, weights, states, marks = arguments(whole=whole)
+    marks[0] = None  # a table of taps forbids pieces
+    if whole:
+        marks[1:] = [torch.ones(1, LENGTH, dtype=torch.bool), torch.rand(1, LENGTH) > 0.9]
+    given = projected[:1], weights, [None if t is None else t[:1] for t in states], marks
+    ours = with_gradients(lambda *rest: s6_core(backend, *rest), torch.float32, given)
+    for got, expected in zip(ours, with_gradients(compose, torch.float64, given), strict=True):
         assert (got - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
