@@ -185,6 +185,8 @@ def attend(
         `(batch, length, heads * head_dim)`, zero at padding, and the weights `(batch, heads, length, keys)` if wanted.
     """
     past = layer is not None and layer.seen_tokens > 0
+    if layer is not None:
+        layer.check_patterns(patterns)
     kept = continuing_tokens(plan) if layer is not None else None
     extended = None if layer is None else layer.extend(key, value, kept)
     weights = None

@@ -51,6 +51,7 @@ class SparseAttentionCacheLayer(CacheLayerMixin):
         positions: `(batch, entries)` logical positions, -1 in unused slots, or None while empty.
         counts: `(batch,)` real tokens so far, or None while empty.
         seen_tokens: positions (masked ones included) that have passed.
+        patterns: those that the entries were dropped by, or None before the first step.
     """
 
     is_compileable = False
@@ -69,6 +70,7 @@ class SparseAttentionCacheLayer(CacheLayerMixin):
         self.positions: torch.Tensor | None = None
         self.counts: torch.Tensor | None = None
         self.seen_tokens = 0
+        self.patterns: tuple[SparsePattern, ...] | None = None
         self.is_initialized = False
 
     def extend(self, key: torch.Tensor, value: torch.Tensor, real: torch.Tensor | None) -> Extended:
@@ -105,6 +107,7 @@ class SparseAttentionCacheLayer(CacheLayerMixin):
 
     def prune(self, patterns: tuple[SparsePattern, ...]) -> None:
         """Drop the entries that no query after the present ones can see under any of `patterns`."""
+        self.patterns = patterns
         if self.keys is None or self.values is None or self.positions is None or self.counts is None:
             return
         following = self.counts.unsqueeze(1)
@@ -116,6 +119,15 @@ class SparseAttentionCacheLayer(CacheLayerMixin):
         slots = compact_slots(kept)
         self.keys, self.values = take_slots(self.keys, slots), take_slots(self.values, slots)
         self.positions = self.positions.gather(1, slots).masked_fill(~kept.gather(1, slots), -1)
+
+    def check_patterns(self, patterns: tuple[SparsePattern, ...]) -> None:
+        """Refuse to go on under other patterns than those that entries were dropped by.
+
+        Raises:
+            ValueError: naming both.
+        """
+        if self.patterns is not None and self.patterns != patterns:
+            raise ValueError(f"past_key_values was filled under {self.patterns}, this layer attends by {patterns}")
 
     def _check(self, key: torch.Tensor) -> None:
         if self.keys is None:

@@ -101,6 +101,64 @@ def test_generation_equals_recomputing(kind, fields):
     assert torch.equal(found[:, 4:], expected)
 
 
+def by_hand(model, ids):
+    """Equations 12 to 15 of the paper on one text, with a softmax under the pattern's mask, pair by pair."""
+    network, config = model.model, model.config
+    length, heads = len(ids), config.num_attention_heads
+    positions = torch.arange(length)
+    tables = [table.weight for table in network.embed_coordinates.tables]
+    hidden = network.embed_tokens.weight[ids] + tables[0][positions // STRIDE] + tables[1][positions % STRIDE]
+    for index, layer in enumerate(network.layers):
+        normal = layer.attention_norm(hidden)
+        split = [
+            linear(normal).view(length, -1, 16 // heads).transpose(0, 1)
+            for linear in (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj)
+        ]
+        query, key, value = split[0], *(x.repeat_interleave(heads // x.shape[0], 0) for x in split[1:])
+        groups = config.patterns(index)
+        seen = torch.stack([group.visible(positions, positions) for group in groups])
+        scores = (query @ key.mT / 2).exp() * seen.repeat_interleave(heads // len(groups), 0)
+        weights = scores / scores.sum(-1, keepdim=True).clamp(min=1e-300)
+        attended = layer.attention.o_proj((weights @ value).transpose(0, 1).flatten(1))  # a(H)
+        inner = layer.mlp.fc1(layer.mlp_norm(hidden + attended))
+        hidden = hidden + attended + layer.mlp.fc2(inner * torch.sigmoid(1.702 * inner))  # b(H + a(H))
+    return model.lm_head(network.norm(hidden))
+
+
+@pytest.mark.parametrize("fields", [fields for kind, fields in VARIANTS if kind == "sparse"])
+def test_sparse_transformer_is_the_papers_equations(fields):
+    model, ids = build("sparse", **fields), tokens()
+    found = model(ids).logits
+    for row in range(2):
+        assert (found[row] - by_hand(model, ids[row])).abs().max() <= 1e-12
+
+
+def test_a_strided_step_reads_only_what_it_sees(monkeypatch):
+    """The cache keeps all, a decoding step gathers its window and its column: l + n / l keys at most."""
+    read, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, *rest, **kwargs):
+        read.append(key.shape[2])
+        return real(query, key, value, *rest, **kwargs)
+
+    model, ids = build("sparse", attention_pattern="strided"), tokens()
+    past = in_chunks(model, ids, (0, LENGTH - 1))[1]
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    model(ids[:, -1:], past_key_values=past, use_cache=True)
+    assert past.layers[0].keys.shape[2] == LENGTH
+    assert len(read) == 2 and max(read) <= STRIDE + LENGTH // STRIDE
+
+
+@pytest.mark.parametrize("kind", ["gpt3", "sparse"])
+def test_a_cache_filled_under_another_pattern_is_refused(kind):
+    """Its keys may be gone, and nothing else would tell."""
+    ids = tokens()
+    banded = in_chunks(build("gpt3"), ids, (0, 20))[1]
+    other = build("gpt3", band_size=9) if kind == "gpt3" else build("sparse", num_key_value_heads=4)
+    with pytest.raises(ValueError, match=r"past_key_values was filled under .* this layer attends by"):
+        other(ids[:, 20:], past_key_values=banded)
+
+
 def test_caches_hold_no_more_than_promised():
     ids = tokens(LENGTH, 3)
     banded = in_chunks(build("gpt3"), ids, (0, 10, 11, LENGTH))[1]

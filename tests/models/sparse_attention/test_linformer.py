@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from hf_lnlm.models.sparse_attention import linformer_attention
 from hf_lnlm.models.sparse_attention.configuration_linformer import (
     BIAS_ORDERS,
     PROJECTIONS,
@@ -111,6 +112,23 @@ def test_padded_equals_unpadded(sharing, projection, bias_order):
     assert eager.attentions[0].shape == (2, 4, LENGTH, LENGTH)
 
 
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_left_padding_with_positions_given(sharing, projection):
+    """As a tokenizer padding on the left and a caller counting positions give them; those of padding mean nothing."""
+    model, ids = build(sharing=sharing, projection=projection), tokens()
+    expected = model(ids).last_hidden_state
+    wide, mask = padded(ids, 7, 0)
+    counted = (mask.cumsum(1) - 1).clamp(min=0)
+    for positions in (counted, counted.masked_fill(mask == 0, 1), counted.masked_fill(mask == 0, 31)):
+        found = model(wide, attention_mask=mask, position_ids=positions).last_hidden_state[:, 7:]
+        assert (found - expected).abs().max() <= 1e-12
+    later = model(ids, position_ids=torch.arange(LENGTH).expand(2, -1) + 12).last_hidden_state
+    assert (later - expected).abs().max() > 1e-3  # other rows of E
+    with pytest.raises(ValueError, match="max_position_embeddings is 32"):
+        model(ids, position_ids=torch.arange(LENGTH).expand(2, -1) + 13)
+
+
 def test_positions_choose_the_rows_of_e():
     """Tokens given in another order with their positions are the same set of tokens."""
     model, ids = build(), tokens()
@@ -155,6 +173,21 @@ def test_frozen_weights_round_the_same():
     assert torch.equal(project(segments.clone().requires_grad_()), trained)
 
 
+@pytest.mark.parametrize("fields", [{}, {"sharing": "none"}, {"projection": "mean_pool"}, {"is_decoder": True}])
+def test_a_text_taken_in_pieces_equals_the_whole(fields, monkeypatch):
+    model, (ids, mask) = (
+        build(**({"causal_variant": "segment"} if "is_decoder" in fields else {}), **fields),
+        padded(tokens()),
+    )
+    for given in ({}, {"attention_mask": mask}):
+        whole = model(ids, **given).last_hidden_state.detach()
+        monkeypatch.setattr(linformer_attention, "PIECE_TOKENS", 9)
+        with torch.no_grad():
+            pieces = model(ids, **given).last_hidden_state
+        real = mask.bool() if given else torch.ones_like(mask, dtype=torch.bool)
+        torch.testing.assert_close(pieces[real], whole[real], rtol=0.0, atol=1e-12)
+
+
 @pytest.mark.parametrize("sharing", ["headwise", "none"])
 def test_causal_variant_every_way(sharing):
     model, ids = causal(sharing=sharing), tokens(40)
@@ -185,14 +218,23 @@ def test_causal_variant_every_way(sharing):
     assert weights.attentions[0].triu(1).abs().max() == 0.0
 
 
-def test_causal_variant_leaks_nothing_and_sees_completed_segments():
-    model = causal()
+@pytest.mark.parametrize("sharing", ["headwise", "none"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_causal_variant_leaks_nothing_and_sees_completed_segments(sharing, implementation):
+    model = causal(sharing=sharing)
+    model.set_attn_implementation(implementation)
     embeds = model.get_input_embeddings()(tokens(40)).detach().requires_grad_()
     logits = model(inputs_embeds=embeds).logits
-    for position in (0, 5, 6, 17, 39):
+    for position in (0, 5, 6, 17, 38):
         grad = torch.autograd.grad(logits[:, position].sum(), embeds, retain_graph=True)[0]
-        assert grad[:, position + 1 :].abs().max() == 0.0 if position < 39 else True
+        assert grad[:, position + 1 :].abs().max() == 0.0
         assert (grad[:, : position + 1].abs().amax(-1) > 0).all()
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[:, :3] = mask[:, 20] = 0
+    logits = model(inputs_embeds=embeds, attention_mask=mask).logits
+    grad = torch.autograd.grad(logits[:, 25].sum(), embeds)[0].abs().amax(-1)
+    assert grad[:, 26:].max() == grad[:, :3].max() == grad[:, 20].max() == 0.0
+    assert (grad[:, :26][:, mask[0, :26].bool()] > 0).all()
 
 
 def test_resizing_keeps_slots_and_makes_room():
@@ -211,6 +253,21 @@ def test_resizing_keeps_slots_and_makes_room():
             assert torch.allclose(after.weight.sum(-1 if projection == "convolution" else 0), sums)
         with pytest.raises(ValueError, match="max_position_embeddings must be"):
             model.resize_position_embeddings(4)
+
+
+@pytest.mark.parametrize(("sharing", "projection"), list(itertools.product(SHARINGS, PROJECTIONS)))
+def test_a_resized_model_saves_and_reloads(sharing, projection, tmp_path):
+    sizes = 8 if sharing == "layerwise" else [8, 4]
+    model = build(LinformerForMaskedLM, sharing=sharing, projection=projection, projected_size=sizes)
+    model.resize_position_embeddings(64)
+    ids = tokens(40)
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    again, report = LinformerForMaskedLM.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(again.eval()(ids).logits, expected)
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        again.resize_position_embeddings(4 if projection == "learned" else 33)  # windows must divide n evenly
 
 
 def test_losses_add_up_over_accumulated_batches():
