@@ -190,7 +190,8 @@ def linformer_to_stock(model: PreTrainedModel, kind: str = "bert") -> PreTrained
 
 
 def _stock_config(config: Any, kind: str) -> Any:
-    padding = {} if config.pad_token_id is None else {"pad_token_id": config.pad_token_id}
+    ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    given = {name: number for name, number in ids.items() if number is not None}
     stock = AutoConfig.for_model(
         kind,
         vocab_size=config.vocab_size,
@@ -208,7 +209,9 @@ def _stock_config(config: Any, kind: str) -> Any:
         tie_word_embeddings=config.tie_word_embeddings,
         id2label=config.id2label,
         label2id=config.label2id,
-        **padding,
+        problem_type=config.problem_type,
+        initializer_range=config.initializer_range,
+        **given,
     )
     stock.max_position_embeddings += _offset(stock)
     return stock

@@ -45,13 +45,13 @@ def noisy(model):
     return model.double().eval()
 
 
-def stock_encoder(kind, auto):
+def stock_encoder(kind, auto, **fields):
     torch.manual_seed(0)
     offset = 2 if kind == "roberta" else 0
     labels = 2 if auto is AutoModelForQuestionAnswering else 3
     config = AutoConfig.for_model(
         kind, vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=LENGTH + offset, type_vocab_size=2, num_labels=labels, pad_token_id=1,
+        max_position_embeddings=LENGTH + offset, type_vocab_size=2, num_labels=labels, pad_token_id=1, **fields,
     )  # fmt: skip
     return noisy(auto.from_config(config))
 
@@ -110,7 +110,27 @@ def test_there_and_back(kind, auto):
     if auto is AutoModel:
         back.pooler.load_state_dict(stock.pooler.state_dict())
     assert (outputs(back, inputs) - outputs(stock, inputs)).abs().max() <= 1e-12
-    assert back.config.max_position_embeddings == stock.config.max_position_embeddings
+    kept = (
+        *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+        *("max_position_embeddings", "type_vocab_size", "layer_norm_eps", "hidden_dropout_prob", "initializer_range"),
+        *("attention_probs_dropout_prob", "tie_word_embeddings", "id2label", "problem_type", "pad_token_id"),
+        *("bos_token_id", "eos_token_id"),
+    )
+    assert {name: getattr(back.config, name) for name in kept} == {name: getattr(stock.config, name) for name in kept}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_untied_heads_and_problem_types_survive(kind):
+    stock = stock_encoder(kind, AutoModelForMaskedLM, tie_word_embeddings=False, initializer_range=0.3)
+    ours = linformer_from_stock(stock, projection="mean_pool", projected_size=LENGTH)
+    inputs = encoder_inputs(AutoModelForMaskedLM)
+    assert ours.lm_head.weight is not ours.model.embed_tokens.weight
+    for model in (ours, linformer_to_stock(ours, kind)):
+        assert (outputs(model, inputs) - outputs(stock, inputs)).abs().max() <= 1e-12
+    problem = "multi_label_classification"
+    stock = stock_encoder(kind, AutoModelForSequenceClassification, problem_type=problem)
+    ours = linformer_from_stock(stock)
+    assert ours.config.problem_type == linformer_to_stock(ours, kind).config.problem_type == problem
 
 
 def test_mean_pool_start_averages_windows():
