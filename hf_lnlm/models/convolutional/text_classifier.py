@@ -29,14 +29,22 @@ def embed_inputs(
         inputs_embeds: `(batch, length, width)`.
 
     Raises:
-        ValueError: both or none of the inputs are given, or the sequence is empty.
+        ValueError: both or none of the inputs are given, the sequence is empty, or (on a CPU) an id has no embedding.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("exactly one of input_ids and inputs_embeds must be given, got both or none")
-    hidden = embedding(input_ids) if inputs_embeds is None else inputs_embeds
+    hidden = _looked_up(embedding, input_ids) if inputs_embeds is None else inputs_embeds
     if hidden.dim() != 3 or hidden.shape[1] == 0:
         raise ValueError(f"the input must be (batch, length) with length >= 1, got shape {tuple(hidden.shape[:-1])}")
     return hidden
+
+
+def _looked_up(embedding: nn.Module, input_ids: torch.Tensor | None) -> torch.Tensor:
+    try:
+        return embedding(input_ids)
+    except IndexError as error:  # torch names neither the argument nor its value
+        low, high = (int(value) for value in torch.aminmax(input_ids)) if input_ids is not None else (0, 0)
+        raise ValueError(f"input_ids must be between 0 and vocab_size - 1, got values from {low} to {high}") from error
 
 
 def plan_rows(attention_mask: torch.Tensor | None, hidden: torch.Tensor) -> Justified | None:

@@ -116,5 +116,5 @@ def test_inputs_that_do_not_fit_are_refused():
         model(ids[:, :0])
     with pytest.raises(ValueError, match=r"\(1, 3\), got \(1, 2\)"):
         model(ids, torch.ones(1, 2))
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="input_ids must be between 0 and vocab_size - 1, got values from"):
         model(torch.tensor([[77]]))
