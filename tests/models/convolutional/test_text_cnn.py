@@ -142,15 +142,40 @@ def test_max_norm_survives_transformers_own_trainer(tmp_path):
     model = make(max_norm=0.2)
     rows = [{"input_ids": ids, "labels": index % 3} for index, ids in enumerate(token_ids(8, 6))]
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=4, per_device_train_batch_size=4, learning_rate=0.5, report_to=[], use_cpu=True,
-        save_strategy="no", disable_tqdm=True,
+        str(tmp_path), max_steps=4, per_device_train_batch_size=8, learning_rate=0.5, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0,
     )  # fmt: skip
     Trainer(model, arguments, train_dataset=rows).train()
+    projected = by_hand_with_projection(rows, bound=0.2, steps=4, rate=0.5)
+    unbounded = by_hand_with_projection(rows, bound=None, steps=4, rate=0.5)
     ids = token_ids(4, 6)
-    scores = model.eval()(ids).logits
-    model.train()(ids)  # projects
-    assert long_rows(model) <= 0.2 + 1e-6
-    torch.testing.assert_close(model.eval()(ids).logits, scores)
+    model.save_pretrained(tmp_path / "saved")  # before anything has projected the last step
+    for trained in (model, TextCNNForSequenceClassification.from_pretrained(tmp_path / "saved")):
+        torch.testing.assert_close(trained.eval()(ids).logits, projected(ids).logits)
+    assert not torch.allclose(unbounded(ids).logits, projected(ids).logits, atol=0.05)
+
+
+def by_hand_with_projection(rows, bound, steps, rate):
+    """Whole-batch gradient descent that scales the classifier's rows back to the bound after every step."""
+    model = make(max_norm=None).train()
+    ids, labels = torch.stack([row["input_ids"] for row in rows]), torch.tensor([row["labels"] for row in rows])
+    weight, turned_back = model.classifier.weight, 0
+
+    def project():
+        lengths = weight.norm(dim=1, keepdim=True)
+        weight.mul_((bound / lengths).clamp(max=1.0))
+        return int((lengths > bound).any())
+
+    with torch.no_grad():
+        turned_back += 0 if bound is None else project()
+    for _ in range(steps):
+        gradients = torch.autograd.grad(model(ids, labels=labels).loss, list(model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients):
+                parameter.sub_(gradient, alpha=rate)
+            turned_back += 0 if bound is None else project()
+    assert bound is None or turned_back > 1, "the bound never mattered"
+    return model.eval()
 
 
 def test_without_a_bound_rows_grow():
@@ -186,9 +211,9 @@ def test_inputs_that_do_not_fit_are_refused():
         model(ids[:, :0])
     with pytest.raises(ValueError, match=r"\(2, 5\), got \(2, 4\)"):
         model(ids, torch.ones(2, 4))
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="input_ids must be between 0 and vocab_size - 1, got values from"):
         model(torch.full((1, 3), 61))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"labels must have shape \(2,\), got \(3,\)"):
         model(ids, labels=torch.tensor([0, 1, 2]))
 
 
