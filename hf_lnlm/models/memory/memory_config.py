@@ -32,7 +32,8 @@ class MemoryConfig(LNLMConfig):
         bidirectional: whether each layer also reads backwards; outputs add up. Not for language models.
         input_size: width of continuous `inputs_embeds`; the model then has no token embeddings. None for tokens.
         output_size: bits a step of sequence transduction; `hidden_size` if None.
-        recompute_states: whether training keeps only every √(2T)-th state and runs the steps between again.
+        recompute_states: whether training keeps only the state before every chunk of about √T steps and runs a chunk
+            again for its gradients.
         output_addressing: whether weightings and gates are returned unless told otherwise.
 
     Raises:

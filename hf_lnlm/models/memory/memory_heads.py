@@ -272,8 +272,9 @@ def bit_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any
     counted = labels != IGNORED
     targets = torch.where(counted, labels, 0).float()
     if labels.device.type == "cpu" and not is_torchdynamo_compiling():
-        wrong = targets[~((targets >= 0) & (targets <= 1))]
-        if wrong.numel():
+        low, high = targets.aminmax() if targets.numel() else (targets.new_zeros(()), targets.new_zeros(()))
+        if not (low >= 0 and high <= 1):  # NaN is neither
+            wrong = targets[~((targets >= 0) & (targets <= 1))]
             raise ValueError(f"labels must be between 0 and 1, or -100 to be ignored, got {float(wrong[0])}")
-    losses = binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
-    return normalised((losses * counted).sum(), counted.sum(), num_items_in_batch)
+    total = binary_cross_entropy_with_logits(logits.float(), targets, counted.float(), reduction="sum")
+    return normalised(total, counted.sum(), num_items_in_batch)

@@ -7,14 +7,20 @@ References:
 
 Glossary: `looks` what the addressing did, for people to look at; x_t `inputs`; [h_t ; r_t] `outputs` of the operation.
 
+With `recompute_states` training runs chunks of about √T steps, output projection included, keeps the state before each
+and runs a chunk again when its gradients are wanted (Chen et al. 2016, arXiv 1604.06174).
+
 Deliberate deviations: the memory's core runs in float32 whatever the model's type (its products of usages and its
 powers leave bfloat16 nothing); layers are residual blocks unless the config says otherwise.
 
 Complexity: that of the operation, O(T) steps a layer.
 """
 
+import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ...nn.effective_weight import effective_weight
 from ...nn.masks import SequenceMarks
 from ...nn.ragged import RowLayout, batch_state, gather_rows, rows_state, scatter_rows
+from ...nn.recompute import recomputed
 from .memory_config import MemoryConfig
 
 States = tuple[torch.Tensor, ...]
@@ -35,6 +42,9 @@ class Run(NamedTuple):
     outputs: torch.Tensor  # `(B, T, controller + reads)`
     states: States
     looks: Looks  # `(B, T, ...)` each
+
+
+Operate = Callable[..., Run]  # inputs, gates, states, mask, backend
 
 
 class Gates(NamedTuple):
@@ -54,6 +64,11 @@ def core_dtype(dtype: torch.dtype) -> torch.dtype:
         dtype: of the inputs.
     """
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _own_precision(device: torch.device) -> Any:
+    """Context in which autocast changes no type; entering one costs more than asking whether it is needed."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 class MemoryCell(nn.Module):
@@ -76,6 +91,7 @@ class MemoryCell(nn.Module):
         self.input_proj = nn.Linear(sizes[0], gates)
         self.recurrent_proj = nn.Linear(self.recurrent_size, gates, bias=False)
         self.interface_proj = nn.Linear(size, num_interface)
+        self.output_features = size + reads
         self.output_proj = nn.Linear(size + reads, sizes[1])
         self.output_norm = nn.LayerNorm(size + reads) if config.layer_norm else None
         self.bypass_dropout = nn.Dropout(config.bypass_dropout)
@@ -126,7 +142,12 @@ class MemoryCell(nn.Module):
         return Gates(*[tensor.to(core_dtype(inputs.dtype)) for tensor in found])
 
     def forward(
-        self, inputs: torch.Tensor, states: States | None, marks: SequenceMarks, reverse: bool = False
+        self,
+        inputs: torch.Tensor,
+        states: States | None,
+        marks: SequenceMarks,
+        reverse: bool = False,
+        look: bool = True,
     ) -> tuple[torch.Tensor, States, Looks]:
         """Run over a batch.
 
@@ -135,51 +156,120 @@ class MemoryCell(nn.Module):
             states: carried state, or None for the initial one.
             marks: which positions are real and where documents begin.
             reverse: whether to read from the last position to the first.
+            look: whether anybody wants the addressing; without it recomputed chunks drop theirs.
 
         Returns:
             outputs `(B, T, output width)`, final state, addressing `(B, T, ...)`.
         """
-        with torch.autocast(inputs.device.type, enabled=False):
+        with _own_precision(inputs.device):
             core = inputs.to(core_dtype(inputs.dtype))
             initial = self.initial_states(inputs.shape[0], core)
             states = initial if states is None else tuple(s.to(core.dtype) for s in states)
             gates = self.gates(inputs)
-            run = self._run(core, gates, states, initial, marks, reverse)
-        outputs = run.outputs.to(inputs.dtype)
+        operate: Operate = self._operate
+        chunked = self.recompute and torch.is_grad_enabled() and not marks.traced
+        if chunked:
+            operate = partial(self._operate_chunks, dtype=inputs.dtype, look=look)
+        run = self._run(operate, core, gates, states, initial, marks, reverse)
+        if not chunked:
+            return self._project(run.outputs, inputs.dtype), run.states, run.looks
+        outputs = run.outputs
+        if marks.layout is not None:  # scattered chunks are zero at masked positions, where projections of zero belong
+            nothing = core.new_zeros(1, 1, self.output_features)
+            outputs = torch.where(marks.layout.mask[..., None], outputs, self._project(nothing, inputs.dtype))
+        return outputs, run.states, run.looks
+
+    def _project(self, outputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """From [h ; r] in the core's type to the layer's output."""
+        outputs = outputs.to(dtype)
         if self.output_norm is not None:
             outputs = self.output_norm(outputs)
         if self.training and self.bypass_dropout.p:
             hidden, reads = outputs.split([self.controller_size, outputs.shape[-1] - self.controller_size], -1)
             outputs = torch.cat([self.bypass_dropout(hidden), reads], -1)
-        return self.output_proj(outputs), run.states, run.looks
+        return self.output_proj(outputs)
+
+    def _operate(
+        self, inputs: torch.Tensor, gates: Gates, states: States, mask: torch.Tensor | None, backend: str
+    ) -> Run:
+        """`operate`, in the core's type whatever surrounds it."""
+        with _own_precision(inputs.device):
+            return self.operate(inputs, gates, states, mask, backend)
+
+    def _operate_chunks(
+        self,
+        inputs: torch.Tensor,
+        gates: Gates,
+        states: States,
+        mask: torch.Tensor | None,
+        backend: str,
+        dtype: torch.dtype,
+        look: bool,
+    ) -> Run:
+        """`_operate` and `_project` in chunks that keep nothing but the state before them."""
+        count = len(gates)
+
+        def chunk(inputs: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            state, real = (tensors[count:], None) if mask is None else (tensors[count:-1], tensors[-1])
+            run = self._operate(inputs, Gates(*tensors[:count]), state, real, backend)
+            return self._project(run.outputs, dtype), *run.states, *(run.looks if look else ())
+
+        size = math.ceil(math.sqrt(2 * inputs.shape[1]))
+        parts = inputs.split(size, 1)
+        masks = [()] * len(parts) if mask is None else [(real,) for real in mask.split(size, 1)]
+        parameters = [
+            *self.output_proj.parameters(),
+            *([] if self.output_norm is None else self.output_norm.parameters()),
+        ]
+        outputs, looks = [], []
+        for part, real in zip(parts, masks, strict=True):
+            results = recomputed(chunk, [part, *gates, *states, *real], parameters, 1 + len(states))
+            outputs.append(results[0])
+            looks.append(results[1 + len(states) :])
+            states = results[1 : 1 + len(states)]
+        return Run(torch.cat(outputs, 1), states, tuple(torch.cat(seen, 1) for seen in zip(*looks, strict=True)))
 
     def _run(
-        self, inputs: torch.Tensor, gates: Gates, states: States, initial: States, marks: SequenceMarks, reverse: bool
+        self,
+        operate: Operate,
+        inputs: torch.Tensor,
+        gates: Gates,
+        states: States,
+        initial: States,
+        marks: SequenceMarks,
+        reverse: bool,
     ) -> Run:
         if marks.layout is not None:
-            return self._run_rows(inputs, gates, states, initial, marks.layout, reverse)
+            return self._run_rows(operate, inputs, gates, states, initial, marks.layout, reverse)
         if marks.traced:
             return self._run_traced(inputs, gates, states, initial, marks, reverse)
-        run = self.operate(inputs.flip(1) if reverse else inputs, gates, states, None, self.backend)
+        run = operate(inputs.flip(1) if reverse else inputs, gates, states, None, self.backend)
         return _flip(run) if reverse else run
 
     def _run_rows(
-        self, inputs: torch.Tensor, gates: Gates, states: States, initial: States, layout: RowLayout, reverse: bool
+        self,
+        operate: Operate,
+        inputs: torch.Tensor,
+        gates: Gates,
+        states: States,
+        initial: States,
+        layout: RowLayout,
+        reverse: bool,
     ) -> Run:
         """Every document in a row of its own, its real tokens first."""
         index = layout.reversed_index if reverse else layout.index
         place = layout.reversed_place if reverse else layout.place
         if index.shape[0] == 0:
-            return self._run_nothing(inputs, gates, states)
+            return self._run_nothing(operate, inputs, gates, states)
         mask = torch.arange(index.shape[1], device=inputs.device) < layout.lengths[:, None]
         begin = tuple(rows_state(s, first[:1], layout) for s, first in zip(states, initial, strict=True))
-        run = self.operate(gather_rows(inputs, index), gates, begin, mask, self.backend)
+        run = operate(gather_rows(inputs, index), gates, begin, mask, self.backend)
         final = tuple(batch_state(new, old, layout) for new, old in zip(run.states, states, strict=True))
         return Run(scatter_rows(run.outputs, place, layout.mask), final, tuple(_scatter(run.looks, place, layout.mask)))
 
-    def _run_nothing(self, inputs: torch.Tensor, gates: Gates, states: States) -> Run:
-        """A batch without any real token: outputs zero, the state as it was."""
-        run = self.operate(inputs[:, :1], gates, states, torch.zeros_like(inputs[:, :1, 0], dtype=torch.bool), "eager")
+    def _run_nothing(self, operate: Operate, inputs: torch.Tensor, gates: Gates, states: States) -> Run:
+        """A batch without any real token: outputs of zero, the state as it was."""
+        run = operate(inputs[:, :1], gates, states, torch.zeros_like(inputs[:, :1, 0], dtype=torch.bool), "eager")
         shapes = [(inputs.shape[0], inputs.shape[1], *look.shape[2:]) for look in run.looks]
         outputs = run.outputs.expand(-1, inputs.shape[1], -1)
         return Run(outputs, states, tuple(inputs.new_zeros(shape) for shape in shapes))
@@ -193,12 +283,12 @@ class MemoryCell(nn.Module):
         if reverse:
             inputs, mask = inputs.flip(1), None if mask is None else mask.flip(1)
         if starts is None:
-            run = self.operate(inputs, gates, states, mask, "eager")
+            run = self._operate(inputs, gates, states, mask, "eager")
             return _flip(run) if reverse else run
         steps = []
         for t in range(inputs.shape[1]):
             states = _restart(states, initial, starts[:, t])
-            step = self.operate(
+            step = self._operate(
                 inputs[:, t : t + 1], gates, states, mask[:, t : t + 1] if mask is not None else None, "eager"
             )
             states = step.states
@@ -244,12 +334,12 @@ class MemoryLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
-        self, hidden_states: torch.Tensor, states: States | None, marks: SequenceMarks
+        self, hidden_states: torch.Tensor, states: States | None, marks: SequenceMarks, look: bool = True
     ) -> tuple[torch.Tensor, States, Looks]:
         """Run the layer; see `MemoryCell.forward`. The state and addressing are those of the forward direction."""
         inputs = hidden_states if self.norm is None else self.norm(hidden_states)
-        outputs, states, looks = self.forwards(inputs, states, marks)
+        outputs, states, looks = self.forwards(inputs, states, marks, look=look)
         if self.backwards is not None:
-            outputs = outputs + self.backwards(inputs, None, marks, reverse=True)[0]
+            outputs = outputs + self.backwards(inputs, None, marks, reverse=True, look=False)[0]
         outputs = self.dropout(outputs)
         return outputs if self.norm is None else hidden_states + outputs, states, looks

@@ -45,6 +45,13 @@ class AddressingOutput(ModelOutput):
     write_gates: tuple[torch.Tensor, ...] | None = None
     read_modes: tuple[torch.Tensor, ...] | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; one that is None is not among the output's keys, and needs no search through all fields."""
+        if value is None:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
 
 @dataclass
 class MemoryModelOutput(AddressingOutput, BaseModelOutputWithPast):
@@ -103,6 +110,7 @@ class MemoryModel(MemoryPreTrainedModel):
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.hidden_size) if config.residual else None
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.input_width, self.bidirectional = int(config.input_size or config.hidden_size), config.bidirectional
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -155,15 +163,15 @@ class MemoryModel(MemoryPreTrainedModel):
         hidden_states = self._embed(input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache)
         marks = sequence_marks(hidden_states, attention_mask, position_ids, seq_idx, cache)
+        wanted = bool(self.config.output_addressing if output_addressing is None else output_addressing)
         looks: list[Looks] = []
         for index, layer in enumerate(self.layers):
             states = self._read(cache, index, hidden_states)
-            hidden_states, states, look = layer(hidden_states, states, marks)
+            hidden_states, states, look = layer(hidden_states, states, marks, wanted)
             looks.append(look)
             if cache is not None:
                 parts = dict(zip(self.state_names, states, strict=True))
                 cache.layers[index].write(self.config.model_type, parts, hidden_states.shape[1])
-        wanted = self.config.output_addressing if output_addressing is None else output_addressing
         return MemoryModelOutput(
             last_hidden_state=hidden_states if self.norm is None else self.norm(hidden_states),
             past_key_values=cache if use_cache else None,
@@ -182,14 +190,14 @@ class MemoryModel(MemoryPreTrainedModel):
                 )
             _check_positions("input_ids", input_ids, 2, "(batch, length)")
             inputs_embeds = self.embed_tokens(input_ids)
-        width = self.config.input_size or self.config.hidden_size
+        width = self.input_width
         _check_positions("inputs_embeds", inputs_embeds, 3, f"(batch, length, {width})", width)
         if self.input_projection is not None:
             inputs_embeds = self.input_projection(inputs_embeds)
         return self.dropout(inputs_embeds)
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
-        if self.config.bidirectional:
+        if self.bidirectional:
             if past_key_values is not None:
                 raise ValueError("a bidirectional model reads whole sequences: past_key_values must be None")
             return None

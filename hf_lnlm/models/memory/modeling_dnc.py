@@ -73,7 +73,7 @@ class DNCCell(MemoryCell):
     ) -> Run:
         """Run the neural computer; see `MemoryCell.operate`."""
         weights = DNCWeights(*gates)
-        result = dnc_memory(inputs, weights, DNCState(*states), self.options, mask, backend, self.recompute)
+        result = dnc_memory(inputs, weights, DNCState(*states), self.options, mask, backend)
         return Run(result.outputs, result.state, tuple(result.addressing))
 
 

@@ -96,7 +96,7 @@ class NTMCell(MemoryCell):
     ) -> Run:
         """Run the Turing machine; see `MemoryCell.operate`."""
         weights = NTMWeights(*gates)
-        result = ntm_memory(inputs, weights, NTMState(*states), self.options, mask, backend, self.recompute)
+        result = ntm_memory(inputs, weights, NTMState(*states), self.options, mask, backend)
         reads = self.options.num_read_heads
         return Run(result.outputs, result.state, (result.weightings[:, :, :reads], result.weightings[:, :, reads:]))
 

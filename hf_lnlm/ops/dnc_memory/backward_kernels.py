@@ -8,10 +8,10 @@ Complexity: as forward, with two visits of each link row instead of one, and one
 from typing import Any, NamedTuple
 
 from ..ntm_memory.controller_kernels import controller_backward
+from ..ntm_memory.product_kernels import add_product
 from ..ntm_memory.vector_kernels import (
     ONE,
     ZERO,
-    add_product,
     add_scaled,
     borrowed,
     compiled,
@@ -20,9 +20,11 @@ from ..ntm_memory.vector_kernels import (
     copy_rows,
     dot,
     fill_row,
+    flush_tiny,
     inverse_norms,
     np,
     read_backward,
+    restore_tiny,
     sigmoid,
     write_backward,
 )
@@ -409,15 +411,15 @@ def _run_chunk_again(
     for t in range(start, stop):
         k = t - start
         copy_rows(memories[k], memories[k + 1])
-        for i in range(links.shape[1]):
-            copy_rows(links[k, i], links[k + 1, i])
         if mask[b, t] == 0:
+            for i in range(links.shape[1]):
+                copy_rows(links[k, i], links[k + 1, i])
             continue
         activate(sizes, at, history.interface[b, t], scratch.active, low)
         retain(at, scratch.active, history.read[b, t], -1, scratch.retention)
         write_step(sizes, at, memories[k + 1], history.write[b, t + 1], scratch)
         for i in range(links.shape[1]):
-            advance_links(links[k + 1, i], history.precedence[b, t, i], history.write[b, t + 1, i])
+            advance_links(links[k, i], history.precedence[b, t, i], history.write[b, t + 1, i], links[k + 1, i])
 
 
 @compiled
@@ -425,7 +427,8 @@ def _controller_step_backward(
     sizes: Any, history: Any, gradients: Any, mask: Any, t: Any, recurrent: Any, interface: Any, first: Any, last: Any
 ) -> None:
     """From the interface's gradient through the controller to the gradient of [h ; r] of the step before."""
-    add_product(gradients.hidden, 0, 0, gradients.interface, t, 0, interface, first, last)
+    size = sizes.hidden
+    add_product(sizes.tiled, gradients.hidden, 0, 0, size, gradients.interface, t, 0, interface, first, last)
     for b in range(first, last):
         if mask[b, t] != 0:
             d_hidden = gradients.hidden[b, 0]
@@ -434,8 +437,9 @@ def _controller_step_backward(
                 gradients.gates, b,
             )  # fmt: skip
             fill_row(d_hidden, ZERO)
-    skip = 0 if sizes.lstm else sizes.hidden
-    add_product(gradients.hidden, 0, skip, gradients.gates, t, 0, recurrent, first, last)
+    skip = 0 if sizes.lstm else size
+    columns = gradients.hidden.shape[2] - skip
+    add_product(sizes.tiled, gradients.hidden, 0, skip, columns, gradients.gates, t, 0, recurrent, first, last)
 
 
 @compiled_loop
@@ -443,10 +447,11 @@ def backward_loop(
     sizes: Any, at: Any, history: Any, gradients: Any, chunk: Any, mask: Any, recurrent: Any, interface: Any,
     limits: Any, scratch: Any, rows: Any,
 ) -> None:  # fmt: skip
-    """Runs all samples backward, chunk by chunk; `recurrent` (4H, ·) and `interface` (I, H) are the plain weights."""
+    """Runs all samples backward, chunk by chunk; `recurrent` (4H, ·) and `interface` (I, H) are the weights."""
     batch, steps, _ = history.interface.shape
     history, gradients, chunk, scratch = borrowed(history), borrowed(gradients), borrowed(chunk), borrowed(scratch)
     rows, mask, recurrent, interface = borrowed(rows), borrowed(mask), borrowed(recurrent), borrowed(interface)
+    before = flush_tiny()
     for first in range(0, batch, GROUP):
         last = min(first + GROUP, batch)
         for start in range((steps - 1) // sizes.every * sizes.every, -1, -sizes.every):
@@ -464,3 +469,4 @@ def backward_loop(
                             sizes, at, history, gradients, chunk, b - first, t - start, b, t, limits, scratch, rows
                         )
                 _controller_step_backward(sizes, history, gradients, mask, t, recurrent, interface, first, last)
+    restore_tiny(before)

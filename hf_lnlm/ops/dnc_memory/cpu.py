@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..ntm_memory.product_kernels import FEW, product_weights
+from ..ntm_memory.vector_kernels import np
 from .backward_kernels import Chunk, Gradients, backward_loop, make_rows
 from .cpu_kernels import GROUP, History, Sizes, forward_loop, make_scratch
 from .layout import DNCAddressing, DNCOptions, DNCOutputs, DNCState, DNCWeights, Places, gate_history, places
@@ -63,6 +65,7 @@ def _plan(steps: int, state: DNCState, options: DNCOptions, keep: bool, recomput
     sizes = Sizes(
         state.hidden.shape[1], options.num_read_heads, options.num_write_heads, state.memory.shape[2], every,
         options.controller == "lstm", options.temporal_links, options.masking, options.deallocation,
+        min(GROUP, state.memory.shape[0]) >= FEW,
     )  # fmt: skip
     at = places(options, state.memory.shape[2])
     return _Plan(sizes, at, (options.interface_clip, options.mask_min), block, recompute)
@@ -75,7 +78,7 @@ def _arrays(tensors: Any) -> Any:
 
 def _limits(plan: _Plan) -> Any:
     """The limits as float32 numbers of numpy."""
-    return tuple(torch.tensor(plan.limits, dtype=torch.float32, device="cpu").numpy())
+    return tuple(np.float32(limit) for limit in plan.limits)
 
 
 def _start_history(plan: _Plan, x: torch.Tensor, weights: Tensors, state: _Carried) -> History:
@@ -108,12 +111,15 @@ def _start_history(plan: _Plan, x: torch.Tensor, weights: Tensors, state: _Carri
 
 
 def _run_block(
-    plan: _Plan, x: torch.Tensor, mask: torch.Tensor, weights: Tensors, state: _Carried
+    plan: _Plan, x: torch.Tensor, mask: torch.Tensor, weights: Tensors, products: list[torch.Tensor], state: _Carried
 ) -> tuple[History, _Carried]:
     """One block forward: its history and the state after it (copies; the given state is left alone)."""
+    memory, link = (
+        state.memory.clone(),
+        state.link.clone(),
+    )  # first, for they outlive the history, whose place is then free
     history = _start_history(plan, x, weights, state)
-    memory, link = state.memory.clone(), state.link.clone()
-    recurrent, interface = weights[2].t().contiguous(), weights[3].t().contiguous()
+    recurrent, interface = products
     forward_loop(
         plan.sizes, plan.at, _arrays(history), memory.numpy(), link.numpy(), mask.numpy(), recurrent.numpy(),
         interface.numpy(), weights[4].numpy(), _limits(plan), make_scratch(plan.sizes, memory.shape[2], plan.at.end),
@@ -123,12 +129,15 @@ def _run_block(
 
 
 def _block_gradients(
-    plan: _Plan, x: torch.Tensor, mask: torch.Tensor, weights: Tensors, history: History, gradients: Gradients,
-    totals: list[torch.Tensor],
-) -> torch.Tensor:  # fmt: skip
-    """One block backward: adds to the weights' `totals`, leaves the state's gradients in place, returns that of
-    `x`."""
-    inputs, _, recurrent, interface, _ = weights
+    plan: _Plan,
+    x: torch.Tensor,
+    mask: torch.Tensor,
+    products: list[torch.Tensor],
+    history: History,
+    gradients: Gradients,
+) -> list[torch.Tensor]:
+    """One block backward: leaves the state's gradients in place, returns those of the weights."""
+    recurrent, interface = products
     slots = gradients.memory.shape[2]
     shape = (min(GROUP, x.shape[0]), min(plan.sizes.every, x.shape[1]) + 1)
     chunk = Chunk(x.new_empty(*shape, *gradients.memory.shape[1:]), x.new_empty(*shape, *gradients.link.shape[1:]))
@@ -138,12 +147,13 @@ def _block_gradients(
     )  # fmt: skip
     d_gates, d_interface = gradients.gates.flatten(0, 1), gradients.interface.flatten(0, 1)
     first = 0 if plan.sizes.lstm else plan.sizes.hidden
-    totals[0].addmm_(d_gates.t(), x.reshape(d_gates.shape[0], -1))
-    totals[1].add_(d_gates.sum(0))
-    totals[2].addmm_(d_gates.t(), history.hidden[:, :-1, first:].flatten(0, 1))
-    totals[3].addmm_(d_interface.t(), history.hidden[:, 1:, : plan.sizes.hidden].flatten(0, 1))
-    totals[4].add_(d_interface.sum(0))
-    return (d_gates @ inputs).view_as(x)
+    return [
+        d_gates.t() @ x.reshape(d_gates.shape[0], -1),
+        d_gates.sum(0),
+        d_gates.t() @ history.hidden[:, :-1, first:].flatten(0, 1),
+        d_interface.t() @ history.hidden[:, 1:, : plan.sizes.hidden].flatten(0, 1),
+        d_interface.sum(0),
+    ]
 
 
 def _put(whole: torch.Tensor | None, block: torch.Tensor, part: slice, steps: int) -> torch.Tensor:
@@ -156,27 +166,43 @@ def _put(whole: torch.Tensor | None, block: torch.Tensor, part: slice, steps: in
     return whole
 
 
+class _Run(NamedTuple):
+    """A whole sequence forward."""
+
+    outputs: torch.Tensor
+    looks: list[torch.Tensor]  # readings, writings, usages, interfaces
+    state: _Carried
+    kept: list[torch.Tensor]
+
+
+def _run(plan: _Plan, mask: torch.Tensor, x: torch.Tensor, weights: Tensors, state: _Carried) -> _Run:
+    """Runs block after block; `kept` is what the backward pass needs."""
+    products = product_weights(plan.sizes.tiled, weights[2].t(), weights[3].t())
+    kept: list[torch.Tensor] = []
+    wholes: list[Any] = [None] * 5
+    for start in range(0, x.shape[1], plan.block):
+        part = slice(start, start + plan.block)
+        if plan.recompute:
+            kept += state
+        history, state = _run_block(plan, x[:, part], mask[:, part].contiguous(), weights, products, state)
+        seen = (history.hidden, history.read, history.write, history.usage)
+        blocks = [*[rows[:, 1:] for rows in seen], history.interface]
+        wholes = [_put(*pair, part, x.shape[1]) for pair in zip(wholes, blocks, strict=True)]
+    copies = [tensor.clone() for tensor in state[1:6]]  # views would keep the history alive
+    after = _Carried(*[state.hidden, *copies, state.memory, state.link])
+    return _Run(wholes[0], wholes[1:], after, kept if plan.recompute else list(history))
+
+
 class _Loop(torch.autograd.Function):
     """The recurrence: outputs, the carried state but for its first part, and four histories to look at."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, mask: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor) -> Any:
-        weights, state = tensors[:5], _Carried(*tensors[5:])
-        kept: list[torch.Tensor] = []
-        wholes: list[torch.Tensor | None] = [None] * 5
-        for start in range(0, x.shape[1], plan.block):
-            part = slice(start, start + plan.block)
-            if plan.recompute:
-                kept += state
-            history, state = _run_block(plan, x[:, part], mask[:, part].contiguous(), weights, state)
-            seen = (history.hidden, history.read, history.write, history.usage)
-            blocks = [*[rows[:, 1:] for rows in seen], history.interface]
-            wholes = [_put(*pair, part, x.shape[1]) for pair in zip(wholes, blocks, strict=True)]
+        run = _run(plan, mask, x, tensors[:5], _Carried(*tensors[5:]))
         ctx.plan = plan
-        ctx.save_for_backward(mask, x, *weights, *(kept if plan.recompute else history))
-        outputs, *looks = wholes
-        ctx.mark_non_differentiable(*looks)
-        return outputs, *[tensor.clone() for tensor in state[1:6]], state.memory, state.link, *looks
+        ctx.save_for_backward(mask, x, *tensors[:5], *run.kept)
+        ctx.mark_non_differentiable(*run.looks)
+        return run.outputs, *run.state[1:], *run.looks
 
     @staticmethod
     @once_differentiable
@@ -185,19 +211,25 @@ class _Loop(torch.autograd.Function):
         plan, weights, kept = ctx.plan, tuple(saved[:5]), saved[5:]
         after = [d_out.new_zeros(d_out.shape[0], 1, d_out.shape[2])]
         after += [d.clone(memory_format=torch.contiguous_format) for d in d_rest[:7]]
-        totals, d_x = [torch.zeros_like(weight) for weight in weights], torch.empty_like(x)
+        products = product_weights(plan.sizes.tiled, weights[2], weights[3])
+        again = product_weights(plan.sizes.tiled, weights[2].t(), weights[3].t()) if plan.recompute else []
+        totals: list[torch.Tensor] = []
+        d_x = torch.empty_like(x) if ctx.needs_input_grad[2] else None
         for start in reversed(range(0, x.shape[1], plan.block)):
             part = slice(start, start + plan.block)
             x_part, mask_part = x[:, part], mask[:, part].contiguous()
             if plan.recompute:
                 index = len(_Carried._fields) * (start // plan.block)
                 state = _Carried(*kept[index : index + len(_Carried._fields)])
-                history, _ = _run_block(plan, x_part, mask_part, weights, state)
+                history, _ = _run_block(plan, x_part, mask_part, weights, again, state)
             else:
                 history = History(*kept)
             fresh = torch.empty_like(history.gates), torch.empty_like(history.interface)
             gradients = Gradients(*[d_out[:, part].contiguous(), *after, *fresh])
-            d_x[:, part] = _block_gradients(plan, x_part, mask_part, weights, history, gradients, totals)
+            found = _block_gradients(plan, x_part, mask_part, products, history, gradients)
+            totals = [total.add_(more) for total, more in zip(totals, found, strict=True)] if totals else found
+            if d_x is not None:
+                d_x[:, part] = gradients.gates @ weights[0]
         return None, None, d_x, *totals, after[0].squeeze(1), *after[1:]
 
 
@@ -235,7 +267,12 @@ def dnc_memory_cpu(
     plan = _plan(steps, state, options, keep, keep and recompute)
     ones = torch.ones(inputs.shape[:2], dtype=torch.uint8, device="cpu") if mask is None else mask.to(torch.uint8)
     rows = [tensor.float().contiguous() for tensor in (inputs, *weights)]
-    results = _Loop.apply(plan, ones, *rows, *_carry(state, plan.sizes.lstm))
+    carried = _carry(state, plan.sizes.lstm)
+    if keep:
+        results = _Loop.apply(plan, ones, *rows, *carried)
+    else:
+        run = _run(plan, ones, rows[0], tuple(rows[1:]), _Carried(*carried))
+        results = (run.outputs, *run.state[1:], *run.looks)
     outputs, cells, usage, precedence, write, read, memory, link, *looks = results
     last = outputs[:, -1].clone()  # a view would keep all outputs alive
     cells = cells if plan.sizes.lstm else state.cells

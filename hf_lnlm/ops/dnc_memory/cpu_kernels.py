@@ -16,9 +16,9 @@ Complexity: time O(T·(H² + heads·N·W + K·N²)) a sample; stored O(T·(H + (
 from typing import Any, NamedTuple
 
 from ..ntm_memory.controller_kernels import controller_forward
+from ..ntm_memory.product_kernels import add_product
 from ..ntm_memory.vector_kernels import (
     ONE,
-    add_product,
     add_scaled,
     borrowed,
     clamp,
@@ -28,9 +28,11 @@ from ..ntm_memory.vector_kernels import (
     content_weighting,
     copy_rows,
     fill_row,
+    flush_tiny,
     inverse_norms,
     np,
     read_memory,
+    restore_tiny,
     sigmoid,
     softplus,
     write_memory,
@@ -55,6 +57,7 @@ class Sizes(NamedTuple):
     linked: bool
     masked: bool
     deallocate: bool
+    tiled: bool
 
 
 class History(NamedTuple):
@@ -88,7 +91,7 @@ class Scratch(NamedTuple):
     keep: Any
     masked: Any
     masked_key: Any
-    order: Any
+    order: Any  # of each sample of a group: the step before's is nearly the next one's
     erases: Any
     adds: Any
 
@@ -104,7 +107,8 @@ def make_scratch(sizes: Sizes, slots: int, interface: int) -> Scratch:
     row, vectors = (slots,), (sizes.writes, sizes.width)
     shapes = [(interface,), row, row, row, row, (sizes.writes, slots), row, row, (sizes.width, slots), (sizes.width,)]
     rows = [np.empty(shape, np.float32) for shape in shapes]
-    order = np.arange(slots, dtype=np.int32)
+    order = np.empty((GROUP, sizes.writes, slots), np.int32)
+    order[:] = np.arange(slots)
     return Scratch(*[*rows, order, np.empty(vectors, np.float32), np.empty(vectors, np.float32)])
 
 
@@ -226,7 +230,9 @@ def _write_weighting(free: Any, by_content: Any, gate: Any, write: Any, out: Any
 
 
 @compiled
-def _choose_slots(sizes: Any, at: Any, memory: Any, usage: Any, after: Any, order: Any, scratch: Any) -> None:
+def _choose_slots(
+    sizes: Any, at: Any, memory: Any, usage: Any, after: Any, order: Any, place: Any, scratch: Any
+) -> None:
     """w^w_t of every write head; keeps each head's order of usage."""
     active = scratch.active
     if not sizes.masked:
@@ -234,9 +240,10 @@ def _choose_slots(sizes: Any, at: Any, memory: Any, usage: Any, after: Any, orde
     _copy_row(usage, scratch.usage[0])
     for i in range(sizes.writes):
         gate, write = active[at.allocation_gates + i], active[at.write_gates + i]
-        sort_slots(scratch.usage[i], scratch.order)
-        _copy_row(scratch.order, order[i])
-        allocate(scratch.usage[i], scratch.order, scratch.free)
+        sorted_slots = scratch.order[place, i]
+        sort_slots(scratch.usage[i], sorted_slots)
+        _copy_row(sorted_slots, order[i])
+        allocate(scratch.usage[i], sorted_slots, scratch.free)
         key_at, mask_at = at.write_keys + i * sizes.width, at.write_masks + i * sizes.width
         look_up(sizes, memory, active, key_at, at.write_strengths + i, mask_at, scratch, scratch.by_content)
         _write_weighting(scratch.free, scratch.by_content, gate, write, after[i])
@@ -277,16 +284,16 @@ def _choose_readings(sizes: Any, at: Any, memory: Any, forwards: Any, backwards:
 
 @compiled
 def _memory_step(
-    sizes: Any, at: Any, history: Any, memory: Any, link: Any, b: Any, t: Any, mask_min: Any, scratch: Any
+    sizes: Any, at: Any, history: Any, memory: Any, link: Any, b: Any, t: Any, place: Any, mask_min: Any, scratch: Any
 ) -> None:
-    """One step of one sample; `memory` and `link` go from t−1 to t."""
+    """One step of one sample, the `place`-th of its group; `memory` and `link` go from t−1 to t."""
     read_before, write_before = history.read[b, t], history.write[b, t]
     usage, write = history.usage[b, t + 1], history.write[b, t + 1]
     activate(sizes, at, history.interface[b, t], scratch.active, mask_min)
     retain(at, scratch.active, read_before, -1, scratch.retention)
     unwritten(write_before, -1, scratch.keep)
     _next_usage(history.usage[b, t], scratch.keep, scratch.retention, usage)
-    _choose_slots(sizes, at, memory, usage, write, history.order[b, t], scratch)
+    _choose_slots(sizes, at, memory, usage, write, history.order[b, t], place, scratch)
     write_step(sizes, at, memory, write, scratch)
     if sizes.linked:
         for i in range(sizes.writes):
@@ -339,25 +346,40 @@ def forward_loop(
 ) -> None:  # fmt: skip
     """Runs all samples through all steps.
 
-    `history.gates` holds the projected inputs and entry 0 of its state arrays the initial state; `memory` (B, W, N)
-    and `link` (B, K, N, N)
-    go from the first step to the last in place; `recurrent` and `interface` are transposed weights; `limits` are
-    clip and mask_min.
+    `history.gates` holds the projected inputs and entry 0 of its state arrays the initial state; `memory` (B, W, N) and
+    `link` (B, K, N, N) go from the first step to the last in place; `recurrent` and `interface` are `product_weights` of
+    the transposed weights; `limits` are clip and mask_min.
     """
     batch, steps, _ = history.interface.shape
     history, scratch, memory, link = borrowed(history), borrowed(scratch), borrowed(memory), borrowed(link)
     mask, recurrent, interface, bias = borrowed(mask), borrowed(recurrent), borrowed(interface), borrowed(bias)
+    before = flush_tiny()
     for first in range(0, batch, GROUP):
         last = min(first + GROUP, batch)
         for t in range(steps):
-            controller_forward(sizes.lstm, recurrent, history.gates, history.cells, history.hidden, t, first, last)
+            controller_forward(
+                sizes.lstm, sizes.tiled, recurrent, history.gates, history.cells, history.hidden, t, first, last
+            )
             for b in range(first, last):
                 _copy_row(bias, history.interface[b, t])
-            add_product(history.interface, t, 0, history.hidden, t + 1, 0, interface, first, last)
+            add_product(
+                sizes.tiled,
+                history.interface,
+                t,
+                0,
+                history.interface.shape[2],
+                history.hidden,
+                t + 1,
+                0,
+                interface,
+                first,
+                last,
+            )
             for b in range(first, last):
                 _store(sizes, history, memory[b], link[b], b, t)
                 _clip_row(history.interface[b, t], limits[0])
                 if mask[b, t] == 0:
                     _keep_state(sizes, history, b, t)
                 else:
-                    _memory_step(sizes, at, history, memory[b], link[b], b, t, limits[1], scratch)
+                    _memory_step(sizes, at, history, memory[b], link[b], b, t, b - first, limits[1], scratch)
+    restore_tiny(before)

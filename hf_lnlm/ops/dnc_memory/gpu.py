@@ -230,7 +230,7 @@ def dnc_memory_gpu(
     rows = [tensor.float().contiguous() for tensor in (inputs, *weights)]
     results = _Loop.apply(plan, real, *rows, *_carry(state, plan.sizes.lstm))
     outputs, cells, usage, precedence, write, read, memory, link, *looks = results
-    last = outputs[:, -1]
+    last = outputs[:, -1].clone()  # a view would keep all outputs alive
     cells = cells if plan.sizes.lstm else state.cells
     after = DNCState(last[:, :size], cells, last[:, size:], memory, usage, precedence, link, write, read)
     if mask is not None:

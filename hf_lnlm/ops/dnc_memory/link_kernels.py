@@ -1,8 +1,7 @@
 """Compiled loops of the neural computer over its temporal links and its order of usage.
 
-A link matrix is visited row by row, once forward and twice backward; each visit does everything that needs the row,
-since reading the
-matrix is what costs. No loop names more than five arrays (see `vector_kernels`).
+A link matrix is visited row by row, and a visit does as much as it can with the row, since reading the matrix is what
+costs.
 
 Glossary: `row` L[i,:] · `precedence` p_{t−1} · `weighting` w^w_t · `reading` w^r_{t−1} · `along` b, the backward
 weighting.
@@ -58,11 +57,11 @@ def allocate_backward(usage: Any, order: Any, d_allocation: Any, products: Any, 
 
 
 @compiled
-def _advance_row(row: Any, precedence: Any, weighting: Any, own: Any) -> None:
+def _advance_row(before: Any, precedence: Any, weighting: Any, own: Any, after: Any) -> None:
     """L_t[i,:] from L_{t−1}[i,:]; `own` is w[i]."""
     keep = ONE - own
-    for j in range(row.shape[0]):
-        row[j] = (keep - weighting[j]) * row[j] + own * precedence[j]
+    for j in range(before.shape[0]):
+        after[j] = (keep - weighting[j]) * before[j] + own * precedence[j]
 
 
 @compiled
@@ -90,11 +89,11 @@ def _follow(row: Any, reading: Any, along: Any, here: Any) -> Any:
 
 
 @compiled
-def advance_links(link: Any, precedence: Any, weighting: Any) -> None:
-    """L_t from L_{t−1}, in place."""
-    for i in range(link.shape[0]):
-        _advance_row(link[i], precedence, weighting, weighting[i])
-        link[i, i] = ZERO
+def advance_links(before: Any, precedence: Any, weighting: Any, after: Any) -> None:
+    """L_t from L_{t−1}, elsewhere."""
+    for i in range(before.shape[0]):
+        _advance_row(before[i], precedence, weighting, weighting[i], after[i])
+        after[i, i] = ZERO
 
 
 @compiled
@@ -142,16 +141,10 @@ def precedence_backward(before: Any, weighting: Any, d_precedence: Any, d_weight
 
 
 @compiled
-def _follow_backward(
-    gradient: Any, row: Any, reading: Any, here: Any, d_along: Any, d_reading: Any, d_forward: Any
-) -> Any:
-    """One row: G += df[i] w^r + w^r[i] db, d(w^r) += df[i] L[i,:]; returns L[i,:] · db for d(w^r)[i]."""
-    total = ZERO
-    for j in range(row.shape[0]):
-        gradient[j] += d_forward * reading[j] + here * d_along[j]
-        d_reading[j] += d_forward * row[j]
-        total += row[j] * d_along[j]
-    return total
+def _add_two(target: Any, x: Any, y: Any, a: Any, b: Any) -> None:
+    """target += a·x + b·y."""
+    for j in range(target.shape[0]):
+        target[j] += a * x[j] + b * y[j]
 
 
 @compiled
@@ -159,12 +152,12 @@ def follow_links_backward(
     gradient: Any, link: Any, readings: Any, d_forwards: Any, d_backwards: Any, d_readings: Any
 ) -> None:
     """Through f = L w^r and b = L^T w^r: adds to d(L_t) `(N, N)` and to `d_readings` `(R, N)`."""
+    for r in range(readings.shape[0]):
+        add_weighted_rows(link, d_forwards[r], ONE, d_readings[r])
+        for i in range(link.shape[0]):
+            d_readings[r, i] += dot(link[i], d_backwards[r])
+            _add_two(gradient[i], readings[r], d_backwards[r], d_forwards[r, i], readings[r, i])
     for i in range(link.shape[0]):
-        for r in range(readings.shape[0]):
-            here = readings[r, i]
-            d_readings[r, i] += _follow_backward(
-                gradient[i], link[i], readings[r], here, d_backwards[r], d_readings[r], d_forwards[r, i]
-            )
         gradient[i, i] = ZERO
 
 

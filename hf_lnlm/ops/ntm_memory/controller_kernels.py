@@ -9,7 +9,8 @@ Complexity: O(H) a sample and step beside the matrix products.
 
 from typing import Any
 
-from .vector_kernels import ONE, add_product, apply_tanh, compiled, sigmoid_in_place, tanh, tanh_in_place
+from .product_kernels import add_product
+from .vector_kernels import ONE, apply_tanh, compiled, sigmoid_in_place, tanh, tanh_in_place
 
 
 @compiled
@@ -89,11 +90,11 @@ def _feedforward_backward(hidden: Any, d_hidden: Any, d_gates: Any) -> None:
 
 @compiled
 def controller_forward(
-    lstm: Any, recurrent: Any, gates: Any, cells: Any, hidden: Any, t: Any, first: Any, last: Any
+    lstm: Any, tiled: Any, recurrent: Any, gates: Any, cells: Any, hidden: Any, t: Any, first: Any, last: Any
 ) -> None:
-    """Step `t` of the controller for the samples first ≤ b < last; `recurrent` is (H+R·W or R·W, 4H or H)."""
+    """Step `t` of the controller for the samples first ≤ b < last; `recurrent` comes from `product_weights`."""
     size = cells.shape[2]
-    add_product(gates, t, 0, hidden, t, 0 if lstm else size, recurrent, first, last)
+    add_product(tiled, gates, t, 0, gates.shape[2], hidden, t, 0 if lstm else size, recurrent, first, last)
     for b in range(first, last):
         if lstm:
             lstm_forward(gates[b, t], cells[b, t], cells[b, t + 1], hidden[b, t + 1])

@@ -24,8 +24,10 @@ from torch.autograd.function import once_differentiable
 
 from .cpu_kernels import Gradients, History, Sizes, backward_loop, forward_loop, make_scratch
 from .layout import NTMOptions, NTMOutputs, NTMState, NTMWeights
-from .vector_kernels import GROUP
+from .product_kernels import FEW, product_weights
+from .vector_kernels import GROUP, np
 
+Tensors = tuple[torch.Tensor, ...]
 _INFERENCE_BLOCK = 256  # steps whose history exists at one time when no gradient is wanted
 
 
@@ -49,6 +51,7 @@ def _plan(steps: int, state: NTMState, options: NTMOptions, keep: bool, recomput
     sizes = Sizes(
         state.hidden.shape[1], options.num_read_heads, options.num_write_heads, state.memory.shape[2],
         2 * options.shift_range + 1, every, options.controller == "lstm", options.read_before_write,
+        state.memory.shape[0] >= FEW,
     )  # fmt: skip
     return _Plan(sizes, options.interface_clip, block, recompute)
 
@@ -60,12 +63,10 @@ def _arrays(history: Any) -> Any:
 
 def _bound(clip: float) -> Any:
     """`clip` as a float32 number of numpy."""
-    return torch.tensor(clip, dtype=torch.float32, device="cpu").numpy()[()]
+    return np.float32(clip)
 
 
-def _start_history(
-    plan: _Plan, x: torch.Tensor, weights: tuple[torch.Tensor, ...], state: list[torch.Tensor]
-) -> History:
+def _start_history(plan: _Plan, x: torch.Tensor, weights: Tensors, state: list[torch.Tensor]) -> History:
     """Allocates a block's history, with projected inputs and the state before it."""
     inputs, bias, _, interface, _ = weights
     hidden, cells, weightings, memory = state
@@ -88,14 +89,14 @@ def _start_history(
 
 
 def _run_block(
-    plan: _Plan, x: torch.Tensor, mask: torch.Tensor, weights: tuple[torch.Tensor, ...], state: list[torch.Tensor]
-) -> tuple[History, list[torch.Tensor]]:
+    plan: _Plan, x: torch.Tensor, mask: torch.Tensor, weights: Tensors, products: list[torch.Tensor],
+    state: list[torch.Tensor],
+) -> tuple[History, list[torch.Tensor]]:  # fmt: skip
     """One block forward: its history and the state after it (copies; the given state is left alone)."""
+    memory = state[3].clone()  # first, for it outlives the history: what that leaves free then lies in one piece
     history = _start_history(plan, x, weights, state)
-    memory = state[3].clone()
-    recurrent, interface = weights[2].t().contiguous(), weights[3].t().contiguous()
     forward_loop(
-        plan.sizes, _arrays(history), memory.numpy(), mask.numpy(), recurrent.numpy(), interface.numpy(),
+        plan.sizes, _arrays(history), memory.numpy(), mask.numpy(), products[0].numpy(), products[1].numpy(),
         weights[4].numpy(), _bound(plan.clip), make_scratch(plan.sizes, memory.shape[2]),
     )  # fmt: skip
     return history, [history.hidden[:, -1], history.cells[:, -1], history.weightings[:, -1], memory]
@@ -107,12 +108,11 @@ def _start_gradients(x: torch.Tensor, history: History, out: torch.Tensor, after
 
 
 def _block_gradients(
-    plan: _Plan, x: torch.Tensor, mask: torch.Tensor, weights: tuple[torch.Tensor, ...], history: History,
-    gradients: Gradients, totals: list[torch.Tensor],
-) -> torch.Tensor:  # fmt: skip
-    """One block backward: adds to the weights' `totals`, leaves the state's gradients in place, returns that of
-    `x`."""
-    inputs, _, recurrent, interface, _ = weights
+    plan: _Plan, x: torch.Tensor, mask: torch.Tensor, products: list[torch.Tensor], history: History,
+    gradients: Gradients,
+) -> list[torch.Tensor]:  # fmt: skip
+    """One block backward: leaves the state's gradients in place, returns those of the weights."""
+    recurrent, interface = products
     rows = min(GROUP, x.shape[0])
     memories = x.new_empty(rows, min(plan.sizes.every, x.shape[1]) + 1, *gradients.memory.shape[1:])
     backward_loop(
@@ -121,12 +121,13 @@ def _block_gradients(
     )  # fmt: skip
     d_gates, d_interface = gradients.gates.flatten(0, 1), gradients.interface.flatten(0, 1)
     first = 0 if plan.sizes.lstm else plan.sizes.hidden
-    totals[0].addmm_(d_gates.t(), x.reshape(d_gates.shape[0], -1))
-    totals[1].add_(d_gates.sum(0))
-    totals[2].addmm_(d_gates.t(), history.hidden[:, :-1, first:].flatten(0, 1))
-    totals[3].addmm_(d_interface.t(), history.hidden[:, 1:, : plan.sizes.hidden].flatten(0, 1))
-    totals[4].add_(d_interface.sum(0))
-    return (d_gates @ inputs).view_as(x)
+    return [
+        d_gates.t() @ x.reshape(d_gates.shape[0], -1),
+        d_gates.sum(0),
+        d_gates.t() @ history.hidden[:, :-1, first:].flatten(0, 1),
+        d_interface.t() @ history.hidden[:, 1:, : plan.sizes.hidden].flatten(0, 1),
+        d_interface.sum(0),
+    ]
 
 
 def _put(whole: torch.Tensor | None, block: torch.Tensor, part: slice, steps: int) -> torch.Tensor:
@@ -139,26 +140,42 @@ def _put(whole: torch.Tensor | None, block: torch.Tensor, part: slice, steps: in
     return whole
 
 
+class _Run(NamedTuple):
+    """A whole sequence forward."""
+
+    outputs: torch.Tensor
+    looks: torch.Tensor
+    state: list[torch.Tensor]
+    kept: list[torch.Tensor]
+
+
+def _run(plan: _Plan, mask: torch.Tensor, x: torch.Tensor, weights: Tensors, state: list[torch.Tensor]) -> _Run:
+    """Runs block after block; `kept` is what the backward pass needs."""
+    products = product_weights(plan.sizes.tiled, weights[2].t(), weights[3].t())
+    joined: Any = None
+    looks: Any = None
+    kept: list[torch.Tensor] = []
+    for start in range(0, x.shape[1], plan.block):
+        part = slice(start, start + plan.block)
+        if plan.recompute:
+            kept += state
+        history, state = _run_block(plan, x[:, part], mask[:, part].contiguous(), weights, products, state)
+        joined = _put(joined, history.hidden[:, 1:], part, x.shape[1])
+        looks = _put(looks, history.weightings[:, 1:], part, x.shape[1])
+    after = [state[0], state[1].clone(), state[2].clone(), state[3]]  # views would keep the history alive
+    return _Run(joined, looks, after, kept if plan.recompute else list(history))
+
+
 class _Loop(torch.autograd.Function):
     """The recurrence; state tensors are [h;r], c, weightings and memory (B, M, N)."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, mask: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor) -> Any:
-        weights, state = tensors[:5], list(tensors[5:])
-        joined, looks, kept = None, None, []
-        for start in range(0, x.shape[1], plan.block):
-            part = slice(start, start + plan.block)
-            if plan.recompute:
-                kept += state
-            history, state = _run_block(plan, x[:, part], mask[:, part].contiguous(), weights, state)
-            joined = _put(joined, history.hidden[:, 1:], part, x.shape[1])
-            looks = _put(looks, history.weightings[:, 1:], part, x.shape[1])
-        if not plan.recompute:
-            kept = list(history)
+        run = _run(plan, mask, x, tensors[:5], list(tensors[5:]))
         ctx.plan = plan
-        ctx.save_for_backward(mask, x, *weights, *kept)
-        ctx.mark_non_differentiable(looks)
-        return joined, state[1].clone(), state[2].clone(), state[3], looks
+        ctx.save_for_backward(mask, x, *tensors[:5], *run.kept)
+        ctx.mark_non_differentiable(run.looks)
+        return run.outputs, *run.state[1:], run.looks
 
     @staticmethod
     @once_differentiable
@@ -171,17 +188,22 @@ class _Loop(torch.autograd.Function):
             d_out.new_zeros(d_out.shape[0], 1, d_out.shape[2]),
             *[d.clone(memory_format=torch.contiguous_format) for d in (d_cells, d_w, d_m)],
         ]
-        totals = [torch.zeros_like(weight) for weight in weights]
-        d_x = torch.empty_like(x)
+        products = product_weights(ctx.plan.sizes.tiled, weights[2], weights[3])
+        again = product_weights(ctx.plan.sizes.tiled, weights[2].t(), weights[3].t()) if ctx.plan.recompute else []
+        totals: list[torch.Tensor] = []
+        d_x = torch.empty_like(x) if ctx.needs_input_grad[2] else None
         for start in reversed(range(0, x.shape[1], ctx.plan.block)):
             part = slice(start, start + ctx.plan.block)
             x_part, mask_part = x[:, part], mask[:, part].contiguous()
             history = History(*kept) if not ctx.plan.recompute else None
             if history is None:
                 index = 4 * (start // ctx.plan.block)
-                history, _ = _run_block(ctx.plan, x_part, mask_part, weights, list(kept[index : index + 4]))
+                history, _ = _run_block(ctx.plan, x_part, mask_part, weights, again, list(kept[index : index + 4]))
             gradients = _start_gradients(x_part, history, d_out[:, part], after)
-            d_x[:, part] = _block_gradients(ctx.plan, x_part, mask_part, weights, history, gradients, totals)
+            found = _block_gradients(ctx.plan, x_part, mask_part, products, history, gradients)
+            totals = [total.add_(more) for total, more in zip(totals, found, strict=True)] if totals else found
+            if d_x is not None:
+                d_x[:, part] = gradients.gates @ weights[0]
         return None, None, d_x, *totals, after[0].squeeze(1), *after[1:]
 
 
@@ -218,7 +240,12 @@ def ntm_memory_cpu(
     rows = torch.cat([state.hidden, state.reads], -1)
     ones = torch.ones(inputs.shape[:2], dtype=torch.uint8, device="cpu") if mask is None else mask.to(torch.uint8)
     tensors = _float_rows(inputs, *weights, rows, cells, state.weightings, state.memory.mT)
-    outputs, cells, weightings, memory, looks = _Loop.apply(plan, ones, *tensors)
+    if keep:
+        outputs, cells, weightings, memory, looks = _Loop.apply(plan, ones, *tensors)
+    else:
+        outputs, looks, (_, cells, weightings, memory), _ = _run(
+            plan, ones, tensors[0], tuple(tensors[1:6]), tensors[6:]
+        )
     last = outputs[:, -1].clone()  # a view would keep all outputs alive
     if not plan.sizes.lstm:
         cells = state.cells

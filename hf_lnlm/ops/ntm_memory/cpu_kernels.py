@@ -17,11 +17,11 @@ Complexity: time O(T·(H² + heads·N·M)) a sample; stored O(T·(H + heads·N))
 from typing import Any, NamedTuple
 
 from .controller_kernels import controller_backward, controller_forward
+from .product_kernels import add_product
 from .vector_kernels import (
     GROUP,
     ONE,
     ZERO,
-    add_product,
     add_scaled,
     apply_sigmoid,
     apply_tanh,
@@ -37,14 +37,17 @@ from .vector_kernels import (
     dot,
     fast_log,
     fill_row,
+    flush_tiny,
     inverse_norms,
     np,
     read_backward,
     read_memory,
+    restore_tiny,
     sigmoid,
     softplus,
     write_backward,
     write_memory,
+    written_row,
 )
 
 if np is not None:
@@ -74,6 +77,7 @@ class Sizes(NamedTuple):
     every: int
     lstm: bool
     read_first: bool
+    tiled: bool
 
 
 class Scratch(NamedTuple):
@@ -243,23 +247,38 @@ def forward_loop(
 ) -> None:
     """Runs all samples through all steps.
 
-    `history.gates` holds the projected inputs and entry 0 of `cells`, `hidden`, `weightings` the initial state;
-    `memory` (B, M, N) holds
-    M_0 and becomes M_T; `recurrent` and `interface` are transposed weights.
+    `history.gates` holds the projected inputs and entry 0 of `cells`, `hidden`, `weightings` the initial state; `memory`
+    (B, M, N) holds M_0 and becomes M_T; `recurrent` and `interface` are `product_weights` of the transposed weights.
     """
     batch, steps, _ = history.interface.shape
     history, memory, mask, bias = borrowed(history), borrowed(memory), borrowed(mask), borrowed(bias)
     recurrent, interface = borrowed(recurrent), borrowed(interface)
     scratch = borrowed(scratch)
+    before = flush_tiny()
     for first in range(0, batch, GROUP):
         last = min(first + GROUP, batch)
         for t in range(steps):
-            controller_forward(sizes.lstm, recurrent, history.gates, history.cells, history.hidden, t, first, last)
+            controller_forward(
+                sizes.lstm, sizes.tiled, recurrent, history.gates, history.cells, history.hidden, t, first, last
+            )
             for b in range(first, last):
                 history.interface[b, t] = bias
-            add_product(history.interface, t, 0, history.hidden, t + 1, 0, interface, first, last)
+            add_product(
+                sizes.tiled,
+                history.interface,
+                t,
+                0,
+                history.interface.shape[2],
+                history.hidden,
+                t + 1,
+                0,
+                interface,
+                first,
+                last,
+            )
             for b in range(first, last):
                 _forward_sample(sizes, history, memory[b], mask, b, t, clip, scratch)
+    restore_tiny(before)
 
 
 @compiled
@@ -398,11 +417,16 @@ def _recompute_memories(
     copy_rows(history.stored[b, start // sizes.every], memories[0])
     for t in range(start, stop):
         before, after = memories[t - start], memories[t - start + 1]
-        copy_rows(before, after)
         if mask[b, t] == 0:
+            copy_rows(before, after)
             continue
         _activate_writes(history.interface[b, t], scratch, offset)
         weightings = history.weightings[b, t + 1, sizes.reads :]
+        if sizes.writes == 1:
+            for q in range(sizes.width):
+                written_row(before[q], weightings[0], scratch.erases[0, q], scratch.adds[0, q], after[q])
+            continue
+        copy_rows(before, after)
         write_memory(after, weightings, scratch.erases, scratch.adds, scratch.keep)
 
 
@@ -442,7 +466,7 @@ def _controller_step_backward(
     """From the interface's gradient through the controller to the gradient of [h ; r] of the step before."""
     size = sizes.hidden
     out = gradients.hidden
-    add_product(out, 0, 0, gradients.interface, t, 0, interface, first, last)
+    add_product(sizes.tiled, out, 0, 0, size, gradients.interface, t, 0, interface, first, last)
     for b in range(first, last):
         if mask[b, t] != 0:
             d_hidden = gradients.hidden[b, 0]
@@ -452,7 +476,7 @@ def _controller_step_backward(
             )  # fmt: skip
             fill_row(d_hidden, ZERO)
     skip = 0 if sizes.lstm else size
-    add_product(out, 0, skip, gradients.gates, t, 0, recurrent, first, last)
+    add_product(sizes.tiled, out, 0, skip, out.shape[2] - skip, gradients.gates, t, 0, recurrent, first, last)
 
 
 @compiled_loop
@@ -460,13 +484,14 @@ def backward_loop(
     sizes: Any, history: Any, gradients: Any, mask: Any, recurrent: Any, interface: Any, clip: Any, memories: Any,
     scratch: Any,
 ) -> None:  # fmt: skip
-    """Runs all samples backward, chunk by chunk; `recurrent` (4H, ·) and `interface` (I, H) are the plain weights.
+    """Runs all samples backward, chunk by chunk; `recurrent` (4H, ·) and `interface` (I, H) are the weights.
 
     `memories` (GROUP, every + 1, M, N) takes the recomputed memories of a chunk.
     """
     batch, steps, _ = history.interface.shape
     history, gradients, scratch = borrowed(history), borrowed(gradients), borrowed(scratch)
     mask, recurrent, interface, memories = borrowed(mask), borrowed(recurrent), borrowed(interface), borrowed(memories)
+    before = flush_tiny()
     for first in range(0, batch, GROUP):
         last = min(first + GROUP, batch)
         for start in range((steps - 1) // sizes.every * sizes.every, -1, -sizes.every):
@@ -479,3 +504,4 @@ def backward_loop(
                         sizes, history, gradients, mask, b, t, memories[b - first], t - start, clip, scratch
                     )
                 _controller_step_backward(sizes, history, gradients, mask, t, recurrent, interface, first, last)
+    restore_tiny(before)

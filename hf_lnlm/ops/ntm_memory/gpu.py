@@ -202,7 +202,7 @@ def ntm_memory_gpu(
     real = inputs.new_ones(inputs.shape[:2], dtype=torch.uint8) if mask is None else mask.to(torch.uint8)
     tensors = [t.float().contiguous() for t in (inputs, *weights, rows, cells, state.weightings, state.memory)]
     outputs, cells, weightings, memory, looks = _Loop.apply(plan, real, *tensors)
-    last = outputs[:, -1]
+    last = outputs[:, -1].clone()  # a view would keep all outputs alive
     cells = cells if plan.sizes.lstm else state.cells
     after = NTMState(last[:, :size], cells, last[:, size:], weightings, memory)
     if mask is not None:

@@ -1,10 +1,9 @@
 """Small compiled loops that the Turing machine's and the neural computer's processor backends share.
 
-Every loop here works on float32 rows with few distinct arrays, since the compiler vectorises a loop only while it
-can prove
-(with at most eight run-time checks) that its rows do not overlap. `exp` and `log` are polynomials, because the
-scalar library calls
-cannot be vectorised: relative error below 2e-7 on the ranges used here. NaN is passed on by all of them.
+Every loop here works on float32 rows. The compiler vectorises a loop only if it knows that what the loop writes overlaps
+nothing else it touches, so it is told: no array that a `compiled` function writes may overlap another argument of it.
+`exp` and `log` are polynomials, because the scalar library calls cannot be vectorised: relative error below 2e-7 on the
+ranges used here. NaN is passed on by all of them.
 
 Without numba the decorator returns the plain function, so that the module can be imported (and its code carried)
 anywhere; the
@@ -15,6 +14,7 @@ Complexity: each function is one pass over its rows.
 
 import hashlib
 import math
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from typing import Any
 try:
     import numba
     import numpy as np
+    from llvmlite import ir
+    from numba.core import cgutils
     from numba.extending import intrinsic
 except ImportError:  # the optional extra [cpu] is not installed
     numba = None
@@ -30,21 +32,32 @@ except ImportError:  # the optional extra [cpu] is not installed
 # liberties with rounding that leave NaN and infinity alone
 _RELAXED = {"contract", "nsz", "arcp", "reassoc"}
 _OPTIONS: dict[str, Any] = {"fastmath": _RELAXED, "error_model": "numpy", "nogil": True}
-GROUP = 4  # samples that go through time together: their memories stay in the cache while the weights are read once
+GROUP = 8  # samples that go through time together: their memories stay in the cache while the weights are read once
+
+
+if numba is not None:
+
+    class _Apart(numba.core.compiler.Compiler):
+        """numba's compiler, told that arrays don't overlap: without run-time checks, of which it tries eight at most."""
+
+        def define_pipelines(self) -> Any:
+            """Set the flag that numba's own parallel loops set; see the base class."""
+            self.state.flags.noalias = True
+            return super().define_pipelines()
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a function that only compiled code calls: no wrapper for Python is made, which halves the compiler's work.
 
     Args:
-        function: plain Python on arrays and scalars.
+        function: plain Python on arrays and scalars; arrays it writes must not overlap any other argument.
 
     Returns:
         The compiled function, or `function` itself without numba.
     """
     if numba is None:
         return function
-    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
+    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=_Apart, **_OPTIONS)(function)
 
 
 def _revision(function: Any) -> str:
@@ -114,6 +127,46 @@ if numba is not None:
             return _without_count(context, builder, signature.args[0], arguments[0])
 
         return arrays(arrays), generate
+
+
+if numba is not None:
+    _FLUSH = 0x8040 if platform.machine().lower() in ("x86_64", "amd64") else 0  # bits of the control register
+
+    def _control(builder: Any, name: str, place: Any) -> None:
+        """Stores (`st`) or loads (`ld`) the control register of the vector unit."""
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()])
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.sse.{name}mxcsr")
+        builder.call(function, [builder.bitcast(place, ir.IntType(8).as_pointer())])
+
+    @intrinsic
+    def flush_tiny(typing_context: Any) -> Any:
+        """From here on numbers below 1e-38 are zero, as each would cost hundreds of cycles; returns how it was before.
+
+        Products of weightings get there at once: a slot nobody writes to has 1e-6 to the power of its place in the queue.
+        """
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            place = cgutils.alloca_once_value(builder, ir.IntType(32)(0))
+            if _FLUSH:
+                _control(builder, "st", place)
+            before = builder.load(place)
+            builder.store(builder.or_(before, ir.IntType(32)(_FLUSH)), place)
+            if _FLUSH:
+                _control(builder, "ld", place)
+            return before
+
+        return numba.types.int32(), generate
+
+    @intrinsic
+    def restore_tiny(typing_context: Any, before: Any) -> Any:
+        """Undoes `flush_tiny`."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            if _FLUSH:
+                _control(builder, "ld", cgutils.alloca_once_value(builder, arguments[0]))
+            return context.get_dummy_value()
+
+        return numba.types.void(numba.types.int32), generate
 
 
 if np is not None:
@@ -248,36 +301,6 @@ def add_four(target: Any, m0: Any, m1: Any, m2: Any, m3: Any, a: Any, b: Any, c:
     """target += a·m0 + b·m1 + c·m2 + d·m3."""
     for n in range(target.shape[0]):
         target[n] += (a * m0[n] + b * m1[n]) + (c * m2[n] + d * m3[n])
-
-
-@compiled
-def add_eight(target: Any, w0: Any, w1: Any, w2: Any, w3: Any, w4: Any, w5: Any, w6: Any, w7: Any, x: Any) -> None:
-    """target += Σ_j x[j] · w_j for eight rows."""
-    a, b, c, d = x[0], x[1], x[2], x[3]
-    e, f, g, h = x[4], x[5], x[6], x[7]
-    for n in range(target.shape[0]):
-        low = (a * w0[n] + b * w1[n]) + (c * w2[n] + d * w3[n])
-        target[n] += low + ((e * w4[n] + f * w5[n]) + (g * w6[n] + h * w7[n]))
-
-
-@compiled
-def add_product(
-    out: Any, out_step: Any, out_first: Any, x: Any, x_step: Any, x_first: Any, w: Any, first: Any, last: Any
-) -> None:
-    """out[b, out_step, out_first:out_first+n] += x[b, x_step, x_first:x_first+K] @ w for the samples first ≤ b < last.
-
-    Eight rows of `w` at a time stay in the first-level cache while all samples of the group use them.
-    """
-    rows, columns = w.shape
-    whole = rows - rows % 8
-    for k in range(0, whole, 8):
-        for b in range(first, last):
-            x_row = x[b, x_step, x_first + k : x_first + k + 8]
-            target = out[b, out_step, out_first : out_first + columns]
-            add_eight(target, w[k], w[k + 1], w[k + 2], w[k + 3], w[k + 4], w[k + 5], w[k + 6], w[k + 7], x_row)
-    for k in range(whole, rows):
-        for b in range(first, last):
-            add_scaled(out[b, out_step, out_first : out_first + columns], w[k], x[b, x_step, x_first + k])
 
 
 @compiled
@@ -447,6 +470,13 @@ def write_row(row: Any, weighting: Any, erase: Any, add: Any) -> None:
 
 
 @compiled
+def written_row(before: Any, weighting: Any, erase: Any, add: Any, after: Any) -> None:
+    """`write_row`, elsewhere."""
+    for n in range(before.shape[0]):
+        after[n] = before[n] + weighting[n] * (add - erase * before[n])
+
+
+@compiled
 def keep_row(weightings: Any, erases: Any, position: Any, keep: Any, skip: Any) -> None:
     """keep = Π_i (1 − e_i·w_i) over the write heads but `skip` (−1: all of them)."""
     fill_row(keep, ONE)
@@ -472,17 +502,21 @@ def write_memory(memory: Any, weightings: Any, erases: Any, adds: Any, keep: Any
 
 
 @compiled
-def _write_row_backward(before: Any, d_row: Any, weighting: Any, d_weighting: Any, erase: Any, add: Any) -> Any:
-    """One write head, one word position; returns the gradients of erase and add."""
-    d_erase, d_add = ZERO, ZERO
+def dot_three(x: Any, y: Any, z: Any) -> Any:
+    """Σ x·y·z."""
+    total = ZERO
+    for n in range(x.shape[0]):
+        total += x[n] * y[n] * z[n]
+    return total
+
+
+@compiled
+def _write_row_backward(before: Any, d_row: Any, weighting: Any, d_weighting: Any, erase: Any, add: Any) -> None:
+    """One write head, one word position, but for the gradients of erase and add."""
     for n in range(weighting.shape[0]):
-        gradient, w = d_row[n], weighting[n]
-        product = gradient * before[n]
-        d_add += gradient * w
-        d_erase -= product * w
-        d_weighting[n] += gradient * add - product * erase
-        d_row[n] = gradient * (ONE - erase * w)
-    return d_erase, d_add
+        gradient = d_row[n]
+        d_weighting[n] += gradient * (add - before[n] * erase)
+        d_row[n] = gradient * (ONE - erase * weighting[n])
 
 
 @compiled
@@ -516,8 +550,8 @@ def write_backward(
     for q in range(before.shape[0]):
         if weightings.shape[0] == 1:
             w, d_w = weightings[0], d_weightings[0]
-            d_erase, d_add = _write_row_backward(before[q], d_memory[q], w, d_w, erases[0, q], adds[0, q])
-            d_erases[0, q], d_adds[0, q] = d_erase, d_add
+            d_erases[0, q], d_adds[0, q] = -dot_three(d_memory[q], before[q], w), dot(d_memory[q], w)
+            _write_row_backward(before[q], d_memory[q], w, d_w, erases[0, q], adds[0, q])
         else:
             _several_heads_backward(
                 before[q], d_memory[q], weightings, d_weightings, erases, adds, d_erases, d_adds, q, keep

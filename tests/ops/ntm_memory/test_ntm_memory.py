@@ -109,6 +109,13 @@ def test_backward_twice_gives_the_same():
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
+def test_tiny_numbers_are_flushed_inside_the_loops_only():
+    options = NTMOptions()
+    result = ntm_memory(*layer(options, dtype=torch.float32), options, backend="cpu")
+    result.outputs.sum().backward()
+    assert float(torch.tensor([1e-30]) * torch.tensor([1e-10])) > 0
+
+
 def test_the_given_state_is_left_alone():
     options = NTMOptions()
     inputs, weights, state = layer(options, dtype=torch.float32)
