@@ -6,6 +6,7 @@ Complexity: O(length * slots) time and memory; the causal variant O(length * (se
 segment_summaries / segment_size)), its cached steps O(length).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,23 @@ from .configuration_linformer import LinformerConfig
 from .linformer_projection import LearnedProjection, TokenPlan, WindowProjection, build_projection
 
 Projection = LearnedProjection | WindowProjection
+
+PIECE_TOKENS = 512
+"""Tokens taken at once through what treats every token alike (a tuning value): what is made in between then stays in a
+processor's cache, where that of a long text would be written to fresh memory and read back."""
+
+
+def in_pieces(function: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+    """Apply a function of single tokens to `(batch, length, width)`: on a CPU, where no gradient keeps what is made in
+    between anyway, a piece of the text at a time."""
+    pieces = states.shape[0] * states.shape[1] // PIECE_TOKENS
+    if torch.is_grad_enabled() or states.device.type != "cpu" or pieces < 2 or _is_traced():
+        return function(states)
+    return torch.cat([function(piece) for piece in states.chunk(pieces, dim=1)], dim=1)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def attend_slots(
@@ -120,12 +138,26 @@ class LinformerAttention(nn.Module):
             slot_keys, slot_values, filled = self._project_shared(hidden_states, occupied, plan, shared)
         dropout = self.attention_dropout if self.training else 0.0
         visible = None if filled is None or (plan.real is None and not plan.moved) else filled[:, None, None, :]
+        if not plan.dense:
+            return in_pieces(lambda x: self._attend(x, slot_keys, slot_values, visible, dropout), hidden_states), None
         query = self.split(self.query(hidden_states))
-        out, weights = attend_slots(query, slot_keys, slot_values, visible, dropout, plan.dense)
+        out, weights = attend_slots(query, slot_keys, slot_values, visible, dropout, True)
         if plan.weights and weights is not None:
             out, weights = self._through_tokens(weights, hidden_states, occupied, plan, shared)
         weights = weights if plan.weights else None
         return self.norm(hidden_states + self.dropout(self.dense(out))), weights
+
+    def _attend(
+        self,
+        hidden: torch.Tensor,
+        slot_keys: torch.Tensor,
+        slot_values: torch.Tensor,
+        visible: torch.Tensor | None,
+        dropout: float,
+    ) -> torch.Tensor:
+        """From tokens to tokens, given the slots: what a query sees depends on the row alone."""
+        out, _ = attend_slots(self.split(self.query(hidden)), slot_keys, slot_values, visible, dropout, False)
+        return self.norm(hidden + self.dropout(self.dense(out)))
 
     def _through_tokens(
         self,
@@ -330,5 +362,7 @@ class LinformerLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """Run the layer over `(batch, length, hidden_size)`; see `LinformerAttention.forward`."""
         hidden_states, _ = self.attention(hidden_states, plan, shared, past_key_values)
-        transformed = self.output(self.activation(self.intermediate(hidden_states)))
-        return self.norm(hidden_states + self.dropout(transformed))
+        return in_pieces(self._transform, hidden_states)
+
+    def _transform(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.norm(hidden + self.dropout(self.output(self.activation(self.intermediate(hidden)))))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..backend import pick_backend
-from .dense import dense_is_cheaper, sparse_attention_dense
+from .dense import attend_rows, dense_plan
 from .eager import sparse_attention_eager
 from .pattern import SparsePattern, logical_positions
 from .reference import sparse_attention_reference
@@ -51,12 +51,14 @@ def sparse_attention(
     Raises:
         ValueError: for shapes, a mask, a dropout or a backend outside the above.
     """
+    plain = mask is None and backend == "auto" and dropout == 0.0 and type(patterns) is SparsePattern
+    if plain and not torch.compiler.is_compiling() and (shape := query.shape) == key.shape == value.shape:
+        rows = dense_plan(patterns, shape, query.dtype, query.device)  # type: ignore[arg-type]
+        if rows is not None:  # the shortest way through: of a short text's time, every check is a share
+            return attend_rows(query, key, value, rows, shape[3] ** -0.5 if scale is None else scale)
     patterns = (patterns,) if isinstance(patterns, SparsePattern) else tuple(patterns)
     _check(query, key, value, patterns, mask, dropout)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    simple = mask is None and backend == "auto" and len(patterns) == 1 and query.shape == key.shape
-    if simple and not torch.compiler.is_compiling():  # the shortest way through counts where the text is short
-        return _attend(query, key, value, patterns[0], None, scale, dropout)
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     traced = torch.compiler.is_compiling()
     if not traced and mask is not None and bool(mask.all()):
@@ -118,18 +120,14 @@ def _attend(
     scale: float,
     dropout: float,
 ) -> torch.Tensor:
-    length = query.shape[2]
-    if not pattern.is_dense(length):
-        if (pattern.causal or lengths is None) and dense_is_cheaper(pattern, length):
-            return sparse_attention_dense(query, key, value, pattern, scale, dropout)
+    if pattern.causal or lengths is None:
+        rows = dense_plan(pattern, query.shape, query.dtype, query.device)
+        if rows is not None:
+            return attend_rows(query, key, value, rows, scale, dropout)
+    if not pattern.is_dense(query.shape[2]) or lengths is None:
         return sparse_attention_eager(query, key, value, pattern, scale, dropout, lengths)
-    allowed = None
-    if lengths is not None and not pattern.causal:
-        ends = lengths.clamp(min=1)[:, None, None, None]
-        allowed = torch.arange(query.shape[2], device=query.device) < ends
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=allowed, is_causal=pattern.causal, dropout_p=dropout, scale=scale
-    )
+    allowed = torch.arange(query.shape[2], device=query.device) < lengths.clamp(min=1)[:, None, None, None]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scale)
 
 
 def _check(

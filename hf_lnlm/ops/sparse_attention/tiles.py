@@ -11,7 +11,9 @@ memory `O(queries)` fused, `O(queries · keys)` written out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -19,43 +21,33 @@ _FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 @cache
+def _fused() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The fused operator and its gradient: as functions of `torch`, which are called in half the time, or as operators.
+
+    Raises:
+        AttributeError: PyTorch has neither.
+    """
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    found = [getattr(torch, name + end, None) or getattr(torch.ops.aten, name + end) for end in ("", "_backward")]
+    return found[0], found[1]
+
+
+@cache
 def fused_tile_available() -> bool:
     """True where PyTorch's fused CPU operator exists and answers a probe as documented."""
     try:
+        forward, backward = _fused()
         probe = torch.ones(1, 1, 2, 8)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(probe, probe, probe, 0.0, True, scale=1.0)
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            probe, probe, probe, probe, out, lse, 0.0, True, scale=1.0
-        )
+        out, lse = forward(probe, probe, probe, 0.0, True, scale=1.0)
+        grads = backward(probe, probe, probe, probe, out, lse, 0.0, True, scale=1.0)
     except (AttributeError, RuntimeError, TypeError):
         return False
     expected = torch.tensor([8.0, 8.0 + 0.6931471805599453])
     return len(grads) == 3 and lse.shape == (1, 1, 2) and torch.allclose(lse[0, 0].float(), expected)
 
 
-def fused_attention_available(query: torch.Tensor) -> bool:
-    """Whether PyTorch's fused CPU operator takes tensors like `query`."""
-    return query.device.type == "cpu" and query.dtype in _FUSED_DTYPES and fused_tile_available()
-
-
-def fused_causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Causal attention under a bias as well, which PyTorch's public function does not allow; differentiable.
-
-    Args:
-        query: `(batch, heads, length, head_dim)`; `fused_attention_available(query)`.
-        key: as `query`.
-        value: as `query`.
-        bias: added to the scores, broadcastable to `(batch, heads, length, length)`.
-        scale: factor of the scores.
-    """
-    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    return operator(query, key, value, 0.0, True, attn_mask=bias, scale=scale)[0]
-
-
 def _is_fused(query: torch.Tensor, dropout: float) -> bool:
-    return dropout == 0.0 and fused_attention_available(query)
+    return dropout == 0.0 and query.device.type == "cpu" and query.dtype in _FUSED_DTYPES and fused_tile_available()
 
 
 def tile_forward(
@@ -84,9 +76,7 @@ def tile_forward(
         output `(batch, tiles, queries, head_dim)` and log-sum-exp `(batch, tiles, queries)` (float32 at least).
     """
     if _is_fused(query, dropout):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=bias, scale=scale
-        )
+        return _fused()[0](query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
     scores = _scores(query, key, scale, causal, bias)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1)).exp_() * _kept(scores, dropout, seed)
@@ -118,9 +108,8 @@ def tile_backward(
         this tile's part of the gradients of query, key and value.
     """
     if _is_fused(query, dropout):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, out, lse.contiguous(), 0.0, causal, attn_mask=bias, scale=scale
-        )
+        lse = lse.contiguous()
+        return _fused()[1](grad, query, key, value, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
     probabilities = (_scores(query, key, scale, causal, bias) - lse.unsqueeze(-1)).exp_()
     compute, kept = probabilities.dtype, _kept(probabilities, dropout, seed)
     grad, out, wide_query, wide_key, wide_value = (x.to(compute) for x in (grad, out, query, key, value))

@@ -57,21 +57,17 @@ def worst(ours, theirs):
 def path(request, monkeypatch):
     """Forces one way of computing; groups and rows are small, so that short inputs reach every branch."""
     monkeypatch.setattr(parts, "GROUP_QUERIES", 3 * STRIDE)
-    monkeypatch.setattr(dense, "DENSE_ROWS", 20)
-    monkeypatch.setattr(dense, "DENSE_SPLIT", (30, 70))
-    monkeypatch.setattr(dense, "LONG_STRIDE", STRIDE if request.param == "rows" else 96)
-    dense._row_bounds.cache_clear()
-    monkeypatch.setattr(dense, "LOCAL_ROWS", 11)
+    monkeypatch.setattr(dense, "WHOLE", 10 if request.param == "rows" else 1000)
+    monkeypatch.setattr(dense, "ROWS", STRIDE)
     monkeypatch.setattr(merge, "CHUNK_NUMBERS", 1000)
-    real = dense_is_cheaper
-    forced = {"blocks": lambda *a: False, "written_out": real}
-    forced |= dict.fromkeys(("dense", "rows"), lambda p, n: n != p.stride and n > 5)
-    monkeypatch.setattr(attention, "dense_is_cheaper", forced[request.param])
+    forced = {"blocks": lambda *a: False, "written_out": lambda *a: False}
+    forced |= dict.fromkeys(("dense", "rows"), lambda p, n: n > dense.empty_queries(p))
+    monkeypatch.setattr(dense, "dense_is_cheaper", forced[request.param])
     if request.param == "written_out":
         monkeypatch.setattr(tiles, "_is_fused", lambda query, dropout: False)
-        monkeypatch.setattr(attention, "dense_is_cheaper", lambda *a: False)
+    dense.dense_plan.cache_clear()
     yield request.param
-    dense._row_bounds.cache_clear()
+    dense.dense_plan.cache_clear()
 
 
 @pytest.mark.parametrize(("kind", "causal"), list(itertools.product(SPARSE_KINDS, (True, False))))
@@ -264,11 +260,11 @@ def test_never_builds_the_square(monkeypatch):
 def test_the_cheaper_path_is_taken(monkeypatch):
     """Dense where few keys are hidden, blocks where most are; never a square of a long text."""
     taken = []
-    for name in ("dense", "eager"):
-        real = getattr(attention, f"sparse_attention_{name}")
+    for name, function in (("dense", "attend_rows"), ("eager", "sparse_attention_eager")):
+        real = getattr(attention, function)
         spy = lambda *args, name=name, real=real: taken.append(name) or real(*args)  # noqa: E731
-        monkeypatch.setattr(attention, f"sparse_attention_{name}", spy)
-    expected = {150: ["dense"] * 3, 320: ["dense"] * 3, 1536: ["eager"] * 3}
+        monkeypatch.setattr(attention, function, spy)
+    expected = {100: ["dense"] * 3, 150: ["dense"] * 3, 320: ["dense"] * 3, 1536: ["eager"] * 3}
     for length, paths in expected.items():
         taken.clear()
         for kind in ("local", "strided", "fixed"):
