@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 from .effective_weight import effective_weight
 from .window_product import gated_windows, row_lengths, window_product
@@ -108,6 +109,26 @@ def window_mask(mask: torch.Tensor, kernel_size: int, padding: int) -> torch.Ten
     """
     padded = F.pad(mask, (padding, padding))
     return padded.unfold(1, kernel_size, 1).any(2)
+
+
+@torch.no_grad()
+def init_centred(weight: torch.Tensor, std: float) -> None:
+    """Draw a weight from N(0, std^2) and take each row's mean away: what all inputs have in common moves no output.
+
+    After a ReLU all features are positive, and most of what a row of plain normal weights gives is their common part, the
+    same for every text: each layer passes on less of the difference between texts (Qiao et al. 2019, "Weight
+    Standardization", keep the mean at zero all through training).
+
+    Args:
+        weight: `(rows, inputs)`; left alone if it was loaded from a checkpoint. A single input has no mean to take away.
+        std: standard deviation of the result.
+    """
+    if getattr(weight, "_is_hf_initialized", False):
+        return
+    draw, inputs = torch.randn_like(weight), weight.shape[1]
+    if inputs > 1:
+        draw = (draw - draw.mean(1, keepdim=True)) * (inputs / (inputs - 1)) ** 0.5
+    init.copy_(weight, draw * std)
 
 
 def convolve(

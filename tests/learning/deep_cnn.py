@@ -26,15 +26,27 @@ from hf_lnlm.models.convolutional.modeling_vdcnn import VDCNNForSequenceClassifi
 
 from .classification import Example, Recipe, Task, build_vocabulary, encode, prove, read_rows, split_dev, train
 
+LENGTH = 192
+"""Characters read of a text; the mean has 236."""
+
 
 def cosine(share: float) -> float:
     """From 1 to 0 along half a cosine."""
     return 0.5 + 0.5 * math.cos(math.pi * share)
 
 
-CHARACTERS = Recipe(epochs=7, batch_size=16, learning_rate=5e-4, weight_decay=0.01, clip=1.0, decay=cosine)
-NARROW: dict[str, Any] = {"num_labels": 4, "intermediate_size": 512, "dropout": 0.3}
+def warm(share: float) -> float:
+    """From 0 to 1 in the first fiftieth of the steps, then to 0 along half a cosine."""
+    return min(1.0, 50.0 * share) * cosine(share)
+
+
+CHARACTERS = Recipe(epochs=14, batch_size=16, learning_rate=1e-3, weight_decay=0.01, clip=1.0, decay=warm)
+GROUPED = Recipe(epochs=14, batch_size=16, learning_rate=3e-4, weight_decay=0.01, clip=1.0, decay=warm)
+"""At 1e-3 a network that is normalised over groups stays at chance: its dense units die."""
+NARROW: dict[str, Any] = {"num_labels": 4, "intermediate_size": 256, "dropout": 0.2}
 """The paper's dense layers have 2,048 units: most of the network's weights, and half of its time on short texts."""
+ONE_HOT = Recipe(epochs=22, batch_size=16, learning_rate=5e-4, weight_decay=0.01, clip=1.0, decay=warm)
+SHORT: dict[str, Any] = {"num_labels": 4, "intermediate_size": 512, "dropout": 0.2, "max_position_embeddings": LENGTH}
 WORDS = Recipe(epochs=5, batch_size=50, learning_rate=1e-3, unknown_rate=0.5, decay=cosine)
 
 
@@ -55,8 +67,8 @@ def corpus(folder: Path) -> tuple[list[dict], list[dict]]:
 
 
 def characters(rows: list[dict]) -> list[Example]:
-    """Character ids, at most 256, and labels."""
-    tokenizer = character_tokenizer(max_length=256)
+    """Character ids, at most `LENGTH`, and labels."""
+    tokenizer = character_tokenizer(max_length=LENGTH)
     ids = tokenizer([text_of(row) for row in rows], truncation=True)["input_ids"]
     return [(found, row["label"]) for found, row in zip(ids, rows)]
 
@@ -69,22 +81,22 @@ def learn(folder: Path, model: nn.Module, recipe: Recipe) -> dict:
 
 
 def vdcnn(folder: Path, seed: int) -> dict:
-    """VDCNN-9 with max pooling, normalised over groups."""
+    """VDCNN-9 with max pooling and shortcuts, normalised over the batch as in the paper."""
     torch.manual_seed(seed)
-    config = VDCNNConfig.of_depth(9, normalization="group", **NARROW)
-    return learn(folder, VDCNNForSequenceClassification(config), CHARACTERS)
+    return learn(folder, VDCNNForSequenceClassification(VDCNNConfig.of_depth(9, shortcut=True, **NARROW)), CHARACTERS)
 
 
-def vdcnn_batch(folder: Path, seed: int) -> dict:
-    """The same, normalised over the batch as in the paper."""
+def vdcnn_group(folder: Path, seed: int) -> dict:
+    """The same, normalised over groups of channels of each text, the config's default."""
     torch.manual_seed(seed)
-    return learn(folder, VDCNNForSequenceClassification(VDCNNConfig.of_depth(9, **NARROW)), CHARACTERS)
+    config = VDCNNConfig.of_depth(9, shortcut=True, normalization="group", **NARROW)
+    return learn(folder, VDCNNForSequenceClassification(config), GROUPED)
 
 
 def char_cnn(folder: Path, seed: int) -> dict:
-    """Zhang, Zhao & LeCun's small network."""
+    """Zhang, Zhao & LeCun's small network with narrower dense layers."""
     torch.manual_seed(seed)
-    return learn(folder, CharCNNForSequenceClassification(CharCNNConfig(num_labels=4)), CHARACTERS)
+    return learn(folder, CharCNNForSequenceClassification(CharCNNConfig(**SHORT)), ONE_HOT)
 
 
 def text_cnn(folder: Path, seed: int) -> dict:
@@ -115,8 +127,8 @@ FEW = "the paper trains on 120,000 texts, this on 6,270"
 TASKS = {
     "tf_idf": Task("AG News (6,600), TF-IDF baseline", tf_idf, paper=92.36),
     "text_cnn": Task("AG News (6,600), TextCNN rand", text_cnn, bar=80.0),
-    "vdcnn": Task("AG News (6,600), VDCNN-9, group norm", vdcnn, bar=50.0, paper=90.83, note=FEW),
-    "vdcnn_batch": Task("AG News (6,600), VDCNN-9, batch norm", vdcnn_batch, bar=50.0, paper=90.83, note=FEW),
+    "vdcnn": Task("AG News (6,600), VDCNN-9, batch norm", vdcnn, bar=50.0, paper=90.83, note=FEW),
+    "vdcnn_group": Task("AG News (6,600), VDCNN-9, group norm", vdcnn_group, bar=50.0, paper=90.83, note=FEW),
     "char_cnn": Task("AG News (6,600), character CNN, small", char_cnn, bar=50.0, paper=84.35, note=FEW),
 }
 

@@ -11,6 +11,7 @@ from hf_lnlm.nn.convolution import (
     TimeConvolution,
     check_mask,
     convolve,
+    init_centred,
     justify,
     left_justify,
     restore,
@@ -214,3 +215,22 @@ def test_frames_in_either_order_of_memory_give_the_same(stride, padding):
     probe = torch.randn_like(found)
     for ours, theirs in zip(*(torch.autograd.grad(y, (frames, weight), probe) for y in (found, wanted))):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_centred_weights_have_no_mean_and_the_wanted_spread():
+    weight = torch.empty(2000, 12)
+    init_centred(weight, 0.3)
+    torch.testing.assert_close(weight.mean(1), torch.zeros(2000), rtol=0, atol=1e-6)
+    assert float(weight.square().mean().sqrt()) == pytest.approx(0.3, rel=0.02)
+    single = torch.zeros(2000, 1)
+    init_centred(single, 0.3)
+    assert float(single.std()) == pytest.approx(0.3, rel=0.1)
+
+
+def test_centring_leaves_loaded_weights_alone():
+    weight = nn.Parameter(torch.ones(3, 4))
+    weight._is_hf_initialized = True
+    state = torch.get_rng_state()
+    init_centred(weight, 0.3)
+    assert weight.eq(1).all()
+    assert torch.equal(torch.get_rng_state(), state)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -16,6 +17,9 @@ from ...nn.convolution import Justified, check_mask, left_justify
 from ...nn.loss_heads import classification_loss
 from ...nn.max_norm import MaxNormLinear, apply_constraints
 from ..base import LNLMPreTrainedModel
+
+QUIET_STD = 1e-3
+"""Standard deviation of a classifier that begins near zero; not zero, so that every layer has a gradient from the start."""
 
 
 def embed_inputs(
@@ -66,9 +70,18 @@ class TextClassifier(LNLMPreTrainedModel):
 
     Attributes:
         reads_pooled_only: whether the encoder can leave out what is not pooled (`pooled_only`).
+        quiet_start: whether the classifier begins near zero. Below dense layers of ReLU the scores of a fresh classifier
+            are noise of the size of the loss, and the first thing learnt is to switch its inputs off.
     """
 
     reads_pooled_only: ClassVar[bool] = False
+    quiet_start: ClassVar[bool] = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if self.quiet_start and isinstance(module, MaxNormLinear):
+            init.normal_(module.weight, std=QUIET_STD)
 
     def build_head(self, features: int, dropout: float, max_norm: float | None) -> None:
         """Add dropout and classifier and initialise the model.

@@ -75,6 +75,14 @@ def test_published_sizes():
     assert large.dense[0].in_features == 34 * 1024
 
 
+def test_a_fresh_classifier_is_quiet():
+    torch.manual_seed(0)
+    model = CharCNNForSequenceClassification(CharCNNConfig(num_labels=4)).eval()
+    with torch.no_grad():
+        logits = model(torch.randint(7, 77, (4, 200))).logits
+    assert 0 < logits.abs().max() < 0.2
+
+
 def test_one_hot_vectors_are_not_trained_and_learned_ones_are():
     ids = torch.tensor([[7, 8, 9]])
     for quantization, learns in (("one-hot", False), ("learned", True)):

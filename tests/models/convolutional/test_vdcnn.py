@@ -123,6 +123,22 @@ def test_published_depths(depth, blocks, millions):
     assert [(dense.in_features, dense.out_features) for dense in model.dense] == [(4096, 2048), (2048, 2048)]
 
 
+@pytest.mark.parametrize("normalization", ["group", "batch"])
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_a_fresh_network_tells_texts_apart(normalization, shortcut):
+    """Plain normal weights give 0.2 of these features under group normalisation and a third of the units dead."""
+    torch.manual_seed(0)
+    config = VDCNNConfig.of_depth(9, normalization=normalization, shortcut=shortcut, intermediate_size=64, num_labels=4)
+    model, seen = VDCNNForSequenceClassification(config).train(), []
+    model.model.dense[0].register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    with torch.no_grad():
+        logits = model(torch.randint(7, 77, (12, 8)).repeat(1, 12)).logits  # each text repeats a word of its own
+    features, units = seen[0]
+    assert features.std(0).mean() > 0.6 * features.square().mean().sqrt()
+    assert units.gt(0).any(0).all()
+    assert logits.abs().max() < 0.1
+
+
 def test_equal_values_are_kept_in_the_order_of_time():
     model = make(pooling="kmax")
     layer = model.model.layers[2]
