@@ -264,6 +264,9 @@ def lora_config(
     Linear layers (`Conv1D` and convolutions included) are target modules, raw matrices target parameters; the head of
     a task is trained in full beside them. What can't be reached is logged with its reason; `lora_plan` returns it.
 
+    The adapter loads by `AutoPeftModelFor…` where peft has that class for the head. Other heads (a masked model's) load by
+    `AutoPeftModel`, which wants `import_allowlist=[type(model).__module__]` for classes outside transformers.
+
     Args:
         model: a transformers model, not yet wrapped by peft.
         r: rank; a smaller matrix gets a smaller one, its scale unchanged.

@@ -182,7 +182,7 @@ AUTO_PEFT = {
     "AutoModelForSequenceClassification": peft.AutoPeftModelForSequenceClassification,
     "AutoModelForTokenClassification": peft.AutoPeftModelForTokenClassification,
 }
-"""Heads that peft has an Auto class for; `AutoPeftModel` finds any other by its class's name."""
+"""Heads that peft has an Auto class for; `AutoPeftModel` imports any other's module if it is told that it may."""
 
 
 @loss_case
@@ -191,8 +191,10 @@ def test_auto_classes_load_every_head(case: Case, tmp_path):
     base = case.cls.from_pretrained(tmp_path / "base")
     model = shaken(peft.get_peft_model(base, hf_lnlm.lora_config(base, r=3))).eval()
     model.save_pretrained(tmp_path / "adapter")
-    labels = {"num_labels": 3} if case.auto.endswith("Classification") else {}
-    loaded = AUTO_PEFT.get(case.auto, peft.AutoPeftModel).from_pretrained(tmp_path / "adapter", **labels).eval()
+    options: dict[str, Any] = {"num_labels": 3} if case.auto.endswith("Classification") else {}
+    if case.auto not in AUTO_PEFT:
+        options["import_allowlist"] = [case.family.modeling_module]
+    loaded = AUTO_PEFT.get(case.auto, peft.AutoPeftModel).from_pretrained(tmp_path / "adapter", **options).eval()
     inputs = inputs_of(case)
     assert type(loaded.get_base_model()) is case.cls
     torch.testing.assert_close(first_output(loaded, **inputs), first_output(model, **inputs), rtol=1e-6, atol=1e-6)
