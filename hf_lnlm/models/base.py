@@ -239,6 +239,11 @@ class LNLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _no_weight_decay: ClassVar[tuple[str, ...]] = ()
 
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(config, LNLMConfig):
+            config.check_bounds()  # `from_pretrained(folder, field=…)` sets fields after the config was made
+        super().__init__(config, *args, **kwargs)
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # transformers skips `_init_weights` on modules of custom packages that own no parameter directly; every
         # `_init_weights` here uses transformers.initialization only, so it is safe to treat it as stock code.
