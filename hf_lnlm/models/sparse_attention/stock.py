@@ -6,10 +6,14 @@ choice survives saving and loading; a process without hf_lnlm refuses to load su
 
 How it survives: transformers saves every attribute of a config, but not the attention implementation, which it reads
 from a key `attn_implementation` all the same. So a config with `sparse_attention` options carries that key as an
-attribute; a descriptor on transformers' config class puts it back whenever the options are set, loading included.
+attribute; a descriptor on transformers' config class puts it back whenever the options are set, loading included. A
+second one keeps it where the implementation is merely unset: by `from_pretrained(..., attn_implementation=None)`, or by a
+config of several models, which unsets that of its parts.
 
-What would be silently wrong is refused: models that take the name and stay dense, masks and arguments that the function
-can't honour. Complexity: see `ops/sparse_attention`; one token with a cache costs the keys it sees.
+What would be silently wrong is refused: models that take the name and stay dense, by whatever way they get it, masks and
+arguments that the function can't honour.
+
+Complexity: see `ops/sparse_attention`; one token with a cache costs the keys it sees.
 """
 
 from typing import Any
@@ -26,7 +30,7 @@ from ...ops.sparse_attention.reference import sparse_attention_reference
 from ...ops.sparse_attention.step import attend_cached_heads, repeat_heads
 
 IMPLEMENTATION = "lnlm_sparse"
-_OPTIONS, _SAVED = "sparse_attention", "attn_implementation"
+_OPTIONS, _SAVED, _IN_USE = "sparse_attention", "attn_implementation", "_attn_implementation_internal"
 
 SUPPORTED = ("gpt2", "llama", "bert", "roberta", "electra", "albert")
 """Model types whose attention goes through transformers' interface whole, tested one by one."""
@@ -69,23 +73,33 @@ def enable_sparse_attention(
     config = model.config
     _check_model(config, combination)
     options = {"pattern": pattern, "combination": combination, "stride": stride, "summary_size": summary_size}
-    for found in patterns_for_layer(pattern, combination, 0, stride=stride, summary=summary_size, causal=True):
-        if pattern == "fixed" and not 1 <= summary_size <= stride:
-            raise ValueError(f"summary_size must lie in 1 … stride = {stride}, got {summary_size} for {found.kind}")
-    groups = len(_patterns(options, 0, True))
-    if config.num_attention_heads % groups:
-        raise ValueError(f"heads must divide evenly over {groups} patterns, got {config.num_attention_heads}")
+    _check_options(options, config.num_attention_heads)
     config.sparse_attention = options
     model.set_attn_implementation(IMPLEMENTATION)
     return model
 
 
-def _check_model(config: Any, combination: str) -> None:
+def _check_options(options: dict[str, Any], heads: int) -> None:
+    for name in ("stride", "summary_size"):
+        if type(options[name]) is not int or options[name] < 1:
+            raise ValueError(f"{name} must be a whole number of tokens, at least 1, got {options[name]!r}")
+    if options["pattern"] == "fixed" and options["summary_size"] > options["stride"]:
+        raise ValueError(f"summary_size must be at most stride ({options['stride']}), got {options['summary_size']}")
+    groups = len(_patterns(options, 0, True))
+    if heads % groups:
+        raise ValueError(f"num_attention_heads must divide evenly over {groups} patterns, got {heads}")
+
+
+def _check_type(config: Any) -> None:
     kind = config.model_type
     if kind not in SUPPORTED:
         reason = REFUSED.get(kind, "it has not been tested and might stay dense")
         raise ValueError(f"{kind} cannot use sparse attention: {reason}. Supported: {', '.join(SUPPORTED)}")
-    if kind == "albert" and combination == "interleaved":
+
+
+def _check_model(config: Any, combination: str) -> None:
+    _check_type(config)
+    if config.model_type == "albert" and combination == "interleaved":
         raise ValueError(
             "albert runs one layer again and again, which cannot interleave patterns: use merged or per_head"
         )
@@ -122,9 +136,36 @@ class _SparseOptions:
             raise AttributeError(f"{type(config).__name__!r} object has no attribute {_OPTIONS!r}")
         return config.__dict__[_OPTIONS]
 
-    def __set__(self, config: Any, options: dict[str, Any]) -> None:
+    def __set__(self, config: Any, options: Any) -> None:
         config.__dict__[_OPTIONS] = options
-        config.__dict__[_SAVED] = IMPLEMENTATION
+        if _are_options(options):  # other people's configs may have an attribute of this name
+            _check_type(config)
+            config.__dict__[_SAVED] = IMPLEMENTATION
+            if config.__dict__.get(_IN_USE) is None:
+                config.__dict__[_IN_USE] = IMPLEMENTATION
+
+
+class _ImplementationInUse:
+    """Where a config keeps the attention implementation: unsetting it does not undo `enable_sparse_attention`, and a
+    model that would take the name and stay dense is refused."""
+
+    def __get__(self, config: Any, owner: Any = None) -> Any:
+        if config is None:
+            return self
+        if _IN_USE not in config.__dict__:
+            raise AttributeError(f"{type(config).__name__!r} object has no attribute {_IN_USE!r}")
+        return config.__dict__[_IN_USE]
+
+    def __set__(self, config: Any, name: Any) -> None:
+        if name == IMPLEMENTATION and not config.sub_configs:  # a config of several models hands it on to its parts
+            _check_type(config)
+        if name is None and _are_options(config.__dict__.get(_OPTIONS)):
+            name = IMPLEMENTATION
+        config.__dict__[_IN_USE] = name
+
+
+def _are_options(options: Any) -> bool:
+    return isinstance(options, dict) and {"pattern", "combination", "stride", "summary_size"} <= options.keys()
 
 
 def _patterns(options: dict[str, Any], layer: int, causal: bool) -> tuple[SparsePattern, ...]:
@@ -200,8 +241,8 @@ def sparse_attention_forward(
         ValueError: an argument or mask that cannot be honoured, or a model that `enable_sparse_attention` has not
             set up.
     """
-    options = getattr(getattr(module, "config", None), "sparse_attention", None)
-    if not options:
+    options: Any = getattr(getattr(module, "config", None), "sparse_attention", None)
+    if not _are_options(options):
         raise ValueError("attn_implementation='lnlm_sparse' needs hf_lnlm.enable_sparse_attention(model, ...) first")
     _check_arguments(query, key, attention_mask, kwargs)
     _check_unpacked(kwargs.get("position_ids"), attention_mask)
@@ -281,9 +322,11 @@ def _with_weights(
 def register_attention() -> None:
     """Register `lnlm_sparse` with transformers' attention and mask interfaces. Safe to call twice.
 
-    The one thing added to a transformers class is the descriptor `sparse_attention` of its configs.
+    What is added to a transformers class are two descriptors of its configs, `sparse_attention` and the one behind
+    `_attn_implementation`; configs without sparse options behave as before.
     """
     if _OPTIONS not in vars(PreTrainedConfig):
-        PreTrainedConfig.sparse_attention = _SparseOptions()
+        setattr(PreTrainedConfig, _OPTIONS, _SparseOptions())
+        setattr(PreTrainedConfig, _IN_USE, _ImplementationInUse())
     AttentionInterface.register(IMPLEMENTATION, sparse_attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, sparse_mask)
