@@ -6,7 +6,7 @@ from typing import Any
 
 from ..registry import FAMILIES, Family, family, is_ours
 from .errors import UsageProblem, unknown_name
-from .models import load_problem
+from .models import load_config, load_model, load_problem
 from .output import quiet_libraries, say
 from .recipe import ModelSection
 
@@ -33,6 +33,8 @@ def wrapping_family(section: ModelSection) -> Family:
 def load_wrapped(section: ModelSection, auto_class: str, **options: Any) -> Any:
     """The checkpoint as the encoder of a new model of the family that `model.head` names.
 
+    A checkpoint that is of this family already, because the recipe has been run on it before, goes on as it is.
+
     Args:
         section: names the checkpoint and the family.
         auto_class: e.g. `AutoModelForSequenceClassification`.
@@ -42,6 +44,8 @@ def load_wrapped(section: ModelSection, auto_class: str, **options: Any) -> Any:
         UsageProblem: the checkpoint can't be loaded, or doesn't fit the family; one line.
     """
     name, row = str(section.checkpoint), wrapping_family(section)
+    if load_config(section).model_type == row.model_type:
+        return load_model(section, auto_class, **options)
     options.pop("ignore_mismatched_sizes", None)
     loading = {
         "encoder_revision": section.revision,

@@ -14,6 +14,7 @@ from ..base import LNLMConfig, check_bound, check_choice, strict_config
 from .own_encoder import CARRIED
 
 MODES = ("last", "last_n", "all_cls", "scalar_mix")
+MIRRORED = ("vocab_size", "hidden_size", "num_hidden_layers")
 _PACKAGE = "hf_lnlm"
 
 
@@ -83,7 +84,11 @@ class EncoderCNNConfig(LNLMConfig):
         self.mirror_encoder()
         if self.num_layers is None:
             self.num_layers = min(4, self.num_hidden_layers)
+        encoder: Any = self.encoder
+        attention = encoder._attn_implementation
         super().__post_init__(**kwargs)
+        if kwargs.get("attn_implementation") is None and attention is not None:  # transformers has just unset it
+            encoder._attn_implementation = attention
 
     def _default_encoder(self) -> dict[str, Any]:
         return {
@@ -100,7 +105,7 @@ class EncoderCNNConfig(LNLMConfig):
     def mirror_encoder(self) -> None:
         """Take over the encoder's sizes and special ids, which may have changed since."""
         encoder: Any = self.encoder
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        for name in MIRRORED:
             if getattr(encoder, name, None) is None:
                 raise ValueError(f"encoder: the config of a {encoder.model_type} has no {name}, got None")
             setattr(self, name, getattr(encoder, name))
@@ -118,6 +123,14 @@ class EncoderCNNConfig(LNLMConfig):
             raise ValueError(
                 f"num_layers must be at most the encoder's {self.num_hidden_layers} layers, got {self.num_layers}"
             )
+        if isinstance(self.encoder, PreTrainedConfig):
+            self._check_mirrored()
+
+    def _check_mirrored(self) -> None:
+        for name in MIRRORED:
+            inside, given = getattr(self.encoder, name, None), getattr(self, name)
+            if inside != given:
+                raise ValueError(f"{name} must be the encoder's, {inside}, got {given}")
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the encoder's config, which embeddings and their number of tokens belong to."""

@@ -18,6 +18,7 @@ Complexity: the encoder's, and O(length · Σ k · n · H · maps) multiplicatio
 """
 
 import inspect
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,31 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     cls = encoder_class(config)
     pools = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
     return cls._from_config(config, **({"add_pooling_layer": False} if pools else {}))
+
+
+def encoder_given(encoder: str | os.PathLike | PreTrainedModel, options: dict[str, Any]) -> PreTrainedModel:
+    """Return the encoder that a composed model is to be built on, without its head.
+
+    Args:
+        encoder: a checkpoint's name or folder, or a model.
+        options: arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: a model is given and options too, or it is composed already.
+    """
+    if isinstance(encoder, (str, os.PathLike)):
+        source = AutoModel.from_pretrained(encoder, **options)
+    elif options:
+        names = ", ".join(f"encoder_{name}" for name in options)
+        raise ValueError(f"{names}: only for a checkpoint's name or folder, got them beside a {type(encoder).__name__}")
+    else:
+        source = encoder.base_model
+    if source.config.model_type == EncoderCNNConfig.model_type:
+        raise ValueError(
+            f"encoder must be a checkpoint without convolutions, got one of {EncoderCNNConfig.model_type}: load it by "
+            "from_pretrained"
+        )
+    return source
 
 
 def _selected(hidden: tuple[torch.Tensor | None, ...] | None, shown: bool | int | list[int] | None) -> Any:
@@ -181,25 +207,31 @@ class EncoderCNNPreTrainedModel(LNLMPreTrainedModel):
             init.xavier_uniform_(module.projection.weight)
 
     @classmethod
-    def from_encoder_pretrained(cls, encoder: str | PreTrainedModel, **kwargs: Any) -> "EncoderCNNPreTrainedModel":
+    def from_encoder_pretrained(
+        cls, encoder: str | os.PathLike | PreTrainedModel, **kwargs: Any
+    ) -> "EncoderCNNPreTrainedModel":
         """Build the model on a pre-trained encoder; the convolutions and the classifier are new.
 
         Args:
             encoder: a checkpoint's name or folder, or a model (with or without a head), whose weights are copied.
-            kwargs: fields of `EncoderCNNConfig` (`mode`, `num_labels`, …), and arguments of the encoder's
-                `from_pretrained`, with `encoder_` before their names (`encoder_dtype`, `encoder_revision`, …).
+            kwargs: fields of `EncoderCNNConfig` (`mode`, `num_labels`, …), `dtype` and `attn_implementation` as in
+                `from_pretrained` (those of the encoder if not given), and arguments of the encoder's `from_pretrained`,
+                with `encoder_` before their names (`encoder_dtype`, `encoder_revision`, …).
 
         Returns:
             the model, in evaluation mode.
 
         Raises:
-            ValueError: the checkpoint lacks weights of the encoder.
+            ValueError: the checkpoint lacks weights of the encoder or is composed already, or arguments for loading it
+                are given beside a model.
         """
         inner = {
             name.removeprefix("encoder_"): kwargs.pop(name) for name in list(kwargs) if name.startswith("encoder_")
         }
-        source = AutoModel.from_pretrained(encoder, **inner) if isinstance(encoder, str) else encoder.base_model
-        model = cls(EncoderCNNConfig(encoder=source.config.to_dict(), **kwargs))
+        dtype = kwargs.pop("dtype", None)
+        source = encoder_given(encoder, inner if dtype is None else {"dtype": dtype, **inner})
+        fields = {**source.config.to_dict(), "attn_implementation": source.config._attn_implementation}
+        model = cls(EncoderCNNConfig(encoder=fields, **kwargs))
         target = model.base_model.encoder
         model.to(source.dtype)
         missing = target.load_state_dict(source.state_dict(), strict=False).missing_keys

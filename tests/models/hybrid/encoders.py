@@ -52,7 +52,7 @@ OURS: dict[str, Any] = {
     "rnn": lambda: RNNConfig(vocab_size=61, hidden_size=16, num_hidden_layers=3, bidirectional=True),
     "linformer": lambda: LinformerConfig(
         vocab_size=61, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=64, projection_length=8, embedding_dropout=0.0, hidden_dropout=0.0, attention_dropout=0.0,
+        max_position_embeddings=64, projected_size=8, embedding_dropout=0.0, hidden_dropout=0.0, attention_dropout=0.0,
     ),
     "ssm": lambda: SelectiveSSMConfig(
         vocab_size=61, hidden_size=16, num_hidden_layers=3, state_size=4, bidirectional="tied"

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BartConfig, BertConfig, GPT2Config, T5Config
+from transformers import BartConfig, BertConfig, BertForMaskedLM, BertModel, GPT2Config, T5Config
 from transformers.modeling_outputs import BaseModelOutput
 
+import hf_lnlm
 from hf_lnlm.cli.adapters import add_adapter
-from hf_lnlm.cli.recipe import LoraSection
+from hf_lnlm.cli.recipe import LoraSection, ModelSection
+from hf_lnlm.cli.wrapped import load_wrapped
 from hf_lnlm.models.hybrid.configuration_encoder_cnn import EncoderCNNConfig
 from hf_lnlm.models.hybrid.modeling_encoder_cnn import (
     EncoderCNNForSequenceClassification,
     EncoderCNNForTokenClassification,
     EncoderCNNModel,
 )
+from hf_lnlm.models.sparse_attention import stock
 from hf_lnlm.registry import family
 from tests.contract.cases import add_noise, token_ids
 
@@ -134,7 +139,7 @@ def test_problem_types(fields, labels, wanted):
 @every_mode
 def test_lora_on_the_encoder_with_the_head_in_full(mode, tmp_path):
     model = classifier_on("bert", mode)
-    adapted = add_adapter(model, LoraSection(enabled=True, r=2), "SEQ_CLS")
+    adapted = add_adapter(model, LoraSection(enabled=True, r=2), task_type="SEQ_CLS")
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     parts = {"lora_A", "lora_B", "window_head", "classifier"} | ({"layer_mix"} if mode == "scalar_mix" else set())
     assert all(any(part in name for part in parts) for name in trained)
@@ -201,11 +206,83 @@ def test_an_encoder_comes_from_a_folder_a_model_or_a_model_with_a_head(tmp_path)
     source = encoder_of("bert")
     source.save_pretrained(tmp_path)
     ids = token_ids(2, 6)
+    with_a_head = BertForMaskedLM(source.config)
+    with_a_head.bert.load_state_dict(source.state_dict(), strict=False)
     with torch.no_grad():
         wanted = source(ids).last_hidden_state
-        for given in (str(tmp_path), source, classifier_on("bert").model.encoder):
+        for given in (str(tmp_path), tmp_path, source, with_a_head, classifier_on("bert").model.encoder):
             model = EncoderCNNModel.from_encoder_pretrained(given)
             torch.testing.assert_close(model.encoder(ids).last_hidden_state, wanted)
+            assert not model.training
+
+
+def test_arguments_for_loading_reach_the_encoder_or_are_refused(tmp_path):
+    source = encoder_of("bert")
+    source.save_pretrained(tmp_path)
+    make = EncoderCNNForSequenceClassification.from_encoder_pretrained
+    eager = BertModel.from_pretrained(tmp_path, attn_implementation="eager")
+    for model in (
+        make(tmp_path, encoder_attn_implementation="eager"),
+        make(tmp_path, attn_implementation="eager"),
+        make(source, attn_implementation="eager"),
+        make(eager),
+    ):
+        assert model.model.encoder.config._attn_implementation == "eager"
+    for half in (make(tmp_path, dtype="bfloat16"), make(tmp_path, encoder_dtype=torch.bfloat16)):
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match=r"encoder_revision: only for a checkpoint's name or folder, got .* BertModel"):
+        make(source, encoder_revision="main")
+    with pytest.raises(ValueError, match="encoder_dtype: only for a checkpoint"):
+        make(source, dtype=torch.bfloat16)
+
+
+def test_a_composed_checkpoint_is_no_encoder_and_takes_its_options_again(tmp_path):
+    model, ids = classifier_on("bert", "last_n", num_layers=2), token_ids(2, 6)
+    model.save_pretrained(tmp_path)
+    for given in (tmp_path, model, model.model):
+        with pytest.raises(ValueError, match="got one of lnlm_encoder_cnn: load it by from_pretrained"):
+            EncoderCNNForSequenceClassification.from_encoder_pretrained(given)
+    same = {"mode": "last_n", "num_layers": 2, "num_filters": 4, "filter_sizes": [1, 2, 3], "num_labels": 3}
+    again = EncoderCNNForSequenceClassification.from_pretrained(tmp_path, dropout=0.25, **same).eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert again.dropout.p == again.config.dropout == 0.25
+    with pytest.raises(RuntimeError, match="mismatch"):
+        EncoderCNNForSequenceClassification.from_pretrained(tmp_path, num_layers=3)
+    for wrong, words in (
+        ({"num_layers": 4}, "num_layers must be at most the encoder's 3 layers, got 4"),
+        ({"mode": "first"}, "mode must be one of last, last_n, all_cls, scalar_mix, got 'first'"),
+        ({"vocab_size": 70}, "vocab_size must be the encoder's, 61, got 70"),
+        ({"hidden_size": 32}, "hidden_size must be the encoder's, 16, got 32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            EncoderCNNForSequenceClassification.from_pretrained(tmp_path, **wrong)
+
+
+def test_a_recipe_goes_on_from_its_own_checkpoint(tmp_path):
+    """`model.head` beside a checkpoint that has been composed already: not an encoder inside an encoder."""
+    model, ids = classifier_on("bert"), token_ids(2, 6)
+    model.save_pretrained(tmp_path)
+    section = ModelSection(checkpoint=str(tmp_path), head="lnlm_encoder_cnn", config={"dropout": 0.25})
+    again = load_wrapped(section, "AutoModelForSequenceClassification", **section.config)
+    assert type(again.model.encoder) is BertModel
+    assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+    assert again.config.dropout == 0.25
+
+
+def test_sparse_attention_of_the_encoder_is_kept(tmp_path, monkeypatch):
+    """Composing and loading must not go back to dense attention: calls are counted."""
+    encoder = hf_lnlm.enable_sparse_attention(copy.deepcopy(encoder_of("bert")), "local", stride=2)
+    ids, calls = token_ids(2, 9), []
+    real = stock.sparse_attention
+    monkeypatch.setattr(stock, "sparse_attention", lambda *a, **k: calls.append(1) or real(*a, **k))
+    model = EncoderCNNModel.from_encoder_pretrained(encoder)
+    features = model(ids).pooler_output
+    assert len(calls) == 3
+    assert not torch.allclose(features, EncoderCNNModel.from_encoder_pretrained(encoder_of("bert"))(ids).pooler_output)
+    model.save_pretrained(tmp_path)
+    again = EncoderCNNModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).pooler_output, features)
+    assert len(calls) == 6
 
 
 def test_hidden_states_are_those_asked_for():
@@ -293,10 +370,19 @@ def test_other_numbers_of_labels_are_refused_on_reload(tmp_path):
     assert model(token_ids(1, 4)).logits.shape == (1, 5)
 
 
-def test_labels_that_do_not_fit_are_refused():
-    model, ids = classifier_on("bert"), token_ids(2, 5)
-    with pytest.raises(ValueError):
-        model(ids, labels=torch.tensor([0, 1, 2]))
+@pytest.mark.parametrize(
+    ("fields", "labels", "words"),
+    [
+        ({}, torch.tensor([0, 1, 2]), r"labels must have shape \(2,\), got \(3,\)"),
+        ({}, torch.tensor([0, 3]), "labels must be between 0 and 2, or -100 to be ignored, got 3"),
+        ({"problem_type": "single_label_classification"}, torch.tensor([0.0, 1.0]), "labels must be whole numbers"),
+        ({"problem_type": "multi_label_classification"}, torch.zeros(2, 4), r"must have shape \(2, 3\), got \(2, 4\)"),
+        ({"problem_type": "regression"}, torch.zeros(2), r"regression labels must have shape \(2, 3\), got \(2,\)"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(fields, labels, words):
+    with pytest.raises(ValueError, match=words):
+        classifier_on("bert", **fields)(token_ids(2, 5), labels=labels)
 
 
 def test_checkpoints_without_the_encoders_weights_are_refused():

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 
+import hf_lnlm
 from hf_lnlm.models.hybrid.modeling_encoder_cnn import EncoderCNNForSequenceClassification
 from tests.contract import cases
-from tests.contract.cases import token_ids
+from tests.contract.cases import add_noise, token_ids
 
 from .encoders import ENCODERS, MODES, OURS, STOCK, classifier_on, encoder_of, tagger_on
 
@@ -112,18 +114,40 @@ def test_every_weight_learns_with_and_without_checkpointing(name):
     assert name == "albert" or model.model.encoder.is_gradient_checkpointing
 
 
+@every_encoder
+def test_lora_reaches_every_encoder_and_merges(name):
+    """What the flag `--lora` does: adapters inside the encoder, windows and classifier in full."""
+    model = classifier_on(name, "scalar_mix")
+    ids, mask = batch()
+    plain = logits(model, ids, mask)
+    adapted = peft.get_peft_model(model, hf_lnlm.lora_config(model, 2))
+    torch.testing.assert_close(logits(adapted.eval(), ids, mask), plain, rtol=1e-5, atol=1e-5)
+    trained = {key: p for key, p in adapted.named_parameters() if p.requires_grad}
+    for part in ("window_head", "layer_mix", "classifier"):
+        assert any(part in key for key in trained)
+    adapters = {key: add_noise(torch.nn.ParameterList([p]), 5)[0] for key, p in trained.items() if "lora_" in key}
+    assert adapters and all(".encoder." in key for key in adapters)
+    adapted.train()(ids, mask, labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapters.values())
+    scores = logits(adapted.eval(), ids, mask)
+    assert not torch.allclose(scores, plain, atol=1e-3)
+    torch.testing.assert_close(logits(adapted.merge_and_unload().eval(), ids, mask), scores, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_code_of_our_own_encoder_is_carried_and_builds_it(name, tmp_path):
-    model = classifier_on(name, "last_n")
     ids, mask = batch()
-    model.save_pretrained(tmp_path / "model")
-    given = {"input_ids": ids, "attention_mask": mask}
-    torch.save({"inputs": given, "output": logits(model, ids, mask)}, tmp_path / "saved.pt")
-    jobs = [
-        {"kind": kind, "auto": "AutoModelForSequenceClassification", "folder": str(tmp_path / "model"),
-         "tensors": str(tmp_path / "saved.pt")}
-        for kind in ("same_head", "from_config")
-    ]  # fmt: skip
+    jobs = []
+    for auto, model in (
+        ("AutoModelForSequenceClassification", classifier_on(name, "last_n")),
+        ("AutoModelForTokenClassification", tagger_on(name, "scalar_mix")),
+    ):
+        place = tmp_path / auto
+        model.save_pretrained(place)
+        given = {"input_ids": ids, "attention_mask": mask}
+        torch.save({"inputs": given, "output": logits(model, ids, mask)}, place / "saved.pt")
+        common = {"auto": auto, "folder": str(place), "tensors": str(place / "saved.pt")}
+        jobs += [{"kind": kind, **common} for kind in ("same_head", "from_config")]
     (tmp_path / "plan.json").write_text(json.dumps(jobs))
     run_elsewhere(tmp_path)
 
