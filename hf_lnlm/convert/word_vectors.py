@@ -7,6 +7,8 @@ Kim 2014, section 3.2: words of the vocabulary that the file lacks keep their ra
 from __future__ import annotations
 
 import gzip
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,47 +32,73 @@ def read_word_vectors(path: str | Path, words: set[str] | None = None) -> Vector
         word → float32 vector; the first one counts if a word comes twice.
 
     Raises:
-        ValueError: the file is of another kind or damaged; the message names file and line.
+        ValueError: the file is of another kind, damaged or empty, or holds what is no finite number; the message names
+            the file, and of a text the line.
+        FileNotFoundError: there is no such file, or no words beside a `.npy`.
     """
     path = Path(path)
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if kind == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            return _from_arrays(path, [str(word) for word in arrays["words"]], arrays["vectors"], words)
-    if kind == ".npy":
-        names = path.with_suffix(".txt").read_text(encoding="utf-8").split("\n")
-        return _from_arrays(path, [name for name in names if name], np.load(path, allow_pickle=False), words)
-    if kind in (".txt", ".vec"):
-        return _from_text(path, words)
-    raise ValueError(f"word vectors must be a .txt, .vec, .npy or .npz file (text also .gz), got {path.name}")
+    if kind not in (".txt", ".vec", ".npy", ".npz") or (path.suffix == ".gz" and kind in (".npy", ".npz")):
+        raise ValueError(f"word vectors must be a .txt, .vec, .npy or .npz file (text also .gz), got {path.name}")
+    try:
+        return _from_text(path, words) if kind in (".txt", ".vec") else _from_numpy(path, words)
+    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} is damaged, got {type(error).__name__}: {error}") from error
+
+
+def _from_numpy(path: Path, words: set[str] | None) -> Vectors:
+    try:
+        with path.open("rb") as file:
+            loaded: Any = np.load(file, allow_pickle=False)
+            if path.suffix == ".npz":
+                missing = [name for name in ("words", "vectors") if name not in loaded]
+                if missing:
+                    raise ValueError(f"it must hold the arrays words and vectors, got {sorted(loaded)}")
+                return _from_arrays(path, [str(word) for word in loaded["words"]], loaded["vectors"], words)
+    except ValueError as error:  # numpy's own do not name the file
+        text = str(error)
+        raise ValueError(text if text.startswith(path.name) else f"{path.name}: {text}") from error
+    names = path.with_suffix(".txt").read_text(encoding="utf-8").split("\n")
+    return _from_arrays(path, [name for name in names if name], loaded, words)
 
 
 def _from_arrays(path: Path, names: list[str], vectors: np.ndarray, words: set[str] | None) -> Vectors:
-    if vectors.ndim != 2 or len(names) != len(vectors):
+    if vectors.ndim != 2 or len(names) != len(vectors) or not names:
         raise ValueError(f"{path.name}: {len(names)} words need an array ({len(names)}, width), got {vectors.shape}")
+    if vectors.dtype.kind not in "fiu":
+        raise ValueError(f"{path.name}: vectors must hold finite numbers, got {vectors.dtype}")
     found: Vectors = {}
     for name, vector in zip(names, vectors):
         if words is None or name in words:
-            found.setdefault(name, vector.astype(np.float32))
+            found.setdefault(name, _single(vector))
+            if not np.isfinite(found[name]).all():
+                raise ValueError(f"{path.name}: vectors must hold finite numbers, got nan or inf for {name!r}")
     return found
 
 
+def _single(numbers: Any) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, which is refused
+        return np.asarray(numbers).astype(np.float32)
+
+
 def _lines(path: Path) -> Iterator[str]:
+    # Only "\n" ends a line: published files have other separators of lines inside words.
     if path.suffix == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8") as file:
+        with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
             yield from file
         return
-    with path.open(encoding="utf-8") as plain:
+    with path.open(encoding="utf-8", newline="\n") as plain:
         yield from plain
 
 
 def _from_text(path: Path, words: set[str] | None) -> Vectors:
     found: Vectors = {}
     width: int | None = None
+    promised, number = 0, 0
     for number, line in enumerate(_lines(path), start=1):
-        parts = line.rstrip("\n ").split(" ")
+        parts = line.rstrip("\r\n ").split(" ")
         if number == 1 and len(parts) == 2 and parts[0].isdigit() and parts[1].isdigit():
-            width = int(parts[1])  # word2vec's header: how many words, how wide
+            promised, width = int(parts[0]), int(parts[1])  # word2vec's header: how many words, how wide
             continue
         width = len(parts) - 1 if width is None else width
         word = " ".join(parts[: len(parts) - width])
@@ -78,14 +106,20 @@ def _from_text(path: Path, words: set[str] | None) -> Vectors:
             raise ValueError(f"{path.name}, line {number}: expected a word and {width} numbers, got {line[:60]!r}")
         if (words is None or word in words) and word not in found:
             found[word] = _numbers(parts[len(parts) - width :], path, number)
+    if width is None or number - 1 < promised:
+        raise ValueError(f"{path.name} is empty or cut off: it promises {promised or 'some'} words, got {number} lines")
     return found
 
 
 def _numbers(parts: list[str], path: Path, line: int) -> np.ndarray:
     try:
-        return np.array(parts, dtype=np.float32)
+        vector = _single(parts)
     except ValueError:
         raise ValueError(f"{path.name}, line {line}: a vector must hold numbers, got {parts[:4]}") from None
+    if not np.isfinite(vector).all():
+        wrong = [part for part, value in zip(parts, vector) if not np.isfinite(value)]
+        raise ValueError(f"{path.name}, line {line}: a vector must hold finite numbers, got {wrong[:4]}")
+    return vector
 
 
 @torch.no_grad()
