@@ -46,7 +46,7 @@ GROUPED = Recipe(epochs=14, batch_size=16, learning_rate=3e-4, weight_decay=0.01
 NARROW: dict[str, Any] = {"num_labels": 4, "intermediate_size": 256, "dropout": 0.2}
 """The paper's dense layers have 2,048 units: most of the network's weights, and half of its time on short texts."""
 ONE_HOT = Recipe(epochs=28, batch_size=32, learning_rate=5e-4, weight_decay=0.01, clip=1.0, decay=warm)
-"""The network leaves chance after 470 steps of 32 texts, with 16 texts and dropout 0.2 only after 1,200."""
+"""The network leaves chance after 470 steps of 32 texts, with 16 texts and dropout 0.2 not before 1,200."""
 SHORT: dict[str, Any] = {"num_labels": 4, "intermediate_size": 512, "dropout": 0.1, "max_position_embeddings": LENGTH}
 WORDS = Recipe(epochs=5, batch_size=50, learning_rate=1e-3, unknown_rate=0.5, decay=cosine)
 
