@@ -214,7 +214,7 @@ class MemoryCell(nn.Module):
             run = self._operate(inputs, Gates(*tensors[:count]), state, real, backend)
             return self._project(run.outputs, dtype), *run.states, *(run.looks if look else ())
 
-        size = math.ceil(math.sqrt(2 * inputs.shape[1]))
+        size = math.ceil(math.sqrt(8 * inputs.shape[1]))  # shorter ones would need less, but cost a call each
         parts = inputs.split(size, 1)
         masks = [()] * len(parts) if mask is None else [(real,) for real in mask.split(size, 1)]
         parameters = [
