@@ -130,9 +130,9 @@ def undispatched(
     class Undispatched(torch.autograd.Function):
         """The operator as a plain step of the graph."""
 
-    Undispatched.forward = staticmethod(implementation)  # type: ignore[method-assign]
-    Undispatched.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
-    Undispatched.backward = staticmethod(once_differentiable(backward))  # type: ignore[method-assign]
+    steps = {"forward": implementation, "setup_context": setup_context, "backward": once_differentiable(backward)}
+    for name, step in steps.items():
+        setattr(Undispatched, name, staticmethod(step))
 
     def call(*values: Any) -> Any:
         if not plain_tensors(*(value for value in values if not isinstance(value, (bool, int, float, str)))):

@@ -23,8 +23,9 @@ from .passes import passes
 
 __all__ = ["s6_core", "s6_core_backend"]
 
-# Tokens that run together when a single row holds many: what lies between the operations then stays in the cache.
-PIECE = 16 * BLOCK
+# Tokens that run together when a single row holds many. What lies between the operations is then made in the memory of the
+# piece before; much smaller pieces would save more of it, and spend the gain on calls.
+PIECE = 64 * BLOCK
 
 Tensors = tuple[torch.Tensor | None, ...]
 

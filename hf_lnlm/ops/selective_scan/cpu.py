@@ -183,8 +183,8 @@ def _forward(operands: Operands, h: int, y: int, entries: int, scratch: Scratch,
 
 
 @compiled(STRICT)
-def _prepare(operands: Operands, i: int, j: int, sizes: Sizes, dy: int, slope: int, grad: int) -> None:
-    """Derivative of `Δ` and the gradient before the gate, of token `i`, row `j` of the block."""
+def _prepare(operands: Operands, i: int, j: int, sizes: Sizes, dy: int, slope: int, bend: int, grad: int) -> None:
+    """Derivatives of `Δ` and of the gate and the gradient before the gate, of token `i`, row `j` of the block."""
     channels, padded = sizes[2], sizes[4]
     real = _real(operands, i)
     for e in range(0, channels, WIDTH):
@@ -193,7 +193,9 @@ def _prepare(operands: Operands, i: int, j: int, sizes: Sizes, dy: int, slope: i
         g = load_row(dy, i * channels + e, left)
         if operands[4] != 0:
             gate = load_row(operands[4], i * operands[5] + e, left)
-            g = mul(mul(g, gate), sigmoid(gate))
+            s = sigmoid(gate)
+            store(bend, j * padded + e, mul(s, fma(gate, sub(splat(_ONE), s), splat(_ONE))))
+            g = mul(mul(g, gate), s)
         store(grad, j * padded + e, g)
 
 
@@ -257,12 +259,11 @@ def _retreat(
 
 
 @compiled(STRICT)
-def _write(
-    operands: Operands, i: int, j: int, sizes: Sizes, dy: int, rows: Scratch, slope: int, y: int, sums: int, out: Any
-) -> None:
+def _write(operands: Operands, i: int, j: int, sizes: Sizes, dy: int, rows: Scratch, more: Scratch, out: Any) -> None:
     """Gradients of `u`, `dt` and `z` of token `i`, row `j` of the block, and its part of those of `D` and `dt_bias`."""
     channels, padded = sizes[2], sizes[4]
     delta, _source, grad, gain, pull = rows
+    slope, y, sums, bend = more
     du, ddt, dz = out[0], out[1], out[2]
     for e in range(0, channels, WIDTH):
         left, row, at = channels - e, j * padded + e, i * channels + e
@@ -275,11 +276,8 @@ def _write(
         store(sums, e, fma(g, u, load(sums, e)))
         store(sums, padded + e, add(slant, load(sums, padded + e)))
         if operands[4] != 0:
-            gate = load_row(operands[4], i * operands[5] + e, left)
-            s = sigmoid(gate)
-            bend = mul(s, fma(gate, sub(splat(_ONE), s), splat(_ONE)))
             value = mul(fma(skip, u, load(y, row)), load_row(dy, at, left))
-            store_row(dz, i * out[5] + e, mul(value, bend), left)
+            store_row(dz, i * out[5] + e, mul(value, load(bend, row)), left)
 
 
 @compiled(STRICT)
@@ -300,24 +298,23 @@ def _backward_block(
 ) -> None:  # fmt: skip
     """Replay a block of tokens, then retreat through it."""
     batch, length, channels, states = sizes[0], sizes[1], sizes[2], sizes[3]
-    slope, y, sums = more
     i = r * length + k * BLOCK
     count = min(BLOCK, length - k * BLOCK)
     for j in range(count):
         _discretise(operands, i + j, j, sizes, rows[0], rows[1])
-        _prepare(operands, i + j, j, sizes, dy, slope, rows[2])
+        _prepare(operands, i + j, j, sizes, dy, more[0], more[3], rows[2])
     for low in range(0, states, TILE):
         tile = (low, min(TILE, states - low))
         for e in range(0, channels, WIDTH):
             for n in range(tile[1]):
                 entry = load_row(entries, ((k * batch + r) * states + low + n) * channels + e, channels - e)
                 store(packed[3], n * WIDTH, entry)
-            _replay(operands, i, count, e, tile, sizes, rows, packed, y)
+            _replay(operands, i, count, e, tile, sizes, rows, packed, more[1])
             _retreat(operands, i, count, e, tile, sizes, rows, packed)
         _collect(packed[5], i, count, tile, states, out[3])
         _collect(packed[6], i, count, tile, states, out[4])
     for j in range(count):
-        _write(operands, i + j, j, sizes, dy, rows, slope, y, sums, out)
+        _write(operands, i + j, j, sizes, dy, rows, more, out)
 
 
 @compiled(STRICT)
@@ -419,7 +416,7 @@ def selective_scan_cpu_backward(
     many, few = BLOCK * padded, BLOCK * TILE * WIDTH
     _rows, rows = _buffers(*[many] * 5)
     _packed, packed = _buffers(states * padded, states * padded, few, few + TILE * WIDTH, states * padded, few, few)
-    _more, more = _buffers(many, many, 2 * padded)
+    _more, more = _buffers(many, many, 2 * padded, many)
     out = (*(tensor.data_ptr() for tensor in (du, ddt, dz, db, dc)), dz.stride(-2) if dz.dim() > 1 else 0)
     totals = (da.data_ptr(), sums.data_ptr())
     _backward(operands, entries.data_ptr(), dy.address, dh.data_ptr(), totals, rows, packed, more, out, sizes)
