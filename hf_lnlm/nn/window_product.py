@@ -3,8 +3,8 @@
 A window of k frames is a row of a matrix, the filters are the columns of another: that product is the convolution. Weight
 normalisation (Salimans & Kingma 2016), w = g v / ‖v‖, scales the columns of the product instead of the filters, so that
 the normalised weight is never built. `gated_windows` takes everything from the windows to the gated linear unit
-(Dauphin et al. 2017, eq. 1) as one step of the graph, whose gradient is written out; elsewhere than in plain training on a
-CPU the same steps are left to autograd.
+(Dauphin et al. 2017, eq. 1) as one step of the graph, whose gradient is written out, and by `four_taps` where that pays;
+elsewhere than in plain training on a CPU the same steps are left to autograd.
 
 Glossary: C channels in, F features, k kernel size, T frames; v ↔ `weight`, g ↔ `gain`, z = v · window ↔ `product`.
 Complexity: O(batch · T · k · C · F) multiplications; the windows take k times the memory of the frames while they are used,
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from .four_taps import FourTaps, four_taps_pay
 
 
 def windows_of(frames: torch.Tensor, kernel_size: int) -> torch.Tensor:
@@ -64,15 +66,17 @@ def gated_windows(
         `(batch, T, F / 2)`.
     """
     given = [frames, weight, bias] + ([] if gain is None else [gain])
-    if _is_plain_training(given):
+    if _is_plain(given) and (_is_training(given) or four_taps_pay(frames, weight, kernel_size)):
         return _GatedWindows.apply(frames, weight, gain, bias, kernel_size)
     return F.glu(window_product(frames, weight, gain, bias, kernel_size), dim=-1)
 
 
-def _is_plain_training(given: list[torch.Tensor]) -> bool:
-    """Whether a gradient is wanted, on a CPU, in one precision, and nothing traces or transforms the graph."""
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in given):
-        return False
+def _is_training(given: list[torch.Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+
+
+def _is_plain(given: list[torch.Tensor]) -> bool:
+    """Whether all is on a CPU, in one precision, and nothing traces or transforms the graph."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
         return False
     first = given[0]
@@ -86,14 +90,12 @@ class _GatedWindows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, frames: Any, weight: Any, gain: Any, bias: Any, kernel_size: int) -> torch.Tensor:
         """Compute; see `gated_windows`."""
-        windows = windows_of(frames, kernel_size)
-        rows = windows.flatten(0, 1)
+        ctx.four, ctx.kernel_size = four_taps_pay(frames, weight, kernel_size), kernel_size
         lengths = None if gain is None else row_lengths(weight)
-        product = rows @ weight.mT
-        ctx.kernel_size, ctx.shape = kernel_size, frames.shape
+        product = FourTaps(frames, weight).output() if ctx.four else _product(frames, weight, kernel_size)
         ctx.save_for_backward(frames, weight, gain, bias, lengths, product)
         output = F.glu(_scaled(product, gain, lengths, bias), dim=1)
-        return output.view(*windows.shape[:2], -1)
+        return output.view(frames.shape[0], -1, output.shape[1])[:, : frames.shape[1] - kernel_size + 1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -101,6 +103,8 @@ class _GatedWindows(torch.autograd.Function):
         """Return the gradients of frames, weight, gain and bias."""
         frames, weight, gain, bias, lengths, product = ctx.saved_tensors
         features = _scaled(product, gain, lengths, bias)
+        missing = product.shape[0] // frames.shape[0] - gradient.shape[1]
+        gradient = F.pad(gradient, (0, 0, 0, missing)) if missing else gradient
         inner = torch.ops.aten.glu_backward(gradient.reshape(product.shape[0], -1), features, 1)
         bias_gradient = inner.sum(0)
         gain_gradient = correction = None
@@ -109,12 +113,19 @@ class _GatedWindows(torch.autograd.Function):
             gain_gradient = scale_gradient / lengths
             correction = -gain_gradient * gain / lengths.square()
             inner = inner.mul_(gain / lengths)
-        weight_gradient = inner.mT @ windows_of(frames, ctx.kernel_size).flatten(0, 1)
+        wanted = ctx.needs_input_grad[0]
+        if ctx.four:
+            frames_gradient, weight_gradient = FourTaps(frames, weight).gradients(inner, wanted)
+        else:
+            weight_gradient = inner.mT @ windows_of(frames, ctx.kernel_size).flatten(0, 1)
+            frames_gradient = _folded(inner @ weight, frames.shape, ctx.kernel_size) if wanted else None
         if correction is not None:
             weight_gradient.addcmul_(weight, correction[:, None])
-        wanted = ctx.needs_input_grad[0]
-        frames_gradient = _folded(inner @ weight, ctx.shape, ctx.kernel_size) if wanted else None
         return frames_gradient, weight_gradient, gain_gradient, bias_gradient, None
+
+
+def _product(frames: torch.Tensor, weight: torch.Tensor, kernel_size: int) -> torch.Tensor:
+    return windows_of(frames, kernel_size).flatten(0, 1) @ weight.mT
 
 
 def _scaled(product: torch.Tensor, gain: Any, lengths: Any, bias: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,7 @@ def gated_rows() -> list[Row]:
     layer = GatedCNNLayer(GatedCNNConfig(hidden_size=channels, kernel_width=kernel, num_hidden_layers=1), 0)
     lstm = nn.LSTM(channels, channels, batch_first=True)  # 8 channels² multiplications a token, as kernel 4 has
     inputs, marks = torch.randn(batch, length, channels), SequenceMarks(None)
-    inner = inputs.clone().requires_grad_()
+    inner, long = inputs.clone().requires_grad_(), torch.randn(batch, 128, channels).requires_grad_()
     times = cpu_times(
         {
             "first": lambda: layer(inputs, None, marks)[0].sum().backward(),
@@ -94,10 +94,17 @@ def gated_rows() -> list[Row]:
     )
     with torch.no_grad():
         times |= cpu_times({"eval": lambda: layer(inputs, None, marks), "eval lstm": lambda: lstm(inputs)}, 11, 3)
+    times |= cpu_times(
+        {
+            "long": lambda: layer(long, None, marks)[0].sum().backward(),
+            "long lstm": lambda: lstm(long)[0].sum().backward(),
+        }
+    )
     name = "gated layer k4 C256 / LSTM layer of the same FLOPs, {}".format
     return [
         faster(name("forward and backward"), times, 1.3, 1.47, "first", "first lstm"),
         faster(name("with the gradient of its inputs"), times, 0.9, 1.3, "inner", "inner lstm"),
+        faster(name("with the gradient of its inputs, T128"), times, 1.3, None, "long", "long lstm"),
         faster(name("forward"), times, 0.9, None, "eval", "eval lstm"),
         flatness_row(),
     ]

@@ -112,8 +112,8 @@ def masked_patterns(given: argparse.Namespace) -> list[Row]:
 def short_lengths(given: argparse.Namespace) -> list[Row]:
     """The slowest pattern at each length that could be too short for sparsity."""
     rows = []
-    cases = [(n, STRIDE, 1) for n in (64, 200, 300, 400, 512, 600, 700, 900, 1024, 1400)]
-    cases += [(n, 32, 1) for n in (64, 100, 200, 400)] + [(n, STRIDE, 4) for n in (300, 512, 900)]
+    cases = [(n, STRIDE, 1) for n in (64, 129, 200, 256, 300, 350, 400, 512, 600, 700, 900, 1024, 1400)]
+    cases += [(n, 32, 1) for n in (33, 48, 64, 100, 200, 256, 400)] + [(n, STRIDE, 4) for n in (160, 300, 512, 900)]
     for length, stride, batch in cases:
         for training in (False, True):
             times = cpu_times(

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_lnlm.nn import four_taps
 from hf_lnlm.nn.convolution import (
     CausalConvolution,
     TimeConvolution,
@@ -134,6 +135,35 @@ def test_the_fused_step_passes_gradcheck():
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 6, 3), (4, 6), (4,), (4,))]
     assert torch.autograd.gradcheck(lambda *given: gated_windows(*given, 2), leaves)
     assert torch.autograd.gradcheck(lambda x, v, b: gated_windows(x, v, None, b, 2), [*leaves[:2], leaves[3]])
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 11])
+def test_nine_products_equal_sixteen(length, monkeypatch):
+    """Values and every gradient, for whole tiles and for a part of one."""
+    convolution = CausalConvolution(3, 4, 4, weight_norm=True, gated=True).double()
+    frames = torch.randn(2, length, 3, dtype=torch.float64, requires_grad=True)
+    leaves, found = [frames, *convolution.parameters()], []
+    for enough in (10**6, 1):
+        monkeypatch.setattr(four_taps, "MIN_CHANNELS", enough)
+        monkeypatch.setattr(four_taps, "MIN_FRAMES", 0 if length > 3 else enough)
+        output, _ = convolution(frames)
+        with torch.no_grad():
+            torch.testing.assert_close(convolution(frames)[0], output, rtol=0.0, atol=1e-12)
+        gradients = torch.autograd.grad((output * torch.linspace(-1, 1, length)[:, None]).sum(), leaves)
+        found.append([output, *gradients])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-12)
+
+
+def test_nine_products_pass_gradcheck_and_leave_frozen_frames_alone(monkeypatch):
+    monkeypatch.setattr(four_taps, "MIN_CHANNELS", 1)
+    monkeypatch.setattr(four_taps, "MIN_FRAMES", 0)
+    frames, weight = torch.randn(2, 9, 2, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
+    bias, gain = torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64) + 0.5
+    assert four_taps.four_taps_pay(frames, weight, 4)
+    leaves = [tensor.requires_grad_() for tensor in (frames, weight, gain, bias)]
+    assert torch.autograd.gradcheck(lambda *given: gated_windows(*given, 4), leaves)
+    assert torch.autograd.gradcheck(lambda *given: gated_windows(frames.detach(), *given, 4), leaves[1:])
 
 
 def test_a_filter_without_length_stays_finite():
