@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -71,6 +72,17 @@ def at_most(name: str, ours: float, peer: float, bar: float, aim: float | None, 
 def below(name: str, value: float, bar: float, aim: float | None = None, unit: str = "relative error") -> Row:
     """Row for an absolute bound: the ratio is the value itself."""
     return Row(name, value, 1.0, value, bar, aim, False, unit)
+
+
+def forget_peak() -> None:
+    """Let the peak begin anew from what is in use (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> float:
+    """Largest resident memory of this process in bytes, from Linux' status: `ru_maxrss` begins with the parent's peak."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return 1024.0 * float(line.split()[1])
 
 
 def peak_growth(module: str, *arguments: str) -> float:

@@ -25,7 +25,7 @@ from hf_lnlm.models.memory.configuration_ntm import NTMConfig
 from hf_lnlm.models.memory.modeling_dnc import DNCForSequenceTransduction
 from hf_lnlm.models.memory.modeling_ntm import NTMForSequenceTransduction
 
-from .harness import Row, at_most, cpu_times, faster, peak_growth, run
+from .harness import Row, at_most, cpu_times, faster, forget_peak, peak_growth, peak_memory, run
 
 SLOTS, WIDTH, CONTROLLER, STEPS = 128, 20, 100, 41
 # family, phase, batch size: bar and aim against the peer
@@ -138,16 +138,10 @@ def grow(kind: str, family: str, steps: int, folder: str) -> float:
         make = lambda length: our_step(model, 4, length, True)  # noqa: E731
     make(3)()
     step = make(steps)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far: growth starts from what is in use
-    before = peak()
+    forget_peak()
+    before = peak_memory()
     step()
-    return peak() - before
-
-
-def peak() -> float:
-    """Largest resident memory in bytes since it was last reset (Linux)."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return 1024.0 * float(line.split()[1])
+    return peak_memory() - before
 
 
 def growth(kind: str, family: str, steps: int, folder: Path | None = None) -> float:

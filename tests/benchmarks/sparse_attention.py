@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-import resource
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from hf_lnlm.convert.sparse_attention import gpt3_from_gpt_neo
 from hf_lnlm.ops.sparse_attention.attention import sparse_attention
 from hf_lnlm.ops.sparse_attention.pattern import SparsePattern
 
-from .harness import Row, at_most, below, cpu_times, faster, peak_growth, run
+from .harness import Row, at_most, below, cpu_times, faster, forget_peak, peak_growth, peak_memory, run
 
 HEADS, WIDTH, STRIDE = 4, 64, 128
 LONGEST, LAYER = 16384, 8192
@@ -278,9 +277,10 @@ def memory_growth(which: str, length: int) -> float:
         if which == "eager":
             model.set_attn_implementation("eager")  # type: ignore[operator]
         step = layer_calls({"one": model}, length, True)["one"]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forget_peak()
+    before = peak_memory()
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024.0
+    return peak_memory() - before
 
 
 def memory(given: argparse.Namespace) -> list[Row]:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import resource
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from hf_lnlm.convert.state_space import ssm_from_stock
 from hf_lnlm.ops.selective_scan import selective_scan
 
-from .harness import Row, at_most, below, cpu_times, faster, peak_growth, run
+from .harness import Row, at_most, below, cpu_times, faster, forget_peak, peak_growth, peak_memory, run
 
 VOCABULARY, WIDTH, LAYERS = 256, 256, 4
 BACKENDS = ("eager", "cpu")
@@ -201,20 +199,13 @@ def exactness_rows() -> list[Row]:
     return rows
 
 
-def peak_memory() -> int:
-    """Peak resident bytes of this process. Where Linux tells, from there: `ru_maxrss` begins with the parent's peak."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    return 1024 * (peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-
-
 def memory(contender: str) -> None:
     """Print the peak memory that one training step adds; of stock, its forward graph alone."""
     stock = stock_model("mamba1")
     model = stock if contender == "stock" else our_model(stock, contender)
     training_step(model, 16)() if contender != "stock" else None  # compilers and kernels load now
     ids = torch.randint(VOCABULARY, (1, 512))
+    forget_peak()
     before = peak_memory()
     if contender == "stock":
         graph = model(ids, labels=ids, use_cache=False).loss
