@@ -115,6 +115,8 @@ class EncoderCNNConfig(LNLMConfig):
 
     def check_bounds(self) -> None:
         """Check ranges and choices, and what they mean together; see the class for the fields."""
+        if isinstance(self.encoder, PreTrainedConfig):
+            self.mirror_encoder()
         super().check_bounds()
         check_choice("backend", self.backend, ("auto", "eager"))
         check_choice("mode", self.mode, MODES)
@@ -123,14 +125,15 @@ class EncoderCNNConfig(LNLMConfig):
             raise ValueError(
                 f"num_layers must be at most the encoder's {self.num_hidden_layers} layers, got {self.num_layers}"
             )
-        if isinstance(self.encoder, PreTrainedConfig):
-            self._check_mirrored()
 
-    def _check_mirrored(self) -> None:
-        for name in MIRRORED:
-            inside, given = getattr(self.encoder, name, None), getattr(self, name)
-            if inside != given:
-                raise ValueError(f"{name} must be the encoder's, {inside}, got {given}")
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Pass a vocabulary's size on to the encoder, and refuse another width or depth than it has."""
+        encoder = self.__dict__.get("encoder")
+        if name in MIRRORED and isinstance(encoder, PreTrainedConfig) and getattr(encoder, name, value) != value:
+            if name != "vocab_size":
+                raise ValueError(f"{name} must be the encoder's, {getattr(encoder, name)}, got {value}")
+            setattr(encoder, name, value)
+        super().__setattr__(name, value)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the encoder's config, which embeddings and their number of tokens belong to."""

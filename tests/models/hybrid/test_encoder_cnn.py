@@ -246,16 +246,27 @@ def test_a_composed_checkpoint_is_no_encoder_and_takes_its_options_again(tmp_pat
     again = EncoderCNNForSequenceClassification.from_pretrained(tmp_path, dropout=0.25, **same).eval()
     assert torch.equal(again(ids).logits, model(ids).logits)
     assert again.dropout.p == again.config.dropout == 0.25
-    with pytest.raises(RuntimeError, match="mismatch"):
-        EncoderCNNForSequenceClassification.from_pretrained(tmp_path, num_layers=3)
+    for other in ({"num_layers": 3}, {"vocab_size": 70}):
+        with pytest.raises(RuntimeError, match="mismatch"):
+            EncoderCNNForSequenceClassification.from_pretrained(tmp_path, **other)
     for wrong, words in (
         ({"num_layers": 4}, "num_layers must be at most the encoder's 3 layers, got 4"),
         ({"mode": "first"}, "mode must be one of last, last_n, all_cls, scalar_mix, got 'first'"),
-        ({"vocab_size": 70}, "vocab_size must be the encoder's, 61, got 70"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers must be the encoder's, 3, got 2"),
         ({"hidden_size": 32}, "hidden_size must be the encoder's, 16, got 32"),
     ):
         with pytest.raises(ValueError, match=words):
             EncoderCNNForSequenceClassification.from_pretrained(tmp_path, **wrong)
+
+
+def test_the_vocabulary_is_the_encoders_whichever_way_its_size_is_changed():
+    model, config = classifier_on("bert"), copy.deepcopy(classifier_on("bert").config)
+    config.vocab_size = 7
+    assert EncoderCNNModel(config).get_input_embeddings().num_embeddings == config.encoder.vocab_size == 7
+    config.encoder.vocab_size = 9
+    assert EncoderCNNModel(config).config.vocab_size == 9
+    model.resize_token_embeddings(70)
+    assert model.get_input_embeddings().num_embeddings == model.config.encoder.vocab_size == 70
 
 
 def test_a_recipe_goes_on_from_its_own_checkpoint(tmp_path):
