@@ -26,16 +26,15 @@ from .linformer_projection import LearnedProjection, TokenPlan, WindowProjection
 
 Projection = LearnedProjection | WindowProjection
 
-PIECE_TOKENS = 512
-"""Tokens taken at once through what treats every token alike (a tuning value): what is made in between then stays in a
-processor's cache, where that of a long text would be written to fresh memory and read back."""
+PIECE_TOKENS = 1024
+"""Tokens taken at once through what treats every token alike (a tuning value): what is made in between then fits a
+processor's cache and memory that is used again, where that of a long text is fetched from the system each time."""
 
 
 def in_pieces(function: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor) -> torch.Tensor:
-    """Apply a function of single tokens to `(batch, length, width)`: on a CPU, where no gradient keeps what is made in
-    between anyway, a piece of the text at a time."""
+    """Apply a function of single tokens to `(batch, length, width)`, on a CPU a piece of the text at a time."""
     pieces = states.shape[0] * states.shape[1] // PIECE_TOKENS
-    if torch.is_grad_enabled() or states.device.type != "cpu" or pieces < 2 or _is_traced():
+    if states.device.type != "cpu" or pieces < 2 or _is_traced():
         return function(states)
     return torch.cat([function(piece) for piece in states.chunk(pieces, dim=1)], dim=1)
 
