@@ -115,9 +115,8 @@ def short_lengths(given: argparse.Namespace) -> list[Row]:
     cases += [(n, 32, 1) for n in (33, 48, 64, 100, 200, 256, 400)] + [(n, STRIDE, 4) for n in (160, 300, 512, 900)]
     for length, stride, batch in cases:
         for training in (False, True):
-            times = cpu_times(
-                attention_calls(length, training, stride, batch), 7, calls=max(1, 1200 // length // batch)
-            )
+            calls = max(1, 8000 // length // batch)  # a single short call would be timed with cold caches
+            times = cpu_times(attention_calls(length, training, stride, batch), 7, calls=calls)
             slowest = max(PATTERNS, key=lambda kind: times[kind])
             name = f"slowest ({slowest}) / dense, n={length}, l={stride}, batch {batch}, {mode(training)}"
             rows.append(at_most(name, times[slowest], times["dense"], 1.1, 1.0))

@@ -53,7 +53,7 @@ def sparse_attention(
     """
     plain = mask is None and backend == "auto" and dropout == 0.0 and type(patterns) is SparsePattern
     if plain and not torch.compiler.is_compiling() and (shape := query.shape) == key.shape == value.shape:
-        rows = dense_plan(patterns, shape, query.dtype, query.device)  # type: ignore[arg-type]
+        rows = dense_plan(patterns, shape, query.dtype, query.device)
         if rows is not None:  # the shortest way through: of a short text's time, every check is a share
             return attend_rows(query, key, value, rows, shape[3] ** -0.5 if scale is None else scale)
     patterns = (patterns,) if isinstance(patterns, SparsePattern) else tuple(patterns)
