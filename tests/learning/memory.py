@@ -352,7 +352,7 @@ def answer_errors(model: Any, rows: list[dict[str, Any]]) -> float:
 
 def runs(data: Path | None) -> dict[str, tuple[tuple[int, ...], Callable[[int, Path | None], dict[str, Any]]]]:
     """Name → its seeds and what runs one of them."""
-    few, ngrams = (1,), replace(CURVE, first=None)
+    few, ngrams, short = (1,), replace(CURVE, first=None), replace(CURVE, seconds=100.0)
     found: dict[str, Any] = {
         "ntm copy": (SEEDS, ntm_copy),
         "ntm copy, no curriculum": (tuple(range(1, 11)), partial(ntm_copy_at_once, "feedforward")),
@@ -361,10 +361,10 @@ def runs(data: Path | None) -> dict[str, tuple[tuple[int, ...], Callable[[int, P
         "lstm copy": (few, lstm_copy),
         "what trainer costs": (few, trainer_cost),
         "ntm copy, long": (SEEDS, ntm_copy_long),
-        "associative recall, dnc": (few, partial(curve, partial(dnc, memory_size=32), AssociativeRecall(), CURVE)),
-        "associative recall, lstm": (few, partial(curve, lstm, AssociativeRecall(), CURVE)),
-        "repeat copy, ntm": (few, partial(curve, ntm, RepeatCopy(), CURVE)),
-        "repeat copy, lstm": (few, partial(curve, lstm, RepeatCopy(), CURVE)),
+        "associative recall, dnc": (few, partial(curve, partial(dnc, memory_size=32), AssociativeRecall(), short)),
+        "associative recall, lstm": (few, partial(curve, lstm, AssociativeRecall(), short)),
+        "repeat copy, ntm": (few, partial(curve, ntm, RepeatCopy(), short)),
+        "repeat copy, lstm": (few, partial(curve, lstm, RepeatCopy(), short)),
         "6-grams, ntm": (few, partial(curve, ntm, DynamicNGrams(), ngrams)),
         "6-grams, lstm": (few, partial(curve, lstm, DynamicNGrams(), ngrams)),
     }
