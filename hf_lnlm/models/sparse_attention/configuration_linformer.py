@@ -31,7 +31,8 @@ class LinformerConfig(LNLMConfig):
         projection: `learned` E and F, `mean_pool` over windows of n/k, or `convolution` with a learned kernel of n/k.
         bias_order: where the key's and value's bias goes: `fairseq` (E x)W + b, cheaper, or `paper` E(xW + b).
         is_decoder: causal; only with `causal_variant`, since a plain E mixes every position into every slot.
-        causal_variant: `segment` (exact attention within a segment, learned summaries of the completed ones), or None.
+        causal_variant: `segment` (exact attention within a segment, learned summaries of the completed ones), or None. It
+            has summaries of its own: `projected_size`, `projection` and `bias_order` are for the encoder.
         segment_size: tokens of a segment of the causal variant; an eighth of n if None.
         segment_summaries: slots that a completed segment is summed up in; a quarter of the segment if None.
         hidden_act: name of the MLP's activation in transformers' ACT2FN.
