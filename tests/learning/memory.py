@@ -64,7 +64,13 @@ class LSTMTransducer(nn.Module):
         self.lstm = nn.LSTM(task.input_size, size, batch_first=True)
         self.output = nn.Linear(size, task.output_size)
 
-    def forward(self, inputs_embeds: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Rows are padded on the right, which an LSTM in one direction doesn't see: the mask isn't needed."""
         logits = self.output(self.lstm(inputs_embeds)[0])
         found = {"logits": logits}
         if labels is not None:
