@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..ntm_memory.blocks import arrays, put_block, weight_gradients
 from ..ntm_memory.product_kernels import FEW, product_weights
 from ..ntm_memory.vector_kernels import np
 from .backward_kernels import Chunk, Gradients, backward_loop, make_rows
@@ -71,11 +72,6 @@ def _plan(steps: int, state: DNCState, options: DNCOptions, keep: bool, recomput
     return _Plan(sizes, at, (options.interface_clip, options.mask_min), block, recompute)
 
 
-def _arrays(tensors: Any) -> Any:
-    """The same named tuple with numpy views."""
-    return type(tensors)(*[tensor.numpy() for tensor in tensors])
-
-
 def _limits(plan: _Plan) -> Any:
     """The limits as float32 numbers of numpy."""
     return tuple(np.float32(limit) for limit in plan.limits)
@@ -114,14 +110,11 @@ def _run_block(
     plan: _Plan, x: torch.Tensor, mask: torch.Tensor, weights: Tensors, products: list[torch.Tensor], state: _Carried
 ) -> tuple[History, _Carried]:
     """One block forward: its history and the state after it (copies; the given state is left alone)."""
-    memory, link = (
-        state.memory.clone(),
-        state.link.clone(),
-    )  # first, for they outlive the history, whose place is then free
+    memory, link = state.memory.clone(), state.link.clone()  # first, for they outlive the history
     history = _start_history(plan, x, weights, state)
     recurrent, interface = products
     forward_loop(
-        plan.sizes, plan.at, _arrays(history), memory.numpy(), link.numpy(), mask.numpy(), recurrent.numpy(),
+        plan.sizes, plan.at, arrays(history), memory.numpy(), link.numpy(), mask.numpy(), recurrent.numpy(),
         interface.numpy(), weights[4].numpy(), _limits(plan), make_scratch(plan.sizes, memory.shape[2], plan.at.end),
     )  # fmt: skip
     last = [getattr(history, name)[:, -1] for name in ("hidden", "cells", "usage", "precedence", "write", "read")]
@@ -142,28 +135,10 @@ def _block_gradients(
     shape = (min(GROUP, x.shape[0]), min(plan.sizes.every, x.shape[1]) + 1)
     chunk = Chunk(x.new_empty(*shape, *gradients.memory.shape[1:]), x.new_empty(*shape, *gradients.link.shape[1:]))
     backward_loop(
-        plan.sizes, plan.at, _arrays(history), _arrays(gradients), _arrays(chunk), mask.numpy(), recurrent.numpy(),
+        plan.sizes, plan.at, arrays(history), arrays(gradients), arrays(chunk), mask.numpy(), recurrent.numpy(),
         interface.numpy(), _limits(plan), make_scratch(plan.sizes, slots, plan.at.end), make_rows(plan.sizes, slots),
     )  # fmt: skip
-    d_gates, d_interface = gradients.gates.flatten(0, 1), gradients.interface.flatten(0, 1)
-    first = 0 if plan.sizes.lstm else plan.sizes.hidden
-    return [
-        d_gates.t() @ x.reshape(d_gates.shape[0], -1),
-        d_gates.sum(0),
-        d_gates.t() @ history.hidden[:, :-1, first:].flatten(0, 1),
-        d_interface.t() @ history.hidden[:, 1:, : plan.sizes.hidden].flatten(0, 1),
-        d_interface.sum(0),
-    ]
-
-
-def _put(whole: torch.Tensor | None, block: torch.Tensor, part: slice, steps: int) -> torch.Tensor:
-    """A block's place in the tensor of all steps, which the first block makes; a single block is the whole."""
-    if block.shape[1] == steps:
-        return block
-    if whole is None:
-        whole = block.new_empty(block.shape[0], steps, *block.shape[2:])
-    whole[:, part] = block
-    return whole
+    return weight_gradients(x, history.hidden, gradients, plan.sizes.hidden, plan.sizes.lstm)
 
 
 class _Run(NamedTuple):
@@ -187,7 +162,7 @@ def _run(plan: _Plan, mask: torch.Tensor, x: torch.Tensor, weights: Tensors, sta
         history, state = _run_block(plan, x[:, part], mask[:, part].contiguous(), weights, products, state)
         seen = (history.hidden, history.read, history.write, history.usage)
         blocks = [*[rows[:, 1:] for rows in seen], history.interface]
-        wholes = [_put(*pair, part, x.shape[1]) for pair in zip(wholes, blocks, strict=True)]
+        wholes = [put_block(*pair, part, x.shape[1]) for pair in zip(wholes, blocks, strict=True)]
     copies = [tensor.clone() for tensor in state[1:6]]  # views would keep the history alive
     after = _Carried(*[state.hidden, *copies, state.memory, state.link])
     return _Run(wholes[0], wholes[1:], after, kept if plan.recompute else list(history))

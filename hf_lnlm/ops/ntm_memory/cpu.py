@@ -5,11 +5,9 @@ References:
     [1] Graves, Wayne, Danihelka 2014, Neural Turing Machines, arXiv 1410.5401
     [2] Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174 (storing every √T-th state)
 
-Weight gradients and input projections are matrix products over all steps outside the loop. Memories are stored every
-√T steps and
-recomputed from the stored writes. With `recompute=True` nothing else is stored either: blocks of about √(2T) steps
-run forward again in the
-backward pass.
+Weight gradients and input projections are matrix products over all steps outside the loop. Memories are stored every √T
+steps and recomputed from the stored writes. With `recompute=True` nothing else is stored either: blocks of about √(2T)
+steps run forward again in the backward pass.
 
 Deviation: the loop computes in float32 only; a second derivative is an error, never a wrong number.
 
@@ -22,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from .blocks import arrays, put_block, weight_gradients
 from .cpu_kernels import Gradients, History, Sizes, backward_loop, forward_loop, make_scratch
 from .layout import NTMOptions, NTMOutputs, NTMState, NTMWeights
 from .product_kernels import FEW, product_weights
@@ -54,11 +53,6 @@ def _plan(steps: int, state: NTMState, options: NTMOptions, keep: bool, recomput
         state.memory.shape[0] >= FEW,
     )  # fmt: skip
     return _Plan(sizes, options.interface_clip, block, recompute)
-
-
-def _arrays(history: Any) -> Any:
-    """The same named tuple with numpy views."""
-    return type(history)(*[tensor.numpy() for tensor in history])
 
 
 def _bound(clip: float) -> Any:
@@ -96,7 +90,7 @@ def _run_block(
     memory = state[3].clone()  # first, for it outlives the history: what that leaves free then lies in one piece
     history = _start_history(plan, x, weights, state)
     forward_loop(
-        plan.sizes, _arrays(history), memory.numpy(), mask.numpy(), products[0].numpy(), products[1].numpy(),
+        plan.sizes, arrays(history), memory.numpy(), mask.numpy(), products[0].numpy(), products[1].numpy(),
         weights[4].numpy(), _bound(plan.clip), make_scratch(plan.sizes, memory.shape[2]),
     )  # fmt: skip
     return history, [history.hidden[:, -1], history.cells[:, -1], history.weightings[:, -1], memory]
@@ -116,28 +110,10 @@ def _block_gradients(
     rows = min(GROUP, x.shape[0])
     memories = x.new_empty(rows, min(plan.sizes.every, x.shape[1]) + 1, *gradients.memory.shape[1:])
     backward_loop(
-        plan.sizes, _arrays(history), _arrays(gradients), mask.numpy(), recurrent.numpy(), interface.numpy(),
+        plan.sizes, arrays(history), arrays(gradients), mask.numpy(), recurrent.numpy(), interface.numpy(),
         _bound(plan.clip), memories.numpy(), make_scratch(plan.sizes, memories.shape[3]),
     )  # fmt: skip
-    d_gates, d_interface = gradients.gates.flatten(0, 1), gradients.interface.flatten(0, 1)
-    first = 0 if plan.sizes.lstm else plan.sizes.hidden
-    return [
-        d_gates.t() @ x.reshape(d_gates.shape[0], -1),
-        d_gates.sum(0),
-        d_gates.t() @ history.hidden[:, :-1, first:].flatten(0, 1),
-        d_interface.t() @ history.hidden[:, 1:, : plan.sizes.hidden].flatten(0, 1),
-        d_interface.sum(0),
-    ]
-
-
-def _put(whole: torch.Tensor | None, block: torch.Tensor, part: slice, steps: int) -> torch.Tensor:
-    """A block's place in the tensor of all steps, which the first block makes; a single block is the whole."""
-    if block.shape[1] == steps:
-        return block
-    if whole is None:
-        whole = block.new_empty(block.shape[0], steps, *block.shape[2:])
-    whole[:, part] = block
-    return whole
+    return weight_gradients(x, history.hidden, gradients, plan.sizes.hidden, plan.sizes.lstm)
 
 
 class _Run(NamedTuple):
@@ -160,8 +136,8 @@ def _run(plan: _Plan, mask: torch.Tensor, x: torch.Tensor, weights: Tensors, sta
         if plan.recompute:
             kept += state
         history, state = _run_block(plan, x[:, part], mask[:, part].contiguous(), weights, products, state)
-        joined = _put(joined, history.hidden[:, 1:], part, x.shape[1])
-        looks = _put(looks, history.weightings[:, 1:], part, x.shape[1])
+        joined = put_block(joined, history.hidden[:, 1:], part, x.shape[1])
+        looks = put_block(looks, history.weightings[:, 1:], part, x.shape[1])
     after = [state[0], state[1].clone(), state[2].clone(), state[3]]  # views would keep the history alive
     return _Run(joined, looks, after, kept if plan.recompute else list(history))
 
