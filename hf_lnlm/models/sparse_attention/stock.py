@@ -126,15 +126,26 @@ def disable_sparse_attention(model: PreTrainedModel, implementation: str = "sdpa
     return model
 
 
-class _SparseOptions:
-    """The attribute `sparse_attention` of a config: setting it also sets what makes it survive saving."""
+class _Stored:
+    """An attribute of a config that lies in its `__dict__` as any other, but whose setting subclasses watch.
+
+    Args:
+        name: of the attribute.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def __get__(self, config: Any, owner: Any = None) -> Any:
         if config is None:
             return self
-        if _OPTIONS not in config.__dict__:
-            raise AttributeError(f"{type(config).__name__!r} object has no attribute {_OPTIONS!r}")
-        return config.__dict__[_OPTIONS]
+        if self.name not in config.__dict__:
+            raise AttributeError(f"{type(config).__name__!r} object has no attribute {self.name!r}")
+        return config.__dict__[self.name]
+
+
+class _SparseOptions(_Stored):
+    """The attribute `sparse_attention` of a config: setting it also sets what makes it survive saving."""
 
     def __set__(self, config: Any, options: Any) -> None:
         config.__dict__[_OPTIONS] = options
@@ -145,16 +156,9 @@ class _SparseOptions:
                 config.__dict__[_IN_USE] = IMPLEMENTATION
 
 
-class _ImplementationInUse:
+class _ImplementationInUse(_Stored):
     """Where a config keeps the attention implementation: unsetting it does not undo `enable_sparse_attention`, and a
     model that would take the name and stay dense is refused."""
-
-    def __get__(self, config: Any, owner: Any = None) -> Any:
-        if config is None:
-            return self
-        if _IN_USE not in config.__dict__:
-            raise AttributeError(f"{type(config).__name__!r} object has no attribute {_IN_USE!r}")
-        return config.__dict__[_IN_USE]
 
     def __set__(self, config: Any, name: Any) -> None:
         if name == IMPLEMENTATION and not config.sub_configs:  # a config of several models hands it on to its parts
@@ -326,7 +330,7 @@ def register_attention() -> None:
     `_attn_implementation`; configs without sparse options behave as before.
     """
     if _OPTIONS not in vars(PreTrainedConfig):
-        setattr(PreTrainedConfig, _OPTIONS, _SparseOptions())
-        setattr(PreTrainedConfig, _IN_USE, _ImplementationInUse())
+        setattr(PreTrainedConfig, _OPTIONS, _SparseOptions(_OPTIONS))
+        setattr(PreTrainedConfig, _IN_USE, _ImplementationInUse(_IN_USE))
     AttentionInterface.register(IMPLEMENTATION, sparse_attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, sparse_mask)
