@@ -12,6 +12,7 @@ from hf_lnlm.ops.dnc_memory.layout import DNCOptions, places
 from hf_lnlm.ops.dnc_memory.reference import dnc_memory_reference
 
 from ..ntm_memory.cases import gradients, relative
+from ..ntm_memory.laws import check_masked_steps_keep_the_state, check_nothing_given_is_written_to
 from .cases import NAMES, empty, layer
 
 FAST = ("eager", "cpu")
@@ -128,28 +129,11 @@ def test_strengths_beyond_what_exp_can_hold(backend):
 def test_nothing_given_is_written_to(backend, grad):
     """A state that two calls share is the same for both; links most of all, which are updated in place inside."""
     options = DNCOptions(2, 2, masking=True, deallocation=True)
-    arguments = layer(options, dtype=torch.float32)
-    given = [arguments[0], *arguments[1], *arguments[2]]
-    before = [tensor.detach().clone() for tensor in given]
-    with torch.set_grad_enabled(grad):
-        first = dnc_memory(*arguments, options, backend=backend)
-        again = dnc_memory(*arguments, options, backend=backend)
-    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
-    assert torch.equal(first.outputs, again.outputs)
-    kept = [tensor.detach().clone() for tensor in first.state]
-    dnc_memory(arguments[0], arguments[1], first.state, options, backend=backend)
-    assert all(torch.equal(a, b) for a, b in zip(first.state, kept, strict=True))
+    check_nothing_given_is_written_to(dnc_memory, layer(options, dtype=torch.float32), options, backend, grad)
 
 
 @backends
 def test_a_masked_step_keeps_every_part_of_the_state(backend):
-    """Holes, left and right padding leave the state that the real steps alone leave."""
     options = DNCOptions(2, 2)
-    inputs, weights, state = layer(options, batch=1, steps=7, dtype=torch.float32, seed=3)
-    mask = torch.tensor([[0, 1, 1, 0, 0, 1, 0]]).bool()
-    result = dnc_memory(inputs, weights, state, options, mask, backend=backend)
-    alone = dnc_memory(inputs[:, mask[0]], weights, state, options, backend=backend)
-    for one, other in zip(result.state, alone.state, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(result.outputs[:, mask[0]], alone.outputs, rtol=1e-5, atol=1e-6)
-    assert not result.outputs[:, ~mask[0]].any()
+    arguments = layer(options, batch=1, steps=7, dtype=torch.float32, seed=3)
+    check_masked_steps_keep_the_state(dnc_memory, arguments, options, backend)

@@ -12,6 +12,7 @@ from hf_lnlm.ops.ntm_memory.layout import NTMOptions
 from hf_lnlm.ops.ntm_memory.reference import ntm_memory_reference
 
 from .cases import NAMES, gradients, layer, relative
+from .laws import check_masked_steps_keep_the_state, check_nothing_given_is_written_to
 
 FAST = ("eager", "cpu")
 backends = pytest.mark.parametrize("backend", FAST)
@@ -77,28 +78,11 @@ def test_weightings_sum_to_one_after_two_thousand_steps(backend):
 def test_nothing_given_is_written_to(backend, grad):
     """A state that two calls share is the same for both."""
     options = NTMOptions(2, 2)
-    arguments = layer(options, dtype=torch.float32)
-    given = [arguments[0], *arguments[1], *arguments[2]]
-    before = [tensor.detach().clone() for tensor in given]
-    with torch.set_grad_enabled(grad):
-        first = ntm_memory(*arguments, options, backend=backend)
-        again = ntm_memory(*arguments, options, backend=backend)
-    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
-    assert torch.equal(first.outputs, again.outputs)
-    kept = [tensor.detach().clone() for tensor in first.state]
-    ntm_memory(arguments[0], arguments[1], first.state, options, backend=backend)
-    assert all(torch.equal(a, b) for a, b in zip(first.state, kept, strict=True))
+    check_nothing_given_is_written_to(ntm_memory, layer(options, dtype=torch.float32), options, backend, grad)
 
 
 @backends
 def test_a_masked_step_keeps_every_part_of_the_state(backend):
-    """Holes, left and right padding leave the state that the real steps alone leave."""
     options = NTMOptions(2, 2)
-    inputs, weights, state = layer(options, batch=1, steps=7, dtype=torch.float32)
-    mask = torch.tensor([[0, 1, 1, 0, 0, 1, 0]]).bool()
-    result = ntm_memory(inputs, weights, state, options, mask, backend=backend)
-    alone = ntm_memory(inputs[:, mask[0]], weights, state, options, backend=backend)
-    for one, other in zip(result.state, alone.state, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(result.outputs[:, mask[0]], alone.outputs, rtol=1e-5, atol=1e-6)
-    assert not result.outputs[:, ~mask[0]].any()
+    arguments = layer(options, batch=1, steps=7, dtype=torch.float32)
+    check_masked_steps_keep_the_state(ntm_memory, arguments, options, backend)
