@@ -20,7 +20,7 @@ class _WithoutPackage(importlib.abc.MetaPathFinder):
 
 
 def main(reference: str, folders: list[str]) -> int:
-    """Load every folder, compare its logits with those of the training process, bit by bit and by size, and say so.
+    """Load every folder, compare its logits bit by bit with those of the training process, and say so.
 
     Args:
         reference: safetensors file with `ids` and one tensor of logits a folder, under the folder's name.
@@ -43,12 +43,9 @@ def main(reference: str, folders: list[str]) -> int:
         name = Path(folder).name
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
         with torch.no_grad():
-            logits = model(input_ids=tensors["ids"], use_cache=False).logits
-        identical, wanted = torch.equal(logits, tensors[name]), tensors[name]
-        off = float((logits - wanted).abs().max() / wanted.abs().max())
+            identical = torch.equal(model(input_ids=tensors["ids"], use_cache=False).logits, tensors[name])
         same = same and identical
-        line = {"name": name, "identical": identical, "difference": off, "module": type(model).__module__}
-        print(json.dumps(line), flush=True)
+        print(json.dumps({"name": name, "identical": identical, "module": type(model).__module__}), flush=True)
     return 0 if same else 1
 
 

@@ -49,6 +49,9 @@ if numba is not None:
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles a function that only compiled code calls: no wrapper for Python is made, which halves the compiler's work.
 
+    It always becomes part of its callers. A copy of its own would exist twice: optimised by itself in the process that
+    compiles, and once more within the loop that is kept on disk, where it may round otherwise.
+
     Args:
         function: plain Python on arrays and scalars; arrays it writes must not overlap any other argument.
 
@@ -57,7 +60,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     if numba is None:
         return function
-    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=_Apart, **_OPTIONS)(function)
+    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": _Apart, "forceinline": True}
+    return numba.njit(**options, **_OPTIONS)(function)
 
 
 def _revision(function: Any) -> str:
