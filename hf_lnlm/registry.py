@@ -1,16 +1,19 @@
 """The table of families: what the package adds to transformers, one row each.
 
-Registration with the Auto classes, `hf-lnlm list`, the README's table, the model cards, LoRA's default targets and the
-contract tests are all derived from `FAMILIES`. Adding a family means adding a row here and writing its configuration, its
-modeling file and its card.
+Registration with the Auto classes, `hf-lnlm list`, the README's tables, LoRA's default targets and the contract tests are
+all derived from `FAMILIES`. Adding a family means adding a row here and writing its configuration, its modeling file and
+its card; `python -m hf_lnlm.registry --write` then renews the README's tables, and `--check` tells whether they are due.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 PREFIX = "lnlm_"
@@ -35,6 +38,8 @@ class Family:
         lora_targets: module names that LoRA adapts by default.
         lora_parameters: raw parameters that LoRA reaches through `target_parameters`.
         lora_trained: module names that are trained in full beside the adapters, the classifier aside.
+        norm_layers: module names of normalisation layers, which LN-tuning trains; none if it has none.
+        takes_prefix: whether its cache, where it has one, takes the learnt keys and values of prefix tuning.
         demo: config fields of its row in the demo's table of causal models, or None to leave it out.
     """
 
@@ -45,10 +50,12 @@ class Family:
     config: str
     models: dict[str, str]
     paper: str
-    sizes: dict[str, dict[str, Any]]
-    lora_targets: tuple[str, ...]
+    sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lora_targets: tuple[str, ...] = ()
     lora_parameters: tuple[str, ...] = ()
     lora_trained: tuple[str, ...] = ()
+    norm_layers: tuple[str, ...] = ()
+    takes_prefix: bool = False
     extra_models: tuple[str, ...] = ()
     bidirectional: dict[str, Any] | None = None
     demo: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -64,7 +71,7 @@ class Family:
         return f"{ROOMS}.{self.room}.modeling_{self.name}"
 
     @property
-    def config_class(self) -> type:
+    def config_class(self) -> Any:
         """The config class, imported."""
         return getattr(importlib.import_module(self.config_module), self.config)
 
@@ -84,6 +91,31 @@ class Family:
         return {"AutoConfig": f"configuration_{self.name}.{self.config}", **heads}
 
 
+def _heads(prefix: str, *heads: str) -> dict[str, str]:
+    """A base model and its heads: Auto class → model class, both named as in transformers."""
+    return {"AutoModel": f"{prefix}Model"} | {f"AutoModelFor{head}": f"{prefix}For{head}" for head in heads}
+
+
+_ATTENTION_SIZES = {
+    "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "small": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+}
+_MEMORY_SIZES = {
+    "tiny": {"hidden_size": 128, "num_hidden_layers": 1, "memory_size": 32},
+    "small": {"hidden_size": 384, "num_hidden_layers": 2, "memory_size": 64},
+    "base": {"hidden_size": 768, "num_hidden_layers": 4, "memory_size": 128, "num_read_heads": 4},
+}
+_ENCODER_TARGETS = (
+    *("query", "key", "value", "q_lin", "k_lin", "v_lin", "query_proj", "key_proj", "value_proj", "in_proj"),
+    *("q", "k", "v", "o", "Wqkv", "Wo", "input_gates", "recurrent_gates"),
+)
+_ENCODER_NORMS = (
+    *("LayerNorm", "layer_norm", "norm", "sa_layer_norm", "output_layer_norm", "full_layer_layer_norm"),
+    *("ln_1", "ln_2", "ln_f", "attn_norm", "mlp_norm", "final_norm", "final_layer_norm", "attention_norm"),
+)
+"""What LoRA and LN-tuning look for in models that stand inside another, stock or the package's own."""
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         model_type="lnlm_rnn",
@@ -91,14 +123,9 @@ FAMILIES: tuple[Family, ...] = (
         room="recurrent",
         name="rnn",
         config="RNNConfig",
-        models={
-            "AutoModel": "RNNModel",
-            "AutoModelForCausalLM": "RNNForCausalLM",
-            "AutoModelForMaskedLM": "RNNForMaskedLM",
-            "AutoModelForQuestionAnswering": "RNNForQuestionAnswering",
-            "AutoModelForSequenceClassification": "RNNForSequenceClassification",
-            "AutoModelForTokenClassification": "RNNForTokenClassification",
-        },
+        models=_heads(
+            "RNN", "CausalLM", "MaskedLM", "QuestionAnswering", "SequenceClassification", "TokenClassification"
+        ),
         paper="Hochreiter and Schmidhuber 1997; Cho et al. 2014; Merity, Keskar and Socher 2017",
         sizes={
             "tiny": {"hidden_size": 128, "num_hidden_layers": 1},
@@ -110,15 +137,31 @@ FAMILIES: tuple[Family, ...] = (
         demo={"RNN-LSTM": {"cell_type": "lstm"}, "RNN-GRU": {"cell_type": "gru"}},
     ),
     Family(
+        model_type="lnlm_seq2seq",
+        title="Recurrent sequence-to-sequence",
+        room="recurrent",
+        name="seq2seq",
+        config="RNNSeq2SeqConfig",
+        models={
+            "AutoModel": "RNNSeq2SeqModel",
+            "AutoModelForSeq2SeqLM": "RNNSeq2SeqForConditionalGeneration",
+            "AutoModelForSequenceClassification": "RNNSeq2SeqForSequenceClassification",
+        },
+        paper="Sutskever, Vinyals and Le 2014; Bahdanau, Cho and Bengio 2015; Luong, Pham and Manning 2015",
+        sizes={
+            "tiny": {"hidden_size": 128, "num_hidden_layers": 1},
+            "small": {"hidden_size": 256, "num_hidden_layers": 1, "hidden_dropout": 0.2, "output_dropout": 0.2},
+            "base": {"hidden_size": 1000, "num_hidden_layers": 4, "hidden_dropout": 0.2, "input_feeding": True},
+        },
+        lora_targets=("input_gates", "recurrent_gates", "key", "combine", "embedding_projection", "output_projection"),
+    ),
+    Family(
         model_type="lnlm_text_cnn",
         title="TextCNN",
         room="convolutional",
         name="text_cnn",
         config="TextCNNConfig",
-        models={
-            "AutoModel": "TextCNNModel",
-            "AutoModelForSequenceClassification": "TextCNNForSequenceClassification",
-        },
+        models=_heads("TextCNN", "SequenceClassification"),
         paper="Kim 2014, Convolutional Neural Networks for Sentence Classification",
         sizes={
             "tiny": {"hidden_size": 64, "num_filters": 32},
@@ -133,10 +176,7 @@ FAMILIES: tuple[Family, ...] = (
         room="convolutional",
         name="char_cnn",
         config="CharCNNConfig",
-        models={
-            "AutoModel": "CharCNNModel",
-            "AutoModelForSequenceClassification": "CharCNNForSequenceClassification",
-        },
+        models=_heads("CharCNN", "SequenceClassification"),
         paper="Zhang, Zhao and LeCun 2015, Character-level Convolutional Networks for Text Classification",
         sizes={
             "tiny": {"num_filters": 64, "intermediate_size": 256},
@@ -151,10 +191,7 @@ FAMILIES: tuple[Family, ...] = (
         room="convolutional",
         name="vdcnn",
         config="VDCNNConfig",
-        models={
-            "AutoModel": "VDCNNModel",
-            "AutoModelForSequenceClassification": "VDCNNForSequenceClassification",
-        },
+        models=_heads("VDCNN", "SequenceClassification"),
         paper="Conneau et al. 2017, Very Deep Convolutional Networks for Text Classification",
         sizes={
             "tiny": {"num_hidden_layers": 4, "stage_channels": [16, 32, 64, 128], "intermediate_size": 256},
@@ -162,6 +199,7 @@ FAMILIES: tuple[Family, ...] = (
             "base": {"num_hidden_layers": 14, "stage_blocks": [5, 5, 2, 2], "normalization": "batch"},
         },
         lora_targets=("projection", "dense.0", "dense.1"),
+        norm_layers=("first_norm", "second_norm"),
     ),
     Family(
         model_type="lnlm_gated_cnn",
@@ -169,11 +207,7 @@ FAMILIES: tuple[Family, ...] = (
         room="convolutional",
         name="gated_cnn",
         config="GatedCNNConfig",
-        models={
-            "AutoModel": "GatedCNNModel",
-            "AutoModelForCausalLM": "GatedCNNForCausalLM",
-            "AutoModelForSequenceClassification": "GatedCNNForSequenceClassification",
-        },
+        models=_heads("GatedCNN", "CausalLM", "SequenceClassification"),
         paper="Dauphin et al. 2017, Language Modeling with Gated Convolutional Networks",
         sizes={
             "tiny": {"hidden_size": 128, "num_hidden_layers": 4},
@@ -189,14 +223,9 @@ FAMILIES: tuple[Family, ...] = (
         room="state_space",
         name="ssm",
         config="SelectiveSSMConfig",
-        models={
-            "AutoModel": "SelectiveSSMModel",
-            "AutoModelForCausalLM": "SelectiveSSMForCausalLM",
-            "AutoModelForMaskedLM": "SelectiveSSMForMaskedLM",
-            "AutoModelForSequenceClassification": "SelectiveSSMForSequenceClassification",
-            "AutoModelForTokenClassification": "SelectiveSSMForTokenClassification",
-            "AutoModelForQuestionAnswering": "SelectiveSSMForQuestionAnswering",
-        },
+        models=_heads(
+            "SelectiveSSM", "CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"
+        ),
         paper="Gu and Dao 2023; Dao and Gu 2024; Lahoti et al. 2026",
         sizes={
             "tiny": {"hidden_size": 64, "num_hidden_layers": 2},
@@ -205,6 +234,7 @@ FAMILIES: tuple[Family, ...] = (
         },
         bidirectional={"bidirectional": "tied"},
         lora_targets=("in_proj", "x_proj", "out_proj"),
+        norm_layers=("norm", "B_norm", "C_norm"),
         demo={"SSM": {"num_hidden_layers": 1, "learning_rate": 8e-3}},
     ),
     Family(
@@ -213,21 +243,12 @@ FAMILIES: tuple[Family, ...] = (
         room="memory",
         name="ntm",
         config="NTMConfig",
-        models={
-            "AutoModel": "NTMModel",
-            "AutoModelForCausalLM": "NTMForCausalLM",
-            "AutoModelForSequenceClassification": "NTMForSequenceClassification",
-            "AutoModelForTokenClassification": "NTMForTokenClassification",
-            "AutoModelForQuestionAnswering": "NTMForQuestionAnswering",
-        },
+        models=_heads("NTM", "CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"),
         extra_models=("NTMForSequenceTransduction",),
         paper="Graves, Wayne and Danihelka 2014; Collier and Beel 2018",
-        sizes={
-            "tiny": {"hidden_size": 128, "num_hidden_layers": 1, "memory_size": 32},
-            "small": {"hidden_size": 384, "num_hidden_layers": 2, "memory_size": 64},
-            "base": {"hidden_size": 768, "num_hidden_layers": 4, "memory_size": 128, "num_read_heads": 4},
-        },
+        sizes=_MEMORY_SIZES,
         lora_targets=("input_proj", "recurrent_proj", "interface_proj", "output_proj"),
+        norm_layers=("norm",),
         demo={"NTM": {"memory_size": 32}},
     ),
     Family(
@@ -236,22 +257,13 @@ FAMILIES: tuple[Family, ...] = (
         room="memory",
         name="dnc",
         config="DNCConfig",
-        models={
-            "AutoModel": "DNCModel",
-            "AutoModelForCausalLM": "DNCForCausalLM",
-            "AutoModelForSequenceClassification": "DNCForSequenceClassification",
-            "AutoModelForTokenClassification": "DNCForTokenClassification",
-            "AutoModelForQuestionAnswering": "DNCForQuestionAnswering",
-        },
+        models=_heads("DNC", "CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"),
         extra_models=("DNCForSequenceTransduction",),
         paper="Graves et al. 2016; Csordás and Schmidhuber 2019; Franke, Niehues and Waibel 2018",
-        sizes={
-            "tiny": {"hidden_size": 128, "num_hidden_layers": 1, "memory_size": 32},
-            "small": {"hidden_size": 384, "num_hidden_layers": 2, "memory_size": 64},
-            "base": {"hidden_size": 768, "num_hidden_layers": 4, "memory_size": 128, "num_read_heads": 4},
-        },
+        sizes=_MEMORY_SIZES,
         bidirectional={"bidirectional": True},
         lora_targets=("input_proj", "recurrent_proj", "interface_proj", "output_proj"),
+        norm_layers=("norm",),
         demo={"DNC": {"memory_size": 32}},
     ),
     Family(
@@ -260,22 +272,16 @@ FAMILIES: tuple[Family, ...] = (
         room="hybrid",
         name="encoder_cnn",
         config="EncoderCNNConfig",
-        models={
-            "AutoModel": "EncoderCNNModel",
-            "AutoModelForSequenceClassification": "EncoderCNNForSequenceClassification",
-            "AutoModelForTokenClassification": "EncoderCNNForTokenClassification",
-        },
+        models=_heads("EncoderCNN", "SequenceClassification", "TokenClassification"),
         paper="Safaya, Abdullatif and Yuret 2020, BERT-CNN for Offensive Speech Identification; Kim 2014",
         sizes={
             "tiny": {"hidden_size": 128, "num_hidden_layers": 2},
             "small": {"hidden_size": 512, "num_hidden_layers": 4, "mode": "last_n"},
             "base": {"hidden_size": 768, "num_hidden_layers": 12, "mode": "last_n"},
         },
-        lora_targets=(
-            *("query", "key", "value", "q_lin", "k_lin", "v_lin", "query_proj", "key_proj", "value_proj", "in_proj"),
-            *("q", "k", "v", "o", "Wqkv", "Wo", "input_gates", "recurrent_gates"),
-        ),
+        lora_targets=_ENCODER_TARGETS,
         lora_trained=("window_head", "layer_mix"),
+        norm_layers=_ENCODER_NORMS,
     ),
     Family(
         model_type="lnlm_linformer",
@@ -283,23 +289,21 @@ FAMILIES: tuple[Family, ...] = (
         room="sparse_attention",
         name="linformer",
         config="LinformerConfig",
-        models={
-            "AutoModel": "LinformerModel",
-            "AutoModelForCausalLM": "LinformerForCausalLM",
-            "AutoModelForMaskedLM": "LinformerForMaskedLM",
-            "AutoModelForMultipleChoice": "LinformerForMultipleChoice",
-            "AutoModelForPreTraining": "LinformerForPreTraining",
-            "AutoModelForQuestionAnswering": "LinformerForQuestionAnswering",
-            "AutoModelForSequenceClassification": "LinformerForSequenceClassification",
-            "AutoModelForTokenClassification": "LinformerForTokenClassification",
-        },
+        models=_heads(
+            "Linformer",
+            "CausalLM",
+            "MaskedLM",
+            "MultipleChoice",
+            "PreTraining",
+            "QuestionAnswering",
+            "SequenceClassification",
+            "TokenClassification",
+        ),
         paper="Wang, Li, Khabsa, Fang and Ma 2020",
-        sizes={
-            "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
-            "small": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8},
-            "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
-        },
+        sizes=_ATTENTION_SIZES,
         lora_targets=("query", "key", "value", "dense", "intermediate", "output"),
+        norm_layers=("embedding_norm", "norm"),
+        takes_prefix=True,
     ),
     Family(
         model_type="lnlm_sparse_transformer",
@@ -307,18 +311,12 @@ FAMILIES: tuple[Family, ...] = (
         room="sparse_attention",
         name="sparse_transformer",
         config="SparseTransformerConfig",
-        models={
-            "AutoModel": "SparseTransformerModel",
-            "AutoModelForCausalLM": "SparseTransformerForCausalLM",
-            "AutoModelForSequenceClassification": "SparseTransformerForSequenceClassification",
-        },
+        models=_heads("SparseTransformer", "CausalLM", "SequenceClassification"),
         paper="Child, Gray, Radford and Sutskever 2019",
-        sizes={
-            "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
-            "small": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8},
-            "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
-        },
+        sizes=_ATTENTION_SIZES,
         lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
+        norm_layers=("attention_norm", "mlp_norm", "norm"),
+        takes_prefix=True,
         demo={
             "Sparse Transformer": {
                 "num_hidden_layers": 2,
@@ -337,18 +335,12 @@ FAMILIES: tuple[Family, ...] = (
         room="sparse_attention",
         name="gpt3",
         config="GPT3Config",
-        models={
-            "AutoModel": "GPT3Model",
-            "AutoModelForCausalLM": "GPT3ForCausalLM",
-            "AutoModelForSequenceClassification": "GPT3ForSequenceClassification",
-        },
+        models=_heads("GPT3", "CausalLM", "SequenceClassification"),
         paper="Brown et al. 2020",
-        sizes={
-            "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
-            "small": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8},
-            "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
-        },
+        sizes=_ATTENTION_SIZES,
         lora_targets=("c_attn", "c_proj", "c_fc"),
+        norm_layers=("ln_1", "ln_2", "norm"),
+        takes_prefix=True,
         demo={
             "GPT-3": {
                 "num_hidden_layers": 2,
@@ -362,15 +354,73 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 
+_PART_TARGETS = (
+    *_ENCODER_TARGETS,
+    *("c_attn", "q_proj", "k_proj", "v_proj", "x_proj", "projection"),
+    *("input_proj", "recurrent_proj", "interface_proj", "output_proj"),
+)
+_COMPOSED_SIZES = {
+    "tiny": {"hidden_size": 128, "num_hidden_layers": 2},
+    "small": {"hidden_size": 512, "num_hidden_layers": 4},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12},
+}
+
+COMPOSED: tuple[Family, ...] = (
+    Family(
+        model_type="lnlm_replaced_token",
+        title="Generator and discriminator",
+        room="composed",
+        name="replaced_token",
+        config="ReplacedTokenConfig",
+        models={"AutoModelForPreTraining": "ReplacedTokenForPreTraining"},
+        paper="Clark, Luong, Le and Manning 2020",
+        sizes=_COMPOSED_SIZES,
+        lora_targets=_PART_TARGETS,
+        norm_layers=_ENCODER_NORMS,
+    ),
+    Family(
+        model_type="lnlm_sentence_pair",
+        title="Encoder with a judge of pairs",
+        room="composed",
+        name="sentence_pair",
+        config="SentencePairConfig",
+        models={"AutoModelForPreTraining": "SentencePairForPreTraining"},
+        paper="Devlin, Chang, Lee and Toutanova 2019; Lan et al. 2020",
+        sizes=_COMPOSED_SIZES,
+        lora_targets=_PART_TARGETS,
+        norm_layers=_ENCODER_NORMS,
+    ),
+    Family(
+        model_type="lnlm_bidirectional",
+        title="Two language models, one each way",
+        room="composed",
+        name="bidirectional",
+        config="BidirectionalConfig",
+        models={"AutoModelForPreTraining": "BidirectionalForPreTraining"},
+        paper="Peters et al. 2018",
+        sizes=_COMPOSED_SIZES,
+        lora_targets=_PART_TARGETS,
+        norm_layers=_ENCODER_NORMS,
+    ),
+)
+"""Models made of models of other families, ours or stock: what some objectives train. Registered and carried alike."""
+
+ROWS = (*FAMILIES, *COMPOSED)
+
 
 @cache
 def _by_type() -> dict[str, Family]:
-    return {family.model_type: family for family in FAMILIES}
+    return {family.model_type: family for family in ROWS}
 
 
 def is_ours(model_type: str | None) -> bool:
-    """Tell whether a model type is one of the package's."""
+    """Tell whether a model type is one of the package's, made of others or not."""
     return model_type in _by_type()
+
+
+def is_composed(model_type: str | None) -> bool:
+    """Tell whether a model type is that of a model made of several."""
+    return any(row.model_type == model_type for row in COMPOSED)
 
 
 def family(model_type: str) -> Family:
@@ -386,7 +436,7 @@ def family(model_type: str) -> Family:
 
 def public_names() -> Iterator[tuple[str, str]]:
     """Yield (class name, module) of every config and model class, for `from hf_lnlm import X`."""
-    for row in FAMILIES:
+    for row in ROWS:
         yield row.config, row.config_module
         for name in dict.fromkeys([*row.models.values(), *row.extra_models]):
             yield name, row.modeling_module
@@ -401,12 +451,58 @@ def markdown_table() -> str:
     return "\n".join(lines)
 
 
+def write_tables(readme: Path, check: bool = False) -> bool:
+    """Renew the tables of families and of objectives between their markers. Returns whether they differ from the file's.
+
+    Args:
+        readme: a Markdown file with `<!-- families -->` … `<!-- /families -->`, and the same for `objectives`.
+        check: compare only.
+
+    Raises:
+        ValueError: a pair of markers is missing.
+    """
+    from .objectives import table
+
+    old = text = readme.read_text(encoding="utf-8")
+    for name, written in (("families", markdown_table()), ("objectives", table())):
+        before, opening, rest = text.partition(f"<!-- {name} -->\n")
+        _, closing, after = rest.partition(f"\n<!-- /{name} -->")
+        if not closing:
+            raise ValueError(f"{readme.name} must have its table between <!-- {name} --> and <!-- /{name} -->")
+        text = before + opening + written + closing + after
+    if not check and text != old:
+        readme.write_text(text, encoding="utf-8")
+    return text != old
+
+
 def register() -> None:
     """Register every family with transformers' Auto classes. Safe to call twice; touches no stock entry."""
     import transformers
 
-    for row in FAMILIES:
+    for row in ROWS:
         config = row.config_class
         transformers.AutoConfig.register(row.model_type, config, exist_ok=True)
         for auto_class in row.models:
             getattr(transformers, auto_class).register(config, row.model_class(auto_class), exist_ok=True)
+
+
+def main(arguments: list[str] | None = None) -> str | None:
+    """`python -m hf_lnlm.registry --write | --check`. Returns what is wrong, or None.
+
+    Args:
+        arguments: default: those of the process.
+    """
+    parser = argparse.ArgumentParser(prog="python -m hf_lnlm.registry", description="Keep the README's tables.")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--write", action="store_true", help="write both tables between their markers")
+    action.add_argument("--check", action="store_true", help="fail if a table is not what the registry says")
+    parser.add_argument("readme", nargs="?", type=Path, default=Path(__file__).parents[1] / "README.md")
+    options = parser.parse_args(arguments)
+    differ = write_tables(options.readme, options.check)
+    return (
+        f"{options.readme}'s tables are due: python -m hf_lnlm.registry --write" if differ and options.check else None
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

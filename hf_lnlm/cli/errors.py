@@ -2,47 +2,38 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import traceback
-from collections.abc import Iterable
+
+from ..errors import UsageProblem, printable
 
 USAGE_STATUS = 2
 FAILURE_STATUS = 1
 INTERRUPT_STATUS = 130
 
 
-class UsageProblem(ValueError):
-    """The request itself is wrong (a flag, a recipe key, an output folder in use); the exit status is 2."""
-
-
-class RunFailed(RuntimeError):
-    """The request was fine but can't be carried out (no network, no permission, a failed check); exit status 1."""
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the closest of `known`, or an empty string when nothing is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def unknown_name(what: str, name: str, known: Iterable[str]) -> UsageProblem:
-    """The error for a name that is not in a table: what it is, what was given, the closest match and all choices."""
-    names = list(known)
-    return UsageProblem(f"unknown {what} {name!r}{did_you_mean(name, names)}; choose from: {', '.join(names)}")
+_SELF_EXPLAINING = (ValueError, OSError, ImportError, RuntimeError)
 
 
 def one_line(error: BaseException) -> str:
     """The message of `error` on one line, led by its type when the message alone would not explain itself."""
-    text = " ".join(str(error).split())
-    if isinstance(error, (UsageProblem, RunFailed)):
+    text = printable(" ".join(str(error).split()))
+    if isinstance(error, UsageProblem):
         return text
+    if isinstance(error, RecursionError):
+        return "something is nested too deeply"
+    if isinstance(error, MemoryError):
+        return f"not enough memory{': ' if text else ''}{text}"
+    if isinstance(error, UnicodeError):
+        return f"text that can't be read or written in this encoding: {text}"
     if isinstance(error, FileNotFoundError) and error.filename is not None:
-        return f"no such file or folder: {error.filename}"
+        return f"no such file or folder: {printable(error.filename)}"
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
-    return text or type(error).__name__
+        return f"{error.strerror}: {printable(error.filename)}"
+    if isinstance(error, _SELF_EXPLAINING):
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def report(error: BaseException, show_traceback: bool) -> int:
@@ -50,7 +41,7 @@ def report(error: BaseException, show_traceback: bool) -> int:
 
     Args:
         error: what stopped the command.
-        show_traceback: also print where it happened (`--traceback`).
+        show_traceback: also print where it happened (`--debug`).
     """
     if show_traceback:
         traceback.print_exception(error)
@@ -60,7 +51,7 @@ def report(error: BaseException, show_traceback: bool) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return INTERRUPT_STATUS
-    hint = "" if show_traceback or _is_ours(error) else "  [--traceback shows where]"
+    hint = "" if show_traceback or _is_ours(error) else "  [--debug shows where]"
     print(f"error: {one_line(error)}{hint}", file=sys.stderr)
     return USAGE_STATUS if isinstance(error, (ValueError, FileNotFoundError)) else FAILURE_STATUS
 

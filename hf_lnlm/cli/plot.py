@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 
-from ..data.algorithmic import IGNORED, TASKS, Row, Task, algorithmic_task, pad_rows, wrong_bits
-from .errors import UsageProblem, unknown_name
-from .output import plain_when_piped, quiet_libraries, say
+from ..data.algorithmic import TASKS, Row, Task, algorithmic_task, pad_rows, wrong_bits
+from ..errors import UsageProblem, unknown_name
+from ..flows.algorithm import load_transducer
+from ..flows.curves import draw_curves, names_of, read_curves
+from ..flows.output import new_figure, plain_when_piped, quiet_libraries, save_picture, say
+from ..nn.loss_heads import IGNORED
 
 _INK, _PAPER, _BITS, _HEAT, _WRONG = "#22223b", "white", "Greys", "magma", "#e63946"
 _WEIGHTINGS = {"write_weightings": "write weighting", "read_weightings": "read weighting", "usage": "usage"}
@@ -147,13 +150,10 @@ def draw(panels: list[Panel], path: str | Path, title: str = "") -> None:
         ImportError: matplotlib is missing; names its extra.
         ValueError: the file name's ending is no image format.
     """
-    pyplot = _pyplot()
     heights = [_height(panel) for panel in panels]
     width = max(6.5, min(14.0, 0.13 * panels[0].values.shape[1] + 1.8))
-    figure, axes = pyplot.subplots(
-        len(panels), 1, figsize=(width, sum(heights) + 0.3 * len(panels) + 0.7), height_ratios=heights,
-        squeeze=False, sharex=True, layout="constrained",
-    )  # fmt: skip
+    figure = new_figure(figsize=(width, sum(heights) + 0.3 * len(panels) + 0.7), layout="constrained")
+    axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False, sharex=True)
     heated = [_draw_panel(axis, panel) for axis, panel in zip(axes[:, 0], panels, strict=True)]
     axes[-1, 0].set_xlabel("step", color=_INK, fontsize=9)
     axes[-1, 0].tick_params(bottom=True)
@@ -165,10 +165,7 @@ def draw(panels: list[Panel], path: str | Path, title: str = "") -> None:
         bar.ax.tick_params(labelsize=7, colors=_INK, length=0)
     figure.align_ylabels(axes[:, 0])
     figure.suptitle(title, color=_INK, fontsize=11)
-    try:
-        figure.savefig(path, dpi=160, facecolor=_PAPER)
-    finally:
-        pyplot.close(figure)
+    save_picture(figure, Path(path), dpi=160, facecolor=_PAPER)
 
 
 def _height(panel: Panel) -> float:
@@ -204,22 +201,6 @@ def _draw_panel(axis: Any, panel: Panel) -> Any:
     return image
 
 
-def _pyplot() -> Any:
-    """matplotlib's plotting module, without a window.
-
-    Raises:
-        ImportError: it is not installed; names the extra.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'hf_lnlm[plot]'") from error
-    matplotlib.use("agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
 def plot_addressing(checkpoint: str, task: str, size: int | None, output: str, layer: int, seed: int) -> int:
     """Run the command: draws one row of a task and says how many bits were wrong.
 
@@ -232,7 +213,7 @@ def plot_addressing(checkpoint: str, task: str, size: int | None, output: str, l
     plain_when_piped()
     _check_file(output)
     chosen = _task(task, size)
-    _pyplot()
+    new_figure()  # says at once what is missing for pictures
     with quiet_libraries():
         model = load_transducer(checkpoint)
     wanted, found = (chosen.input_size, chosen.output_size), (model.config.input_size, model.config.output_size)
@@ -252,6 +233,23 @@ def plot_addressing(checkpoint: str, task: str, size: int | None, output: str, l
     return 0
 
 
+def plot_curves(runs: list[str], output: str, metric: str | None) -> int:
+    """Run the command: draws the curves of runs over each other.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ValueError: a run has no curves, or none has the metric.
+    """
+    plain_when_piped()
+    _check_file(output)
+    found = {name: read_curves(run) for name, run in zip(names_of(runs), runs)}
+    draw_curves(found, output, metric)
+    say(f"{output}: {', '.join(found)}")
+    return 0
+
+
 def _task(name: str, size: int | None) -> Task:
     if name not in TASKS:
         raise unknown_name("task", name, TASKS)
@@ -267,26 +265,3 @@ def _check_file(output: str) -> None:
         raise UsageProblem(f"--output names a picture file in a folder that exists, got {output!r}")
     if path.suffix not in (".png", ".pdf", ".svg", ".jpg"):
         raise UsageProblem(f"--output must end in .png, .pdf, .svg or .jpg, got {output!r}")
-
-
-def load_transducer(checkpoint: str) -> Any:
-    """Return the sequence transducer of a checkpoint, ready for evaluation.
-
-    Args:
-        checkpoint: folder or Hub repository.
-
-    Raises:
-        ValueError: the checkpoint is of another kind.
-    """
-    from .. import registry
-    from .models import load_config
-    from .recipe import ModelSection
-
-    config = load_config(ModelSection(checkpoint=checkpoint))
-    names = [name for name in (config.architectures or []) if name.endswith("ForSequenceTransduction")]
-    if not names or not registry.is_ours(config.model_type):
-        given = ", ".join(config.architectures or [config.model_type])
-        raise UsageProblem(f"{checkpoint} must hold a Turing machine or neural computer for sequences, got {given}")
-    import hf_lnlm
-
-    return getattr(hf_lnlm, names[0]).from_pretrained(checkpoint, use_safetensors=True).eval()

@@ -5,7 +5,7 @@
 | | there | here |
 |---|---|---|
 | LSTM gates | input, candidate, forget (plus 1), output; on x, r, h | input, forget, candidate, output; x apart, on h, r |
-| interface | one linear layer a part | one layer, parts in the order of the paper (`ops/dnc_memory/layout.py`) |
+| interface | one linear layer a part | one layer, parts in the order of the paper (`ops/memory/dnc/layout.py`) |
 | read modes | backward, forward, content | backward, content, forward |
 
 Two things can't be carried over by weights: there a lookup's strength is softplus(x), here the paper's 1 + softplus(x);
@@ -14,11 +14,14 @@ and there the controller's state is clipped where here the interface is (`interf
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-StateDict = dict[str, torch.Tensor]
+from ..models.memory.configuration_dnc import DNCConfig
+from ..models.memory.modeling_dnc import DNCForSequenceTransduction
+from .weights import StateDict, filled
 
 _CELL = "model.layers.0.forwards."
 _PARTS = (
@@ -64,20 +67,61 @@ def from_deepmind_dnc(variables: StateDict, config: Any) -> StateDict:
     return {_CELL + name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+def deepmind_dnc(variables: StateDict, fields: Mapping[str, Any]) -> DNCForSequenceTransduction:
+    """The neural computer whose variables these are, its sizes told from their shapes.
+
+    Args:
+        variables: see `from_deepmind_dnc`.
+        fields: of `DNCConfig`; `memory_size` must be among them, since no weight tells how many slots there are.
+
+    Raises:
+        ValueError: it is not, or the variables don't fit each other.
+    """
+    if "memory_size" not in fields:
+        raise ValueError(
+            "no weight tells how many slots the memory has: say memory_size=N (its training script's is 16)"
+        )
+    found = _Variables(variables)
+    size, keys = found.one("read_keys/w").shape
+    reads, writes = (found.one(f"{name}_strengths/w").shape[1] for name in ("read", "write"))
+    outputs = found.one("output_linear/w").shape[1]
+    sizes = {
+        "input_size": found.one("lstm/w_gates").shape[0] - keys - size,
+        "output_size": outputs,
+        "hidden_size": outputs,
+        "controller_size": size,
+        "memory_width": keys // reads,
+        "num_read_heads": reads,
+        "num_write_heads": writes,
+        "residual": False,
+    }
+    config = DNCConfig(**{**sizes, **fields})
+    state = from_deepmind_dnc(variables, config)
+    dtype = next(iter(state.values())).dtype
+    return filled(DNCForSequenceTransduction(config), state, dtype, fresh=["memory"]).eval()
+
+
 class _Variables:
     """Variables by the end of their names."""
 
     def __init__(self, variables: StateDict) -> None:
         self.variables = {name.removesuffix(":0"): tensor for name, tensor in variables.items()}
 
-    def get(self, ending: str, *shape: int) -> torch.Tensor:
-        """The one variable whose name ends so, as a copy of that shape."""
+    def one(self, ending: str) -> torch.Tensor:
+        """The one variable whose name ends so."""
+        return self.variables[self._name(ending)]
+
+    def _name(self, ending: str) -> str:
         names = [name for name in self.variables if name == ending or name.endswith("/" + ending)]
         if len(names) != 1:
             raise ValueError(f"variables must hold exactly one {ending}, got {names or 'none'}")
-        tensor = self.variables[names[0]]
+        return names[0]
+
+    def get(self, ending: str, *shape: int) -> torch.Tensor:
+        """The one variable whose name ends so, as a copy of that shape."""
+        tensor = self.one(ending)
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{names[0]} must have shape {shape} for this config, got {tuple(tensor.shape)}")
+            raise ValueError(f"{self._name(ending)} must have shape {shape} for this config, got {tuple(tensor.shape)}")
         return tensor.clone()
 
     def linear(self, name: str, inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:

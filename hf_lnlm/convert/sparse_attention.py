@@ -19,10 +19,10 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models import bert, roberta
 
+from ..data.tokenizers import fit_length
 from ..models.sparse_attention import configuration_gpt3, configuration_linformer, modeling_gpt3, modeling_linformer
 from ..models.sparse_attention.linformer_projection import LearnedProjection
-
-StateDict = dict[str, torch.Tensor]
+from .weights import StateDict, filled, renamed
 
 INITIAL_PROJECTIONS = ("mean_pool", "identity", "random")
 """What a learned E and F start from: windows' means, I (k = n), or as a fresh model."""
@@ -53,15 +53,31 @@ _ROBERTA_HEADS = (
     (r"^lm_head\.layer_norm\.", "transform.2."),
     (r"^lm_head\.decoder\.", "lm_head."),
 )
-_IGNORED = re.compile(r"(^|\.)(position_ids|token_type_ids)$|^cls\.predictions\.bias$|^lm_head\.bias$")
-_HEADS = (
-    "Model",
-    "ForMaskedLM",
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForQuestionAnswering",
-    "ForMultipleChoice",
+_GPT = (
+    (r"^transformer\.", "model."),
+    (r"(^|\.)wte\.", r"\1embed_tokens."),
+    (r"(^|\.)wpe\.", r"\1embed_positions."),
+    (r"(^|\.)h\.(\d+)\.", r"\1layers.\2."),
+    (r"(^|\.)ln_f\.", r"\1norm."),
+    (r"\.attn\.attention\.out_proj\.", ".attn.c_proj."),
+    (r"\.attn\.attention\.", ".attn."),
 )
+_UNSAVED = ("position_ids", "token_type_ids", "cls.predictions.bias", "lm_head.bias")
+_HEADS = (
+    "Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
+    "ForMultipleChoice",
+)  # fmt: skip
+_SAME_FIELDS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "type_vocab_size",
+    "hidden_act", "initializer_range", "tie_word_embeddings", "id2label", "label2id", "problem_type",
+)  # fmt: skip
+_OTHER_FIELDS = {
+    "hidden_dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "layer_norm_epsilon": "layer_norm_eps",
+}
+"""Field of ours → BERT's, where they are called otherwise."""
+_SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def linformer_from_stock(model: PreTrainedModel, *, initial: str = "mean_pool", **overrides: Any) -> PreTrainedModel:
@@ -83,9 +99,8 @@ def linformer_from_stock(model: PreTrainedModel, *, initial: str = "mean_pool", 
     if initial not in INITIAL_PROJECTIONS:
         raise ValueError(f"initial must be one of {', '.join(INITIAL_PROJECTIONS)}, got {initial!r}")
     config = linformer_config(model.config, **overrides)
-    ours = getattr(modeling_linformer, f"Linformer{head}")(config).to(model.dtype)
     state = _to_ours(model.state_dict(), kind, head, model.config)
-    _load(ours, state, allowed_missing="projection")
+    ours = filled(getattr(modeling_linformer, f"Linformer{head}")(config), state, model.dtype, fresh=["projection"])
     for module in ours.modules():
         if isinstance(module, LearnedProjection) and initial != "random":
             _initialise(module, initial)
@@ -115,7 +130,7 @@ def linformer_checkpoint(
     stock = getattr(transformers, head).from_pretrained(source, use_safetensors=True)
     model = linformer_from_stock(stock, initial=initial, **overrides)
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    fit_length(AutoTokenizer.from_pretrained(source), model.config).save_pretrained(target)
     return model
 
 
@@ -134,26 +149,12 @@ def linformer_config(config: Any, **overrides: Any) -> configuration_linformer.L
     if getattr(config, "is_decoder", False):
         raise ValueError("is_decoder must be False, got True: a plain Linformer cannot be causal")
     classifier = getattr(config, "classifier_dropout", None)
-    fields = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
+    fields = {name: getattr(config, name, None) for name in (*_SAME_FIELDS, *_SPECIAL)}
+    fields |= {ours: getattr(config, theirs) for ours, theirs in _OTHER_FIELDS.items()}
+    fields |= {
         "max_position_embeddings": config.max_position_embeddings - _offset(config),
-        "type_vocab_size": config.type_vocab_size,
-        "hidden_act": config.hidden_act,
         "embedding_dropout": config.hidden_dropout_prob,
-        "hidden_dropout": config.hidden_dropout_prob,
-        "attention_dropout": config.attention_probs_dropout_prob,
         "classifier_dropout": config.hidden_dropout_prob if classifier is None else classifier,
-        "layer_norm_epsilon": config.layer_norm_eps,
-        "initializer_range": config.initializer_range,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "id2label": config.id2label,
-        "label2id": config.label2id,
-        "problem_type": config.problem_type,
-        **{name: getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
     }
     return configuration_linformer.LinformerConfig(**{**fields, **overrides})
 
@@ -178,41 +179,21 @@ def linformer_to_stock(model: PreTrainedModel, kind: str = "bert") -> PreTrained
         raise ValueError(f"model must be a bidirectional Linformer with a head of BERT's, got {type(model).__name__}")
     config = _stock_config(model.config, kind)
     name = kind.capitalize() + head
-    theirs = getattr(bert if kind == "bert" else roberta, name)(config).to(model.dtype)
+    theirs = getattr(bert if kind == "bert" else roberta, name)(config)
     forward = _to_ours({key: key for key in theirs.state_dict()}, kind, head, config)
     ours = model.state_dict()
     state = {stock: ours[name] for name, stock in forward.items() if name in ours}
     table = next(key for key in state if key.endswith("position_embeddings.weight"))
     missing = state[table].new_zeros(_offset(config), config.hidden_size)
     state[table] = torch.cat([missing, state[table]])
-    _load(theirs, state, allowed_missing="pooler")
-    return theirs.train(model.training)
+    return filled(theirs, state, model.dtype, fresh=["pooler", *_UNSAVED]).train(model.training)
 
 
 def _stock_config(config: Any, kind: str) -> Any:
-    ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    given = {name: number for name, number in ids.items() if number is not None}
-    stock = AutoConfig.for_model(
-        kind,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-        max_position_embeddings=config.max_position_embeddings,
-        type_vocab_size=config.type_vocab_size,
-        hidden_act=config.hidden_act,
-        hidden_dropout_prob=config.hidden_dropout,
-        attention_probs_dropout_prob=config.attention_dropout,
-        classifier_dropout=config.classifier_dropout,
-        layer_norm_eps=config.layer_norm_epsilon,
-        tie_word_embeddings=config.tie_word_embeddings,
-        id2label=config.id2label,
-        label2id=config.label2id,
-        problem_type=config.problem_type,
-        initializer_range=config.initializer_range,
-        **given,
-    )
+    fields = {name: getattr(config, name) for name in (*_SAME_FIELDS, "max_position_embeddings", "classifier_dropout")}
+    fields |= {theirs: getattr(config, ours) for ours, theirs in _OTHER_FIELDS.items()}
+    fields |= {name: getattr(config, name) for name in _SPECIAL if getattr(config, name) is not None}
+    stock = AutoConfig.for_model(kind, **fields)
     stock.max_position_embeddings += _offset(stock)
     return stock
 
@@ -233,34 +214,16 @@ def _kind_and_head(model: PreTrainedModel) -> tuple[str, str]:
 
 def _to_ours(state: dict[str, Any], kind: str, head: str, config: Any) -> dict[str, Any]:
     """Rename a stock state dict (or {name: name}) to the names of the Linformer with the same head."""
-    renamed: dict[str, Any] = {}
-    rules = (*_ENCODER, *(_BERT_HEADS if kind == "bert" else _ROBERTA_HEADS))
-    for name, tensor in state.items():
-        if _IGNORED.search(name):
+    heads = _BERT_HEADS if kind == "bert" else _ROBERTA_HEADS
+    choice = ((r"^classifier\.", "choice."),) if head == "ForMultipleChoice" else ()
+    ours: dict[str, Any] = {}
+    for stock, tensor in state.items():
+        name = renamed(stock, ((rf"^{kind}\.", "model."), *_ENCODER, *heads, *choice))
+        if stock.endswith(_UNSAVED) or (head == "Model" and name.startswith("pooler.")):
             continue
-        ours = re.sub(rf"^{kind}\.", "model.", name)
-        for pattern, replacement in rules:
-            ours = re.sub(pattern, replacement, ours)
-        if head == "ForMultipleChoice":
-            ours = re.sub(r"^classifier\.", "choice.", ours)
-        if head == "Model" and ours.startswith("pooler."):
-            continue
-        if ours.endswith("embed_positions.weight") and isinstance(tensor, torch.Tensor):
-            tensor = tensor[_offset(config) :]
-        renamed[ours] = tensor
-    return renamed
-
-
-def _load(model: PreTrainedModel, state: StateDict, allowed_missing: str) -> None:
-    """Load weights, insisting that nothing but E, F and what ties or `allowed_missing` explains is left out."""
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = set(model.all_tied_weights_keys)
-    missing = [
-        name for name in missing if allowed_missing not in name and name not in tied and not _IGNORED.search(name)
-    ]
-    if missing or unexpected:
-        raise ValueError(f"weights do not fit {type(model).__name__}: missing {missing}, unexpected {list(unexpected)}")
-    model.tie_weights()
+        shifted = name.endswith("embed_positions.weight") and isinstance(tensor, torch.Tensor)
+        ours[name] = tensor[_offset(config) :] if shifted else tensor
+    return ours
 
 
 @torch.no_grad()
@@ -305,7 +268,7 @@ def gpt3_from_gpt2(model: PreTrainedModel, **overrides: Any) -> PreTrainedModel:
     state = {}
     for name, tensor in model.state_dict().items():
         transposed = re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name)
-        state[_gpt_name(name)] = tensor.T.contiguous() if transposed else tensor
+        state[renamed(name, _GPT)] = tensor.T.contiguous() if transposed else tensor
     return _gpt3(model, {**fields, **overrides}, state)
 
 
@@ -335,37 +298,24 @@ def gpt3_from_gpt_neo(model: PreTrainedModel, **overrides: Any) -> PreTrainedMod
     }
     stock = model.state_dict()
     state = {
-        _gpt_name(name): tensor for name, tensor in stock.items() if not re.search(r"\.(q|k|v)_proj\.|\.bias$", name)
+        renamed(name, _GPT): tensor
+        for name, tensor in stock.items()
+        if not re.search(r"\.(q|k|v)_proj\.|\.bias$", name)
     }
-    state |= {_gpt_name(n): t for n, t in stock.items() if n.endswith(".bias") and not n.endswith("attention.bias")}
+    state |= {renamed(n, _GPT): t for n, t in stock.items() if n.endswith(".bias") and not n.endswith("attention.bias")}
     for name in [name for name in stock if name.endswith("q_proj.weight")]:
         parts = [stock[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
-        state[_gpt_name(name.replace("q_proj", "c_attn"))] = torch.cat(parts)
+        state[renamed(name.replace("q_proj", "c_attn"), _GPT)] = torch.cat(parts)
     return _gpt3(model, {**fields, **overrides}, state)
 
 
 def _common_fields(config: Any) -> dict[str, Any]:
     names = (
         "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-        "activation_function", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id",
-        "tie_word_embeddings", "id2label", "label2id", "problem_type",
+        "activation_function", "initializer_range", "tie_word_embeddings", "id2label", "label2id", "problem_type",
+        "layer_norm_epsilon", *_SPECIAL,
     )  # fmt: skip
-    return {**{name: getattr(config, name) for name in names}, "layer_norm_epsilon": config.layer_norm_epsilon}
-
-
-def _gpt_name(name: str) -> str:
-    rules = (
-        (r"^transformer\.", "model."),
-        (r"(^|\.)wte\.", r"\1embed_tokens."),
-        (r"(^|\.)wpe\.", r"\1embed_positions."),
-        (r"(^|\.)h\.(\d+)\.", r"\1layers.\2."),
-        (r"(^|\.)ln_f\.", r"\1norm."),
-        (r"\.attn\.attention\.out_proj\.", ".attn.c_proj."),
-        (r"\.attn\.attention\.", ".attn."),
-    )
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return {name: getattr(config, name) for name in names}
 
 
 def _gpt3(model: PreTrainedModel, fields: dict[str, Any], state: StateDict) -> PreTrainedModel:
@@ -375,6 +325,5 @@ def _gpt3(model: PreTrainedModel, fields: dict[str, Any], state: StateDict) -> P
     kind = kind or next((ours for suffix, ours in heads.items() if name.endswith(suffix)), None)
     if kind is None:
         raise ValueError(f"model must be a base, causal-LM or sequence-classification model, got {name}")
-    ours = getattr(modeling_gpt3, kind)(configuration_gpt3.GPT3Config(**fields)).to(model.dtype)
-    _load(ours, state, allowed_missing="lm_head")
-    return ours.train(model.training)
+    ours = getattr(modeling_gpt3, kind)(configuration_gpt3.GPT3Config(**fields))
+    return filled(ours, state, model.dtype, fresh=["lm_head"]).train(model.training)

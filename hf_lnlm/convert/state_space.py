@@ -10,65 +10,48 @@ a renaming and a rewritten config, both ways.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..models.state_space.configuration_ssm import SelectiveSSMConfig
 from ..models.state_space.modeling_ssm import SelectiveSSMForCausalLM, SelectiveSSMModel
-
-StateDict = dict[str, torch.Tensor]
+from .weights import StateDict, filled, renamed
 
 _COMMON = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "state_size",
-    "expand",
-    "conv_kernel",
-    "use_bias",
-    "use_conv_bias",
-    "layer_norm_epsilon",
-    "residual_in_fp32",
-    "rescale_prenorm_residual",
-    "initializer_range",
-    "time_step_rank",
-    "time_step_min",
-    "time_step_max",
-    "time_step_floor",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "use_cache",
-)
+    "vocab_size", "hidden_size", "num_hidden_layers", "state_size", "expand", "conv_kernel", "use_bias", "use_conv_bias",
+    "layer_norm_epsilon", "residual_in_fp32", "rescale_prenorm_residual", "initializer_range", "time_step_rank",
+    "time_step_min", "time_step_max", "time_step_floor", "pad_token_id", "bos_token_id", "eos_token_id",
+    "tie_word_embeddings", "use_cache",
+)  # fmt: skip
 _S6 = ("time_step_scale", "time_step_init_scheme")
 _SSD = ("head_dim", "n_groups", "chunk_size")
 FIELDS = {"mamba": _COMMON + _S6, "mamba2": _COMMON + _SSD, "falcon_mamba": (*_COMMON, *_S6, "mixer_rms_eps")}
 _ANY_STEP = (0.0, math.inf)
 
-# ours, theirs in transformers, theirs in the original files
+_OURS, _STOCK, _ORIGINAL = 0, 1, 2
 _NAMES = (
     ("embed_tokens.", "embeddings.", "embedding."),
     ("layers.", "layers.", "layers."),
     ("norm.", "norm_f.", "norm_f."),
 )
+"""Beginnings of names in the base model: ours, theirs in transformers, theirs in the original files."""
+_PREFIXES = ("model.", "backbone.", "backbone.")
+_INNER = {
+    "d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand", "bias": "use_bias", "conv_bias": "use_conv_bias",
+}  # fmt: skip
+_INNER_S6 = {"dt_rank": "time_step_rank"}
+_INNER_SSD = {"headdim": "head_dim", "ngroups": "n_groups"}
+_ONLY_READ = {"dt_min": "time_step_min", "dt_max": "time_step_max", "chunk_size": "chunk_size"}
+"""Fields of the original's `ssm_cfg` → ours."""
 
 
-def _renamed(name: str, source: int, target: int, prefixes: tuple[str, str]) -> str:
-    """Rename a weight of the base model; others, such as `lm_head.weight`, keep their names."""
-    if not name.startswith(prefixes[0]):
-        return name
-    inner = name.removeprefix(prefixes[0])
-    for names in _NAMES:
-        if inner.startswith(names[source]):
-            return prefixes[1] + names[target] + inner.removeprefix(names[source])
-    raise ValueError(f"{name!r} is not a weight of a selective state space model")
-
-
-def _rename(state: StateDict, source: int, target: int, prefixes: tuple[str, str]) -> StateDict:
-    return {_renamed(name, source, target, prefixes): tensor for name, tensor in state.items()}
+def _rename(state: StateDict, source: int, target: int, head: bool = True) -> StateDict:
+    """Weights of the base model under the target's names; others, such as `lm_head.weight`, keep theirs."""
+    old, new = (_PREFIXES[source], _PREFIXES[target]) if head else ("", "")
+    rules = [(f"^{re.escape(old + names[source])}", new + names[target]) for names in _NAMES]
+    return {renamed(name, rules): tensor for name, tensor in state.items()}
 
 
 def ssm_config_from_stock(config: PreTrainedConfig) -> SelectiveSSMConfig:
@@ -115,19 +98,6 @@ def _is_head(model: PreTrainedModel) -> bool:
     return hasattr(model, "lm_head")
 
 
-@torch.no_grad()
-def _load(model: Any, state: StateDict, dtype: torch.dtype) -> Any:
-    """Fill a model with a converted state dict; tied weights are filled once."""
-    model = model.to(dtype)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = set(model.all_tied_weights_keys or {})
-    lacking = sorted(set(missing) - tied)
-    if lacking or unexpected:
-        raise ValueError(f"weights do not fit the config: missing {lacking}, unexpected {sorted(unexpected)}")
-    model.tie_weights()
-    return model.eval()
-
-
 def ssm_from_stock(model: PreTrainedModel) -> SelectiveSSMForCausalLM | SelectiveSSMModel:
     """Convert a stock model: with its LM head if it has one.
 
@@ -140,23 +110,20 @@ def ssm_from_stock(model: PreTrainedModel) -> SelectiveSSMForCausalLM | Selectiv
     Raises:
         ValueError: another model.
     """
-    config = ssm_config_from_stock(model.config)
-    ours = SelectiveSSMForCausalLM(config) if _is_head(model) else SelectiveSSMModel(config)
-    prefixes = ("backbone.", "model.") if _is_head(model) else ("", "")
-    return _load(ours, _rename(model.state_dict(), 1, 0, prefixes), model.dtype)
+    config, head = ssm_config_from_stock(model.config), _is_head(model)
+    ours = SelectiveSSMForCausalLM(config) if head else SelectiveSSMModel(config)
+    return filled(ours, _rename(model.state_dict(), _STOCK, _OURS, head), model.dtype).eval()
 
 
-def ssm_to_stock(model: PreTrainedModel) -> PreTrainedModel:
-    """Convert one of ours, language model or base model, to a stock model.
+def ssm_to_stock(model: SelectiveSSMForCausalLM | SelectiveSSMModel) -> PreTrainedModel:
+    """Convert one of ours, language model or base model, to a stock model in evaluation mode.
 
     Raises:
         ValueError: stock has no such model.
     """
-    config = ssm_config_to_stock(model.config)
-    head = _is_head(model)
-    stock = AutoModelForCausalLM.from_config(config) if head else AutoModel.from_config(config)
-    prefixes = ("model.", "backbone.") if head else ("", "")
-    return _load(stock, _rename(model.state_dict(), 0, 1, prefixes), model.dtype)
+    config, head = ssm_config_to_stock(model.config), _is_head(model)
+    stock = (AutoModelForCausalLM if head else AutoModel).from_config(config)
+    return filled(stock, _rename(model.state_dict(), _OURS, _STOCK, head), model.dtype).eval()
 
 
 def ssm_from_original(state: StateDict, config: dict[str, Any]) -> SelectiveSSMForCausalLM:
@@ -187,13 +154,11 @@ def ssm_from_original(state: StateDict, config: dict[str, Any]) -> SelectiveSSMF
         "tie_word_embeddings": config.get("tie_embeddings", True),
         "bidirectional": "none",
     }
-    renamed = {"d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand", "bias": "use_bias",
-               "conv_bias": "use_conv_bias", "dt_rank": "time_step_rank", "headdim": "head_dim", "ngroups": "n_groups",
-               "dt_min": "time_step_min", "dt_max": "time_step_max", "chunk_size": "chunk_size"}  # fmt: skip
-    fields |= {ours: inner[theirs] for theirs, ours in renamed.items() if theirs in inner}
+    known = _INNER | _INNER_S6 | _INNER_SSD | _ONLY_READ
+    fields |= {ours: inner[theirs] for theirs, ours in known.items() if theirs in inner}
     dtype = state["backbone.embedding.weight"].dtype
     model = SelectiveSSMForCausalLM(SelectiveSSMConfig(**fields))
-    return _load(model, _rename(state, 2, 0, ("backbone.", "model.")), dtype)
+    return filled(model, _rename(state, _ORIGINAL, _OURS), dtype).eval()
 
 
 def ssm_to_original(model: SelectiveSSMForCausalLM) -> tuple[StateDict, dict[str, Any]]:
@@ -208,20 +173,17 @@ def ssm_to_original(model: SelectiveSSMForCausalLM) -> tuple[StateDict, dict[str
         raise ValueError(
             "the original does not normalise B, C and the step (Falcon Mamba does), got mixer_rms_norm=True"
         )
-    inner: dict[str, Any] = {"d_state": config.state_size, "d_conv": config.conv_kernel, "expand": config.expand,
-             "bias": config.use_bias, "conv_bias": config.use_conv_bias}  # fmt: skip
-    if config.mixer == "mamba2":
-        inner |= {"layer": "Mamba2", "headdim": config.head_dim, "ngroups": config.n_groups}
-    else:
-        inner |= {"layer": "Mamba1", "dt_rank": config.time_step_rank}
+    second = config.mixer == "mamba2"
+    known = _INNER | (_INNER_SSD if second else _INNER_S6)
+    inner = {theirs: getattr(config, ours) for theirs, ours in known.items()}
     theirs = {
         "d_model": config.hidden_size,
         "n_layer": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
-        "ssm_cfg": inner,
+        "ssm_cfg": {**inner, "layer": "Mamba2" if second else "Mamba1"},
         "rms_norm": True,
         "residual_in_fp32": config.residual_in_fp32,
         "tie_embeddings": config.tie_word_embeddings,
         "pad_vocab_size_multiple": 1,
     }
-    return _rename(model.state_dict(), 0, 2, ("model.", "backbone.")), theirs
+    return _rename(model.state_dict(), _OURS, _ORIGINAL), theirs

@@ -152,3 +152,30 @@ def load_word_vectors(model: Any, vocabulary: Mapping[str, int], vectors: Vector
         for table in tables:
             table[row] = vector.to(table)
     return known
+
+
+def filled_checkpoint(path: Path, into: Path | None, fields: Mapping[str, Any]) -> Any:
+    """A checkpoint with its embeddings filled from a file of word vectors, by its tokenizer's words.
+
+    Args:
+        path: of the vectors, see `read_word_vectors`.
+        into: the checkpoint's folder, with its tokenizer.
+        fields: none are taken.
+
+    Raises:
+        ValueError: no checkpoint is given, or no word of it has a vector.
+    """
+    import transformers
+
+    from ..hub.card import auto_class
+
+    if into is None or fields:
+        raise ValueError("word vectors fill the embeddings of a checkpoint: give --into CHECKPOINT, and no --set")
+    config = transformers.AutoConfig.from_pretrained(into)
+    auto = getattr(transformers, auto_class((config.architectures or [""])[0]))
+    model = auto.from_pretrained(into, use_safetensors=True)
+    words = transformers.AutoTokenizer.from_pretrained(into).get_vocab()
+    known = load_word_vectors(model, words, path)
+    if not known:
+        raise ValueError(f"none of the {len(words)} tokens of {into} is a word of {path.name}")
+    return model

@@ -1,1 +1,1 @@
-"""Tokenizers, text sources, blocks and lanes."""
+"""Tokenizers, text sources, blocks and contiguous streams."""

@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-IGNORED = -100.0
+from ..nn.loss_heads import IGNORED
+
 LARGEST = 2**20  # of sizes and widths: what is beyond was mistyped, and would be allocated
 Row = dict[str, torch.Tensor]
 
@@ -35,7 +36,7 @@ def _between(generator: torch.Generator, low: int, high: int) -> int:
 
 def _blank(length: int, inputs: int, outputs: int) -> Row:
     """A row of silence: nothing given, nothing asked."""
-    return {"inputs_embeds": torch.zeros(length, inputs), "labels": torch.full((length, outputs), IGNORED)}
+    return {"inputs_embeds": torch.zeros(length, inputs), "labels": torch.full((length, outputs), float(IGNORED))}
 
 
 def _check_whole(name: str, value: Any, low: int, high: int = LARGEST) -> None:
@@ -107,25 +108,33 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Copy(Task):
-    """Repeat a sequence of random bits after it has ended, section 4.1: size = its length.
+class BitTask(Task):
+    """A task on vectors of bits; inputs are the bits and then the task's marks, outputs the bits and then its flags.
 
     Attributes:
         width: bits a step.
     """
 
-    name: ClassVar[str] = "copy"
+    marks: ClassVar[int] = 1
+    flags: ClassVar[int] = 0
     width: int = 8
 
     @property
     def input_size(self) -> int:
-        """The bits and the end marker."""
-        return self.width + 1
+        """The bits and the marks."""
+        return self.width + self.marks
 
     @property
     def output_size(self) -> int:
-        """The bits."""
-        return self.width
+        """The bits and the flags."""
+        return self.width + self.flags
+
+
+@dataclass(frozen=True)
+class Copy(BitTask):
+    """Repeat a sequence of random bits after it has ended, section 4.1: size = its length. Marked is its end."""
+
+    name: ClassVar[str] = "copy"
 
     def _row(self, generator: torch.Generator, size: int) -> Row:
         """`2·size + 1` steps."""
@@ -137,26 +146,16 @@ class Copy(Task):
 
 
 @dataclass(frozen=True)
-class RepeatCopy(Task):
-    """Repeat a sequence a given number of times and mark the end, section 4.2: size bounds both length and repeats.
+class RepeatCopy(BitTask):
+    """Repeat a sequence a given number of times and flag the end, section 4.2: size bounds both length and repeats.
 
-    Attributes:
-        width: bits a step.
+    Marked are the end of the sequence and the number of repeats (scaled by `longest`).
     """
 
     name: ClassVar[str] = "repeat_copy"
+    marks: ClassVar[int] = 2
+    flags: ClassVar[int] = 1
     longest: int = 10
-    width: int = 8
-
-    @property
-    def input_size(self) -> int:
-        """The bits, the end marker and the number of repeats (scaled by `longest`)."""
-        return self.width + 2
-
-    @property
-    def output_size(self) -> int:
-        """The bits and the end marker."""
-        return self.width + 1
 
     def _row(self, generator: torch.Generator, size: int) -> Row:
         """Length and repeats lie between `shortest` and `size`."""
@@ -188,30 +187,22 @@ class RepeatCopy(Task):
 
 
 @dataclass(frozen=True)
-class AssociativeRecall(Task):
+class AssociativeRecall(BitTask):
     """Given a list of items and one of them, return the one after it, section 4.3: size = number of items.
 
+    Marked are the beginning of an item, and both ends of the query.
+
     Attributes:
-        width: bits a step.
         item_length: steps of an item.
     """
 
     name: ClassVar[str] = "associative_recall"
+    marks: ClassVar[int] = 2
     smallest: ClassVar[int] = 2
     shortest: int = 2
     longest: int = 6
     width: int = 6
     item_length: int = 3
-
-    @property
-    def input_size(self) -> int:
-        """The bits, the mark before an item and the mark around the query."""
-        return self.width + 2
-
-    @property
-    def output_size(self) -> int:
-        """The bits."""
-        return self.width
 
     def _row(self, generator: torch.Generator, size: int) -> Row:
         """The query is never the last item."""
@@ -299,28 +290,19 @@ class DynamicNGrams(Task):
 
 
 @dataclass(frozen=True)
-class PrioritySort(Task):
+class PrioritySort(BitTask):
     """Return the vectors of highest priority, highest first, section 4.5: size = number of vectors.
 
+    Marked are the priority of a vector, and the end.
+
     Attributes:
-        width: bits of a vector.
         kept: share of the vectors that is asked for, above 0 and up to 1: 16 of 20 in [1].
     """
 
     name: ClassVar[str] = "priority_sort"
+    marks: ClassVar[int] = 2
     shortest: int = 20
-    width: int = 8
     kept: float = 0.8
-
-    @property
-    def input_size(self) -> int:
-        """The bits, the priority and the end marker."""
-        return self.width + 2
-
-    @property
-    def output_size(self) -> int:
-        """The bits."""
-        return self.width
 
     def _check(self, name: str, value: Any) -> None:
         if name != "kept":
@@ -475,9 +457,13 @@ class Curriculum:
         """Take note of a batch.
 
         Args:
-            logits, labels: `(batch, length, bits)`.
+            logits: `(batch, length, bits)`, or `(batch, tokens, vocabulary)` of a task on tokens.
+            labels: `(batch, length, bits)`, or `(batch, tokens)`.
         """
-        share = float(wrong_bits(logits, labels).sum() / (labels != IGNORED).sum().clamp(min=1))
+        from .token_tasks import wrong_tokens
+
+        wrong = wrong_tokens if labels.dim() == 2 else wrong_bits
+        share = float(wrong(logits, labels).sum() / (labels != IGNORED).sum().clamp(min=1))
         self.average = share if self.average is None else 0.98 * self.average + 0.02 * share
         if self.average < self.threshold and not self.finished:
             self.stream.longest = min(self.stream.task.longest, self.stream.longest + max(1, self.stream.longest // 2))

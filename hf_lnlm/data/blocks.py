@@ -1,9 +1,9 @@
 """Packed blocks: documents one after the other, cut into rows of equal length, map-style or streaming.
 
-Columns of a row (numpy arrays and integers): `input_ids` `[length]`; `example_id`, the block's number, stable for given
+Columns of a row (numpy arrays and integers): `input_ids` `(length,)`; `example_id`, the block's number, stable for given
 documents, tokenizer and length; `epoch` (see data/epochs.py); `num_bytes`, the UTF-8 bytes covered by the tokens that
-this block is first to hold, for bits per byte; with `boundaries=True` `position_ids` `[length]`, which restart at 0
-where a document starts; with `words=True` `word_ids` `[length]`, −1 outside every word.
+this block is first to hold, for bits per byte; with `boundaries=True` `position_ids` `(length,)`, which restart at 0
+where a document starts; with `words=True` `word_ids` `(length,)`, −1 outside every word.
 
 An objective knows the options it needs: `pack(documents, tokenizer, **objective.packing(tokenizer, length))`.
 With `overlap=1` (causal) every token but the stream's first is predicted exactly once: a block's first token is the
@@ -57,13 +57,24 @@ class Layout:
         return self.body - self.overlap
 
     def count(self, tokens: int, drop_last: bool) -> int:
-        """Number of rows that `tokens` give; a shorter last row counts unless dropped, if it has two tokens or more."""
+        """Number of rows that `tokens` give; a shorter last row counts unless dropped, if it has two tokens or more.
+
+        Args:
+            tokens: Of the stream.
+            drop_last: Leaves out a shorter last row.
+        """
         fresh = max(0, tokens - self.overlap)
         whole, rest = divmod(fresh, self.stride)
         return whole + (not drop_last and rest > 0 and rest + self.overlap >= 2)
 
     def row(self, ids: np.ndarray, num_bytes: np.ndarray, extra: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Builds a row from a body's arrays, each `[body]`; `extra` may hold `position_ids` and `word_ids`."""
+        """Build a row from a body's arrays, each `(body,)`; `extra` may hold `position_ids` and `word_ids`.
+
+        Args:
+            ids: `(body,)`.
+            num_bytes: UTF-8 bytes of each token, `(body,)`.
+            extra: May hold `position_ids` and `word_ids`, each `(body,)`.
+        """
         seen = num_bytes.astype(np.int64)
         seen[: self.overlap] = 0
         row: dict[str, Any] = {"input_ids": _framed(ids, self.head, self.tail)}
@@ -81,7 +92,7 @@ def _framed(values: np.ndarray, head: tuple[int, ...], tail: tuple[int, ...]) ->
 
 
 def _restarting(positions: np.ndarray) -> np.ndarray:
-    """Positions within a document `[body]` → the same, but a row's first part counts from the row's first token."""
+    """Positions within a document `(body,)` → the same, but a row's first part counts from the row's first token."""
     starts = np.flatnonzero(positions == 0)
     first = int(starts[0]) if len(starts) else len(positions)
     return np.concatenate([np.arange(first), positions[first:]])
@@ -112,18 +123,12 @@ class PackedBlocks(EpochDataset):
         tokenizer: Any,
         length: int,
         *,
-        overlap: int = 0,
-        head: tuple[int, ...] = (),
-        tail: tuple[int, ...] = (),
-        boundaries: bool = False,
-        words: bool = False,
-        frame: str = "both",
         drop_last: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.layout = _layout(length, overlap, head, tail, boundaries)
-        self.boundaries = boundaries
-        self.stream = TokenStream(documents, Encoder(tokenizer, frame=frame, close=boundaries, words=words))
+        self.layout, self.encoder = _cut(tokenizer, length, **options)
+        self.stream = TokenStream(documents, self.encoder)
         self._count = self.layout.count(len(self.stream), drop_last)
         if self._count == 0:
             raise ValueError(too_short(len(self.stream), len(documents), self.layout))
@@ -138,7 +143,7 @@ class PackedBlocks(EpochDataset):
         start = index * self.layout.stride
         stop = min(start + self.layout.body, len(self.stream))
         extra = {}
-        if self.boundaries:
+        if self.encoder.close:
             extra["position_ids"] = _restarting(self.stream.positions(start, stop))
         if self.stream.words is not None:
             extra["word_ids"] = self.stream.words.slice(start, stop)
@@ -155,43 +160,31 @@ class PackedStream(EpochStream):
         documents: Re-iterable of rows with a `text`, for instance a `datasets.IterableDataset`.
         tokenizer: Fast tokenizer.
         length: Tokens of a row.
-        overlap: See `PackedBlocks`, as for the other options.
-        head: Ids put before each row.
-        tail: Ids put behind each row.
-        boundaries: Adds `position_ids` that restart at every document.
-        words: Adds `word_ids`.
-        frame: Which of the tokenizer's bos and eos are put around each document: `both`, `start`, `end` or `none`.
+        options: `overlap`, `head`, `tail`, `boundaries`, `words` and `frame`, as in `PackedBlocks`.
 
     Raises:
         ValueError: On iteration, where the text is too short for one block.
     """
 
-    def __init__(
-        self,
-        documents: Any,
-        tokenizer: Any,
-        length: int,
-        *,
-        overlap: int = 0,
-        head: tuple[int, ...] = (),
-        tail: tuple[int, ...] = (),
-        boundaries: bool = False,
-        words: bool = False,
-        frame: str = "both",
-    ) -> None:
+    def __init__(self, documents: Any, tokenizer: Any, length: int, **options: Any) -> None:
         super().__init__(documents)
-        self.layout = _layout(length, overlap, head, tail, boundaries)
-        self.boundaries = boundaries
-        self.encoder = Encoder(tokenizer, frame=frame, close=boundaries, words=words)
+        self.layout, self.encoder = _cut(tokenizer, length, **options)
 
     def numbered_rows(self) -> Iterator[dict[str, Any]]:
-        """Cuts the documents into rows as they come."""
+        """Cut the documents into rows as they come.
+
+        Raises:
+            ValueError: The text is too short for one row.
+        """
         buffer, empty = _Buffer(), True
         for document in self.rows:
-            buffer.append(self.encoder.encode(document["text"]))
-            for row in self._complete(buffer):
-                empty = False
-                yield row
+            begun = 0
+            for tokens in self.encoder.pieces([document["text"]]):
+                buffer.append(tokens, begun)
+                begun += len(tokens.ids)
+                for row in self._complete(buffer):
+                    empty = False
+                    yield row
         if empty:
             raise ValueError(
                 f"the stream is too short: {len(buffer)} tokens, but one block needs {self.layout.body} (length "
@@ -199,17 +192,17 @@ class PackedStream(EpochStream):
             )
 
     def _complete(self, buffer: _Buffer) -> Iterator[dict[str, Any]]:
-        """Takes as many rows as the buffer holds."""
+        """Take as many rows as the buffer holds."""
         while len(buffer) >= self.layout.body:
             ids, num_bytes, words, positions = buffer.take(self.layout.body, self.layout.stride)
-            extra = {"position_ids": _restarting(positions)} if self.boundaries else {}
+            extra = {"position_ids": _restarting(positions)} if self.encoder.close else {}
             if self.encoder.words:
                 extra["word_ids"] = words
             yield self.layout.row(ids, num_bytes, extra)
 
 
 def pack(documents: Any, tokenizer: Any, length: int, *, drop_last: bool = True, **options: Any) -> Any:
-    """Packs documents: `PackedBlocks` of a `datasets.Dataset`, `PackedStream` of anything without a length.
+    """Pack documents: `PackedBlocks` of a `datasets.Dataset`, `PackedStream` of anything without a length.
 
     Args:
         documents: Rows with a `text`.
@@ -235,13 +228,13 @@ class _Buffer:
     def __len__(self) -> int:
         return self._length
 
-    def append(self, tokens: Tokens) -> None:
-        """Adds a document's tokens."""
-        self._waiting.append((*tokens, np.arange(len(tokens.ids))))
+    def append(self, tokens: Tokens, begun: int) -> None:
+        """Add tokens of a document of which `begun` came before them."""
+        self._waiting.append((*tokens, begun + np.arange(len(tokens.ids))))
         self._length += len(tokens.ids)
 
     def take(self, size: int, stride: int) -> tuple[np.ndarray, ...]:
-        """Returns the first `size` tokens and moves on by `stride`."""
+        """Return the first `size` tokens and move on by `stride`."""
         if self._waiting:
             rest = [array[self._start :] for array in self._arrays] or [np.zeros(0, np.int64)] * 4
             self._arrays = tuple(np.concatenate([old, *new]) for old, *new in zip(rest, *self._waiting, strict=True))
@@ -252,14 +245,32 @@ class _Buffer:
         return taken
 
 
-def _layout(length: int, overlap: int, head: tuple[int, ...], tail: tuple[int, ...], boundaries: bool) -> Layout:
+def _cut(
+    tokenizer: Any,
+    length: int,
+    *,
+    overlap: int = 0,
+    head: tuple[int, ...] = (),
+    tail: tuple[int, ...] = (),
+    boundaries: bool = False,
+    words: bool = False,
+    frame: str = "both",
+) -> tuple[Layout, Encoder]:
+    """How rows are cut and documents encoded; see `PackedBlocks`."""
     if boundaries and (head or tail):
         raise ValueError("boundaries=True goes with rows without head and tail: position_ids mark the documents there")
-    return Layout(length, overlap, tuple(head), tuple(tail))
+    layout = Layout(length, overlap, tuple(head), tuple(tail))
+    return layout, Encoder(tokenizer, frame=frame, close=boundaries, words=words)
 
 
 def too_short(tokens: int, documents: int, layout: Layout) -> str:
-    """The message for text that doesn't fill one row."""
+    """The message for text that doesn't fill one row.
+
+    Args:
+        tokens: That there are.
+        documents: That there are.
+        layout: Of a row.
+    """
     return (
         f"the text is too short: {documents} document{'s' * (documents != 1)} with {tokens} tokens, "
         f"but one block needs {layout.body} (length {layout.length}): use more text or a smaller length"

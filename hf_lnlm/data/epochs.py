@@ -30,7 +30,11 @@ class Epoch:
         self._value = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set(self, epoch: int) -> None:
-        """Sets the epoch, 0 or more, for this process and all workers that hold this object."""
+        """Set the epoch, 0 or more, for this process and all workers that hold this object.
+
+        Raises:
+            ValueError: A negative number.
+        """
         if epoch < 0:
             raise ValueError(f"epoch must be 0 or more, got {epoch}")
         self._value.fill_(int(epoch))
@@ -47,7 +51,7 @@ class EpochDataset(Dataset[dict[str, Any]]):
         self.epoch = Epoch()
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that later rows carry."""
+        """Set the epoch that later rows carry."""
         self.epoch.set(epoch)
 
 
@@ -84,7 +88,7 @@ class EpochStream(IterableDataset[dict[str, Any]]):
         self.epoch = Epoch()
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch that later rows carry, and the order of rows that shuffle by epoch."""
+        """Set the epoch that later rows carry, and the order of rows that shuffle by epoch."""
         self.epoch.set(epoch)
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(epoch)
@@ -102,7 +106,7 @@ class EpochStream(IterableDataset[dict[str, Any]]):
 
 @contextlib.contextmanager
 def _as_only_reader() -> Iterator[None]:
-    """Hides from `datasets` that a loader has workers: it would give this one its own share of the shards only."""
+    """Hide from `datasets` that a loader has workers: it would give this one its own share of the shards only."""
     from torch.utils.data._utils import worker
 
     info, worker._worker_info = worker._worker_info, None

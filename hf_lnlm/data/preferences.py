@@ -11,6 +11,7 @@ import string
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .cells import text_cell
 from .stdlib_tasks import summary_rows
 
 LETTERS = frozenset(string.ascii_lowercase + " ")
@@ -27,6 +28,22 @@ def preference_rows() -> Iterator[dict[str, Any]]:
         wrong = " ".join(other)
         if wrong and wrong != row["target"]:
             yield {"prompt": f"{head}\n# ", "chosen": row["target"], "rejected": wrong, "path": row["path"]}
+
+
+def conversation_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose `prompt`, `chosen`, `rejected` and `completion` are texts, or lists of messages as TRL takes them.
+
+    Raises:
+        ValueError: one of them is something else; names it.
+    """
+    for column in row.keys() & {"prompt", "chosen", "rejected", "completion"}:
+        messages = row[column] if isinstance(row[column], list) else []
+        try:
+            for text in [item.get("content") for item in messages if isinstance(item, dict)] or [row[column]]:
+                text_cell(text)
+        except ValueError as error:
+            raise ValueError(f"column {column!r} {error}") from None
+    return row
 
 
 def letters(completions: list[str], **_: Any) -> list[float]:

@@ -8,19 +8,25 @@ document always lands on the same side, duplicates included, in any order.
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 import os
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .progress import progress_on_terminals
-from .readers import FORMATS, READER_VERSION, FileOptions, expand, read_files
+import numpy as np
+
+from ..hub.connection import knock
+from .cells import text_cell
+from .pieces import LONG, blocks_of, digest, document_blocks, halves, kept
+from .progress import datasets_at_work
+from .readers import FAULT, FORMATS, READER_VERSION, FileOptions, Place, expand, read_cells, read_files
 
 STDLIB_SKIPPED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "test")
@@ -34,6 +40,8 @@ class Documents:
 
     train: Any
     validation: Any | None = None
+    skipped: tuple[str, ...] = ()
+    """What was wrong with each bad row that was left out, with its place."""
 
 
 def load_documents(
@@ -47,8 +55,10 @@ def load_documents(
     streaming: bool = False,
     limit: int | None = None,
     seed: int = 0,
+    quoted: bool | None = None,
+    skip_bad_rows: bool = False,
 ) -> Documents:
-    """Loads documents: rows with the one column `text`.
+    """Load documents: rows with the one column `text`.
 
     Args:
         source: `stdlib` (the `.py` files of Python's standard library, one document each, tests left out); a file,
@@ -64,6 +74,8 @@ def load_documents(
         streaming: Reads as it goes instead of caching.
         limit: At most so many training documents.
         seed: Changes which documents are set aside.
+        quoted: Whether fields of `.csv` and `.tsv` may stand in quotes; None for CSV yes, TSV no.
+        skip_bad_rows: Leaves out rows that hold no text instead of stopping at the first; not with `streaming`.
 
     Returns:
         The training and, where asked for or there, the validation documents.
@@ -74,19 +86,23 @@ def load_documents(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be 1 or more, got {limit}")
-    options = FileOptions(encoding, errors, unit, text_column)
+    if skip_bad_rows and streaming:
+        raise ValueError("skip_bad_rows counts rows before they are used: streaming must be False with it, got True")
+    options = FileOptions(encoding, errors, unit, text_column, quoted, skip_bad_rows)
     share = _share(validation)
     train, held = open_source(source, options, streaming)
+    if validation is not None:
+        held = None if share is not None else open_source(validation, options, streaming)[0]
+    skipped: list[str] = []
+    train, held = (_good(rows, skipped) for rows in (train, held))
     name = source if isinstance(source, (str, Path)) else "the data"
     if share is not None:
         train, held = _split(train, share, seed, name)
-    elif validation is not None:
-        held, _ = open_source(validation, options, streaming)
     for rows in (train, held):
         _refuse_empty(rows, name)
     if limit is not None:
         train = train.select(range(min(limit, len(train)))) if hasattr(train, "__len__") else train.take(limit)
-    return Documents(_without_path(train), _without_path(held))
+    return Documents(_without_path(train), _without_path(held), tuple(skipped))
 
 
 def _share(validation: Any) -> float | None:
@@ -96,6 +112,15 @@ def _share(validation: Any) -> float | None:
     if not 0 < validation < 1:
         raise ValueError(f"validation must lie between 0 and 1 (exclusive) or be a source, got {validation}")
     return float(validation)
+
+
+def _good(rows: Any, skipped: list[str]) -> Any:
+    """Rows without the bad ones, which are added to `skipped`; rows that were read without skipping as they are."""
+    if rows is None or FAULT not in (rows.column_names or []):
+        return rows
+    faults = rows[FAULT]
+    skipped.extend(fault for fault in faults if fault)
+    return rows.select([index for index, fault in enumerate(faults) if not fault]).remove_columns(FAULT)
 
 
 def _refuse_empty(rows: Any, source: Source) -> None:
@@ -154,7 +179,7 @@ def _sides(found: Any, options: FileOptions, source: Source, streaming: bool = F
         sides = [found, None]
     if streaming:
         sides = [side.to_iterable_dataset() if hasattr(side, "to_iterable_dataset") else side for side in sides]
-    first, second = (None if side is None else _text_only(side, options.column, source) for side in sides)
+    first, second = (None if side is None else _text_only(side, options, source) for side in sides)
     return first, second
 
 
@@ -214,16 +239,14 @@ def _file_rows(files: list[Path], options: FileOptions, streaming: bool) -> Any:
     arguments = {"paths": tuple(map(str, files)), "options": options}
     if streaming:
         return datasets.IterableDataset.from_generator(read_files, gen_kwargs=arguments)
-    key = hashlib.sha256("\n".join([str(READER_VERSION), repr(options), *stamps]).encode()).hexdigest()[:32]
-    try:
-        with progress_on_terminals():
-            return datasets.Dataset.from_generator(
-                read_files, gen_kwargs=arguments, fingerprint=key, writer_batch_size=64
-            )
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):
-            raise error.__cause__ from None
-        raise ValueError(f"the records of {files[0]} … don't fit together: {error.__cause__ or error}") from None
+    key = "\n".join([str(READER_VERSION), repr(options), *stamps])
+    rows = 1000 if options.unit == "line" else max(1, min(64, 64 * LONG // max(1, _mean_size(files))))
+    return kept(read_cells, arguments, key, f"the records of {files[0]} …", writer_batch_size=rows)
+
+
+def _mean_size(files: list[Path]) -> int:
+    """Bytes of a file, on average."""
+    return sum(path.stat().st_size for path in files) // len(files)
 
 
 def _hub_rows(name: str, streaming: bool) -> Any:
@@ -233,8 +256,9 @@ def _hub_rows(name: str, streaming: bool) -> Any:
     path, _, configuration = name.partition(":")
     if not HUB_NAME.fullmatch(path) or Path(path).suffix.lower() in (*FORMATS, ".gz"):
         raise FileNotFoundError(f"no such file, folder or glob: {name!r} (looked in {Path.cwd()})")
+    knock(path)
     try:
-        with progress_on_terminals():
+        with datasets_at_work():
             return datasets.load_dataset(path, configuration or None, streaming=streaming)
     except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
         reason = (str(error).splitlines() or [""])[0]
@@ -243,8 +267,9 @@ def _hub_rows(name: str, streaming: bool) -> Any:
         ) from None
 
 
-def _text_only(rows: Any, column: str | None, source: Source) -> Any:
-    """Rows with the one column `text`; all columns if none is named."""
+def _text_only(rows: Any, options: FileOptions, source: Source) -> Any:
+    """Rows with the one column `text`, perhaps FAULT too; all columns if none is named."""
+    column = options.column
     if column is None:
         return rows
     names = list(rows.column_names or next(iter(rows), {}))
@@ -252,19 +277,41 @@ def _text_only(rows: Any, column: str | None, source: Source) -> Any:
         listed = ", ".join(map(repr, names))
         raise ValueError(f"{source}: no column {column!r}; its columns are {listed}: choose one with text_column")
     rows = rows.remove_columns([name for name in names if name != column])
-    return rows if column == "text" else rows.rename_column(column, "text")
+    rows = rows if column == "text" else rows.rename_column(column, "text")
+    kind = (rows.features or {}).get("text")
+    if getattr(kind, "dtype", "string") not in ("string", "large_string", "null"):
+        raise ValueError(f"{source}: column {column!r} must hold text, got {kind}")
+    marked = partial(_mark, source=str(source), column=column, skip=options.skip_bad_rows)
+    if not hasattr(rows, "__len__"):
+        return rows.map(marked, with_indices=True)
+    if not rows.data.column("text").null_count:
+        return rows
+    with datasets_at_work():
+        return rows.map(marked, with_indices=True)
 
 
-def _position(row: dict[str, Any], seed: int) -> float:
-    """A number in [0, 1) that depends on the row's content and the seed only."""
-    key = row.get(PATH) or row.get("text") or json.dumps(row, sort_keys=True, default=str)
-    digest = hashlib.blake2b(f"{seed}|{key}".encode("utf-8", "surrogatepass"), digest_size=6).digest()
-    return int.from_bytes(digest) / 2**48
+def _mark(row: dict[str, Any], index: int, source: str, column: str, skip: bool) -> dict[str, Any]:
+    """A row whose text is text; with `skip` any row, with what is wrong with it as FAULT."""
+    fault = ""
+    try:
+        text_cell(row["text"], empty=True)
+    except ValueError as error:
+        fault = f"{Place(source, index + 1)}: column {column!r} {error}"
+    if fault and not skip:
+        raise ValueError(fault)
+    return {"text": "" if fault else row["text"], **({FAULT: fault} if skip else {})}
+
+
+def _position(blocks: Iterable[str], seed: int) -> float:
+    """A number in [0, 1) that depends on a document's text, or on its path, and the seed only."""
+    blocks = iter(blocks)
+    first = next(blocks, "") or '{"text": ""}'
+    return int.from_bytes(digest(f"{seed}|", itertools.chain([first], blocks))) / 2**48
 
 
 def _is_aside(row: dict[str, Any], share: float, seed: int, wanted: bool) -> bool:
     """Whether a row is set aside, or is not if that is what is wanted."""
-    return (_position(row, seed) < share) == wanted
+    return (_position([row.get(PATH) or row["text"]], seed) < share) == wanted
 
 
 def _split(rows: Any, share: float, seed: int, source: Source) -> tuple[Any, Any]:
@@ -277,23 +324,32 @@ def _split(rows: Any, share: float, seed: int, source: Source) -> tuple[Any, Any
         return _cut(rows, share, source)
     if len(rows) == 1:
         raise ValueError(f"{source} has one record: there is nothing to set aside for validation")
-    positions = [_position(row, seed) for row in rows]
-    share = max(share, min(positions, default=0.0) + 2**-48)
-    aside = [position < share for position in positions]
-    if len(rows) and all(aside):
-        aside[max(range(len(rows)), key=positions.__getitem__)] = False
-    train, held = (rows.select([i for i, flag in enumerate(aside) if flag == side]) for side in (False, True))
+    keys = ([path] for path in rows[PATH]) if PATH in rows.column_names else document_blocks(rows)
+    positions = np.array([_position(blocks, seed) for blocks in keys])
+    aside = positions < max(share, positions.min(initial=1.0) + 2**-48)
+    if len(rows) and aside.all():
+        aside[positions.argmax()] = False
+    train, held = (rows.select(np.flatnonzero(aside == side)) for side in (False, True))
     return train, held
 
 
 def _cut(rows: Any, share: float, source: Source) -> tuple[Any, Any]:
-    """Sets aside the end of a single document, from the start of a line if it has more than one."""
+    """Set aside the end of a single document, from the start of a line if it has more than one."""
     import datasets
+    import pyarrow as pa
 
-    text = rows[0]["text"]
-    cut = int(len(text) * (1 - share))
-    cut = text.rfind("\n", 0, cut) + 1 or cut
-    if not text[:cut].strip() or not text[cut:].strip():
-        raise ValueError(f"{source} has too little text ({len(text)} characters) to set {share:.3g} of it aside")
-    train, held = (datasets.Dataset.from_list([{"text": part}]) for part in (text[:cut], text[cut:]))
+    cell = rows.with_format("arrow")[0].column("text")[0]
+    parts = halves(cell, 1 - share)
+    if any(all(block.isspace() or not block for block in blocks_of(part[0])) for part in parts):
+        size = len(cell.as_py())
+        raise ValueError(f"{source} has too little text ({size} characters) to set {share:.3g} of it aside")
+    if len(cell.as_buffer()) <= LONG:
+        train, held = (datasets.Dataset(pa.table({"text": part})) for part in parts)
+    else:
+        key = f"{rows._fingerprint}|{share}|"
+        train, held = (kept(_row, {"text": part}, key + str(n), "the text") for n, part in enumerate(parts))
     return train, held
+
+
+def _row(text: Any) -> Iterator[dict[str, Any]]:
+    yield {"text": text}

@@ -89,13 +89,8 @@ def _tag(token: tokenize.TokenInfo) -> str:
 def summary_rows() -> Iterator[dict[str, Any]]:
     """Rows `source`, `target`, `path`: a function without its docstring, and the docstring's first line."""
     for row in stdlib_rows():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(row["text"])
         lines = row["text"].split("\n")
-        for node in ast.walk(tree):
-            if not isinstance(node, ast.FunctionDef):
-                continue
+        for node in _functions(row["text"]):
             summary = (ast.get_docstring(node) or "").strip().partition("\n")[0].strip()
             if len(summary) >= 10 and len(node.body) > 1:
                 yield {"source": _without_docstring(lines, node), "target": summary, "path": row[PATH]}

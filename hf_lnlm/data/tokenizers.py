@@ -14,6 +14,10 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+from ..models.base import LNLMConfig
+from ..models.parts import longest_input
 
 SPECIAL_TOKENS: dict[str, str] = {
     "pad_token": "<pad>",
@@ -50,8 +54,9 @@ def build_tokenizer(
     vocab_size: int | None = None,
     sentinels: int = 0,
     template: str | None = None,
+    max_length: int | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Builds a tokenizer that stock transformers saves and loads by itself.
+    """Build a tokenizer that stock transformers saves and loads by itself.
 
     Args:
         kind: `byte` (UTF-8 bytes, gives back any string exactly), `char` (Unicode characters of `texts`), `word`
@@ -66,12 +71,20 @@ def build_tokenizer(
             in a text (`"a <mask> b"`) are read as such, since the fill-mask pipeline needs it; a `byte` tokenizer
             without them takes every text literally (set its `split_special_tokens = False` where a library writes
             the end token as text, as TRL does).
+        max_length: Longest input of the model that reads its ids, its `max_position_embeddings`, for `truncation=True`;
+            None for a model without a limit.
 
     Returns:
         A `PreTrainedTokenizerFast` with ids as in `SPECIAL_TOKENS`.
 
     Raises:
         ValueError: An unknown kind or template, missing texts, or a vocabulary size that can't be had.
+
+    >>> tokenizer = build_tokenizer("byte", template="causal")
+    >>> tokenizer("hi").input_ids
+    [1, 111, 112]
+    >>> tokenizer.decode([111, 112])
+    'hi'
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -87,7 +100,12 @@ def build_tokenizer(
             raise ValueError(f"vocab_size of a {kind} tokenizer with {sentinels} sentinels is {size}, got {vocab_size}")
     else:
         backend = _learnt_backend(kind, texts, room)
-    return _wrap(backend, sentinels, template, literal=kind == "byte" and template not in ("bert", "roberta"))
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length must be at least 1 or None, got {max_length}")
+    literal = kind == "byte" and template not in ("bert", "roberta")
+    tokenizer = _wrap(backend, sentinels, template, literal)
+    tokenizer.model_max_length = max_length or VERY_LARGE_INTEGER
+    return tokenizer
 
 
 def _learnt_backend(kind: str, texts: Iterable[str] | None, room: int | None) -> Tokenizer:
@@ -165,7 +183,7 @@ def _bpe_backend(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _wrap(backend: Tokenizer, sentinels: int, template: str | None, literal: bool) -> PreTrainedTokenizerFast:
-    """Adds sentinels and template to a backend and hands it to transformers."""
+    """Add sentinels and template to a backend and hand it to transformers."""
     names = [f"<extra_id_{index}>" for index in reversed(range(sentinels))]
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS.values()])
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
@@ -194,8 +212,30 @@ def sentinel_ids(tokenizer: Any) -> list[int]:
     return ids
 
 
+def fit_length(tokenizer: Any, config: Any) -> Any:
+    """Let a tokenizer know the longest input of its model, so that `truncation=True` cuts where the model ends.
+
+    Args:
+        tokenizer: any transformers tokenizer; changed in place. One of a stock model without a limit stays as it is.
+        config: the model's configuration.
+
+    Returns:
+        The tokenizer.
+    """
+    limit = longest_input(config)
+    if limit is not None or isinstance(config.get_text_config(), LNLMConfig):
+        tokenizer.model_max_length = limit or VERY_LARGE_INTEGER
+    return tokenizer
+
+
+def without_length_remark(tokenizer: Any) -> Any:
+    """Return a tokenizer that says nothing of long texts: for callers that cut them, or refuse them in their own words."""
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
+
+
 def check_vocabulary(tokenizer: Any, config: Any) -> None:
-    """Refuses a tokenizer and a model's configuration that disagree, before anything is trained.
+    """Refuse a tokenizer and a model's configuration that disagree, before anything is trained.
 
     A model's vocabulary may hold fewer than 128 unused rows at its end (stock T5's 32,128 for 32,100 tokens).
 
@@ -220,7 +260,7 @@ def check_vocabulary(tokenizer: Any, config: Any) -> None:
 
 
 def _check_special(name: str, wanted: int | list[int] | None, tokenizer: Any, rows: int) -> None:
-    """Compares one special id of the configuration (`eos` may be a list) with the tokenizer's."""
+    """Compare one special id of the configuration (`eos` may be a list) with the tokenizer's."""
     allowed = [] if wanted is None else wanted if isinstance(wanted, (list, tuple)) else [wanted]
     beyond = [index for index in allowed if not 0 <= index < rows]
     if beyond:
@@ -235,7 +275,7 @@ def _check_special(name: str, wanted: int | list[int] | None, tokenizer: Any, ro
 
 
 def check_token_ids(ids: Any, vocab_size: int) -> None:
-    """Refuses token ids that a model's embedding doesn't have.
+    """Refuse token ids that a model's embedding doesn't have.
 
     Args:
         ids: Integer array or tensor of any shape (numpy or torch).

@@ -12,25 +12,26 @@ that splits at white space, so the pieces' tokens are the whole's (but for a met
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .progress import progress_on_terminals
+from .pieces import LONG, PIECE, document_blocks, kept, split_blocks
 from .tokenizers import byte_symbols
 
-PIECE = 1 << 16
-"""Characters of a document tokenised at a time: bounds the memory of one very long line."""
+SLAB = 1 << 18
+"""Tokens kept in memory at a time while documents are tokenised."""
 
 FRAMES = ("both", "start", "end", "none")
-SPACE_BYTES = np.frombuffer(b" \t\n\v\f\r", np.uint8)
+_SPACES = tuple(bytes([byte]) for byte in b" \t\n\v\f\r")
+SPACE_BYTES = np.frombuffer(b"".join(_SPACES), np.uint8)
 
 
 class Tokens(NamedTuple):
-    """Tokens of one document: `ids` int32 `[tokens]`, `num_bytes` uint32 `[tokens]`, `words` int32 `[tokens]`.
+    """Tokens of one document: `ids` int32 `(tokens,)`, `num_bytes` uint32 `(tokens,)`, `words` int32 `(tokens,)`.
 
     `words` numbers the document's words from 0; −1 is a token outside every word (bos, eos). It is empty
     if not asked for.
@@ -81,48 +82,81 @@ class Encoder:
     @property
     def fingerprint(self) -> str:
         """Names everything that the tokens depend on, for the cache of `datasets`."""
-        state = f"{self.tokenizer.backend_tokenizer.to_str()}|{self.borders}|{self.words}|{PIECE}|1"
+        state = f"{self.tokenizer.backend_tokenizer.to_str()}|{self.borders}|{self.words}|{PIECE}|2"
         return hashlib.sha256(state.encode()).hexdigest()[:32]
+
+    @property
+    def nothing(self) -> Tokens:
+        """No token."""
+        return self._border([])
+
+    def columns(self, parts: list[Tokens]) -> dict[str, np.ndarray]:
+        """Tokens one after the other, by the names of a row's columns: `words` only where they are wanted."""
+        ids, num_bytes, words = _joined(parts)
+        return {"input_ids": ids, "num_bytes": num_bytes, **({"words": words} if self.words else {})}
 
     @cached_property
     def _byte_offset(self) -> int | None:
         return byte_offset(self.tokenizer)
 
     def encode(self, text: str) -> Tokens:
-        """Tokenises one document.
+        """Tokenise one document.
 
         Raises:
             ValueError: The text is no string, or holds a lone surrogate, which has no UTF-8 form.
         """
-        if not isinstance(text, str):
-            raise ValueError(f"a document must be a string, got {type(text).__name__}")
-        offset = self._byte_offset
-        pieces = list(self._pieces(text)) if offset is None else [self._bytes(text, offset)]
-        before, behind = self.borders
-        ids = np.concatenate([np.array(before, np.int32), *(piece.ids for piece in pieces), np.array(behind, np.int32)])
-        width = (len(before), len(behind))
-        num_bytes = np.pad(_join([piece.num_bytes for piece in pieces], np.uint32), width)
-        if len(num_bytes):
-            num_bytes[-1] += len(_utf8(text)) - int(num_bytes.sum())
-        words = _join([piece.words for piece in pieces], np.int32)
-        words = np.pad(words, width, constant_values=-1) if self.words else words
-        return Tokens(ids, num_bytes, words)
+        return _joined(list(self.pieces([text])))
 
-    def _bytes(self, text: str, offset: int) -> Tokens:
+    def pieces(self, blocks: Iterable[Any]) -> Iterator[Tokens]:
+        """Tokenise one document piece by piece.
+
+        Args:
+            blocks: Its text, in any parts.
+
+        Raises:
+            ValueError: As in `encode`.
+        """
+        before, behind = (self._border(ids) for ids in self.borders)
+        waiting, owed, begun = [before], 0, False
+        for tokens, size in self._encoded(split_blocks(_strings(blocks), PIECE)):
+            if begun and len(tokens.ids):
+                yield _joined(waiting)
+                waiting = []
+            begun = begun or len(tokens.ids) > 0
+            waiting.append(tokens)
+            owed += size - int(tokens.num_bytes.sum())
+        last = _joined([*waiting, behind])
+        last.num_bytes[-1:] += np.uint32(owed)
+        yield last
+
+    def _border(self, ids: list[int]) -> Tokens:
+        """What stands before or behind a document: it covers nothing."""
+        words = np.full(len(ids), -1, np.int32) if self.words else np.zeros(0, np.int32)
+        return Tokens(np.array(ids, np.int32), np.zeros(len(ids), np.uint32), words)
+
+    def _encoded(self, pieces: Iterable[str]) -> Iterator[tuple[Tokens, int]]:
+        """(tokens, UTF-8 bytes) of each piece; word numbers go on from piece to piece."""
+        read, last_word, within, ended = 0, -1, False, b""
+        for piece in pieces:
+            raw = _utf8(piece, read)
+            if self._byte_offset is None:
+                tokens = self._encode_piece(piece)
+            else:
+                tokens = self._bytes(raw, self._byte_offset)
+                # a piece that had to be cut where no white space begins goes on with a word
+                within = read > 0 and (raw[:1] not in _SPACES or ended in _SPACES)
+            if len(tokens.words):
+                words = np.where(tokens.words < 0, -1, tokens.words + last_word + (not within))
+                tokens = tokens._replace(words=words.astype(np.int32))
+                last_word = max(last_word, int(words.max()))
+            read, ended = read + len(piece), raw[-1:]
+            yield tokens, len(raw)
+
+    def _bytes(self, text: bytes, offset: int) -> Tokens:
         """The fast path of a byte tokenizer: id = offset + byte."""
-        raw = np.frombuffer(_utf8(text), np.uint8)
+        raw = np.frombuffer(text, np.uint8)
         words = _words_from_space(np.isin(raw, SPACE_BYTES)) if self.words else np.zeros(0, np.int32)
         return Tokens(raw.astype(np.int32) + offset, np.ones(len(raw), np.uint32), words)
-
-    def _pieces(self, text: str) -> Iterator[Tokens]:
-        """Tokens of each piece of a long text; word numbers go on from piece to piece."""
-        first_word = 0
-        for piece in split_text(text, PIECE):
-            tokens = self._encode_piece(piece)
-            if len(tokens.words):
-                tokens = tokens._replace(words=np.where(tokens.words < 0, -1, tokens.words + first_word))
-                first_word = max(first_word, int(tokens.words.max()) + 1)
-            yield tokens
 
     def _encode_piece(self, text: str) -> Tokens:
         widths = _char_widths(text)
@@ -149,40 +183,39 @@ def byte_offset(tokenizer: Any) -> int | None:
     return first if ids == [first + byte for byte in probe.encode()] else None
 
 
-def split_text(text: str, size: int) -> Iterator[str]:
-    """Cuts a text into pieces of about `size` characters, where white space follows something else if possible."""
-    start = 0
-    while len(text) - start > size:
-        cut = start + size
-        while cut > start + size // 2 and not (text[cut].isspace() and not text[cut - 1].isspace()):
-            cut -= 1
-        cut = cut if cut > start + size // 2 else start + size
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
+def _strings(blocks: Iterable[Any]) -> Iterator[str]:
+    """Blocks as they are, if they are text.
+
+    Raises:
+        ValueError: One isn't.
+    """
+    for block in blocks:
+        if not isinstance(block, str):
+            raise ValueError(f"a document must be a string, got {type(block).__name__}")
+        yield block
 
 
-def _utf8(text: str) -> bytes:
+def _utf8(text: str, start: int = 0) -> bytes:
+    """UTF-8 of a piece that begins at character `start` of its document."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text holds a lone surrogate, U+{ord(text[error.start]):04X} at character {error.start}, which has no "
-            "UTF-8 form: read its file with errors='replace'"
+            f"the text holds a lone surrogate, U+{ord(text[error.start]):04X} at character {start + error.start}, which "
+            "has no UTF-8 form: read its file with errors='replace'"
         ) from None
 
 
 def _char_widths(text: str) -> np.ndarray:
-    """UTF-8 bytes of each character, `[characters]`."""
+    """UTF-8 bytes of each character, `(characters,)`."""
     if text.isascii():
         return np.ones(len(text), np.int64)
-    _utf8(text)
     codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
     return (1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)).astype(np.int64)
 
 
 def _covered_bytes(spans: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """Bytes of each token `[tokens]` from its character spans `[tokens, 2]`; the last one also gets what follows it."""
+    """Bytes of each token `(tokens,)` from its character spans `(tokens, 2)`; the last one also gets what follows it."""
     if not len(spans):
         return np.zeros(0, np.uint32)
     total = np.concatenate([[0], np.cumsum(widths)])
@@ -192,7 +225,7 @@ def _covered_bytes(spans: np.ndarray, widths: np.ndarray) -> np.ndarray:
 
 
 def _word_numbers(word_ids: Sequence[int | None], spans: np.ndarray, text: str) -> np.ndarray:
-    """Word of each token, `[tokens]`: the pre-tokenizer's words, or white space where that makes one word of all."""
+    """Word of each token, `(tokens,)`: the pre-tokenizer's words, or white space where that makes one word of all."""
     numbers = np.array([-1 if word is None else word for word in word_ids], np.int32)
     if not len(numbers) or numbers.max() > 0 or len(text.split()) < 2:
         return numbers
@@ -201,15 +234,16 @@ def _word_numbers(word_ids: Sequence[int | None], spans: np.ndarray, text: str) 
 
 
 def _words_from_space(space: np.ndarray) -> np.ndarray:
-    """Word of each character `[characters]`: a word is a run of white space and the run of others behind it."""
+    """Word of each character `(characters,)`: a word is a run of white space and the run of others behind it."""
     if not len(space):
         return np.zeros(0, np.int32)
     begins = space & ~np.concatenate([[False], space[:-1]])
     return (np.cumsum(begins) - int(begins[0])).astype(np.int32)
 
 
-def _join(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
-    return np.concatenate([np.zeros(0, dtype), *parts])
+def _joined(parts: list[Tokens]) -> Tokens:
+    """Tokens one after the other."""
+    return Tokens(*(np.concatenate(column) for column in zip(*parts)))
 
 
 class TokenStream:
@@ -220,7 +254,7 @@ class TokenStream:
         encoder: How a document becomes tokens.
 
     Attributes:
-        starts: Where each document begins, `[documents + 1]`; the last entry is the length of the stream.
+        starts: Where each document begins, `(documents + 1,)`; the last entry is the length of the stream.
 
     Raises:
         ValueError: There is no document, or one of them is no text; names it by number.
@@ -231,27 +265,13 @@ class TokenStream:
             raise ValueError(f"these rows need a datasets.Dataset, got {type(documents).__name__}: stream or load it")
         if len(documents) == 0:
             raise ValueError("no text to train on: the source has no document")
-        state = f"{documents._fingerprint}|{encoder.fingerprint}"
-        with progress_on_terminals():
-            self._table = documents.map(
-                _encode_batch,
-                batched=True,
-                with_indices=True,
-                batch_size=16,
-                writer_batch_size=64,
-                remove_columns=documents.column_names,
-                features=_features(encoder.words),
-                fn_kwargs={"encoder": encoder},
-                new_fingerprint=hashlib.sha256(state.encode()).hexdigest()[:16],
-                desc="Tokenising",
-            )
+        self._table = tokenised(documents, encoder, _slabs)
         self._open()
 
     def _open(self) -> None:
-        columns = {name: self._table.data.column(name) for name in self._table.column_names}
-        self.ids, self.num_bytes = _FlatColumn(columns["input_ids"]), _FlatColumn(columns["num_bytes"])
-        self.words = _FlatColumn(columns["words"]) if "words" in columns else None
-        self.starts = self.ids.starts
+        columns = flat_columns(self._table)
+        self.ids, self.num_bytes, self.words = columns["input_ids"], columns["num_bytes"], columns.get("words")
+        self.starts = np.append(columns["starts"].all(), len(self.ids))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_table": self._table}
@@ -264,41 +284,86 @@ class TokenStream:
         return int(self.starts[-1])
 
     def positions(self, start: int, stop: int) -> np.ndarray:
-        """Distance of tokens `start … stop` from the beginning of their document, int64 `[stop − start]`."""
+        """Distance of tokens `start … stop` from the beginning of their document, int64 `(stop − start,)`.
+
+        Args:
+            start: First token of the stream.
+            stop: Behind the last one.
+        """
         index = np.arange(start, stop)
         return index - self.starts[np.searchsorted(self.starts, index, side="right") - 1]
 
 
-def _features(words: bool) -> Any:
-    from datasets import Features, List, Value
+def tokenised(documents: Any, encoder: Encoder, slabs: Any, **options: Any) -> Any:
+    """A `datasets.Dataset` of slabs of tokens; of long texts cached under all that its values depend on.
 
-    columns = {"input_ids": List(Value("int32")), "num_bytes": List(Value("uint32"))}
-    return Features({**columns, "words": List(Value("int32"))} if words else columns)
+    Args:
+        documents: `datasets.Dataset` with a `text` column.
+        encoder: How a document becomes tokens.
+        slabs: Takes documents, encoder and `options`; yields columns, each an array, whose values make one long column.
+        options: More arguments of `slabs`.
+    """
+    import datasets
+    import pyarrow as pa
+
+    arguments = {"documents": documents, "encoder": encoder, **options, "slabs": slabs}
+    if documents.data.nbytes < LONG:
+        rows = list(_slab_rows(**arguments))
+        return datasets.Dataset(pa.table({name: pa.concat_arrays([row[name] for row in rows]) for name in rows[0]}))
+    state = (documents._fingerprint, encoder.fingerprint, slabs.__module__, *options.items())
+    # as `datasets` itself does: what is made of rows in memory isn't kept for later runs
+    folder = None if documents.cache_files else datasets.fingerprint.get_temporary_cache_files_directory()
+    return kept(_slab_rows, arguments, "|".join(map(str, state)), "the tokens", cache_dir=folder, writer_batch_size=4)
 
 
-def _encode_batch(batch: dict[str, list[str]], indices: list[int], encoder: Encoder) -> dict[str, list[np.ndarray]]:
-    tokens = []
-    for index, text in zip(indices, batch["text"], strict=True):
+def _slab_rows(slabs: Any, **arguments: Any) -> Iterator[dict[str, Any]]:
+    """Each slab as a row of Arrow lists."""
+    import pyarrow as pa
+
+    for slab in slabs(**arguments):
+        yield {name: pa.ListArray.from_arrays([0, len(values)], pa.array(values)) for name, values in slab.items()}
+
+
+def _slabs(documents: Any, encoder: Encoder) -> Iterator[dict[str, np.ndarray]]:
+    """Slabs of about `SLAB` tokens: their columns, and `starts`, the tokens at which documents begin in it."""
+    parts: list[Tokens] = [encoder.nothing]
+    starts: list[int] = []
+    read = given = 0
+    for number, blocks in enumerate(document_blocks(documents)):
+        starts.append(read)
         try:
-            tokens.append(encoder.encode(text))
+            for tokens in encoder.pieces(blocks):
+                parts.append(tokens)
+                read += len(tokens.ids)
+                if read - given >= SLAB:
+                    yield encoder.columns(parts) | {"starts": np.array(starts, np.int64)}
+                    parts, starts, given = [encoder.nothing], [], read
         except ValueError as error:
-            raise ValueError(f"document {index}: {error}") from None
-    columns = {"input_ids": [t.ids for t in tokens], "num_bytes": [t.num_bytes for t in tokens]}
-    return {**columns, "words": [t.words for t in tokens]} if encoder.words else columns
+            raise ValueError(f"document {number}: {error}") from None
+    yield encoder.columns(parts) | {"starts": np.array(starts, np.int64)}
 
 
-class _FlatColumn:
+class FlatColumn:
     """The values of a list column as one array that is read by slices, chunk by chunk and without a copy in memory."""
 
     def __init__(self, column: Any) -> None:
-        chunks = [chunk for chunk in column.chunks if len(chunk)]
-        lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in chunks]
-        self._values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in chunks]
+        self._values = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks if len(chunk)]
         self._borders = np.concatenate([[0], np.cumsum([len(values) for values in self._values])]).astype(np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(np.concatenate([[], *lengths]))]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self._borders[-1])
+
+    def all(self) -> np.ndarray:
+        """Every value, `(values,)`."""
+        return self.slice(0, len(self))
 
     def slice(self, start: int, stop: int) -> np.ndarray:
-        """Values `start … stop`, `[stop − start]`."""
+        """Values `start … stop`, `(stop − start,)`.
+
+        Args:
+            start: First value.
+            stop: Behind the last one.
+        """
         chunk = int(np.searchsorted(self._borders, start, side="right")) - 1
         parts = []
         while start < stop:
@@ -307,3 +372,8 @@ class _FlatColumn:
             parts.append(self._values[chunk][start - offset : end - offset])
             start, chunk = end, chunk + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+
+def flat_columns(table: Any) -> dict[str, FlatColumn]:
+    """The columns of what `tokenised` gives, by name."""
+    return {name: FlatColumn(table.data.column(name)) for name in table.column_names}

@@ -17,6 +17,7 @@ import ast
 import importlib.util
 import io
 import re
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from typing import Any, NamedTuple
 from .. import registry
 
 PACKAGE = "hf_lnlm"
+PARTS = f"{PACKAGE}.models.own_parts"
+"""The module that says which families are carried for models inside a model."""
 _LOOKS_LIKE_IMPORT = re.compile(r"^(\s*)((?:from\s+\.\S+\s+import|import\s+\.\S+\s*$))", re.MULTILINE)
 
 
@@ -50,36 +53,48 @@ def carried_files(model_type: str) -> dict[str, bytes]:
     return flatten((family.config_module, family.modeling_module), PACKAGE)
 
 
-def write_code(model_type: str, folder: str | Path) -> list[str]:
-    """Write a family's code into a checkpoint folder and return the names of the files."""
-    files = carried_files(model_type)
-    for name, content in files.items():
-        (Path(folder) / name).write_bytes(content)
-    return list(files)
-
-
-def write_inner_code(config: Any, folder: str | Path, place: str) -> list[str]:
-    """Write the code of a model inside another one, if it is ours, and return the names of the files.
+def code_files(config: Any) -> dict[str, bytes]:
+    """Return what a checkpoint carries: the code of its config's family, and of our families inside it.
 
     Args:
-        config: the inner model's config.
-        folder: the checkpoint folder of the outer model, whose own code is there.
-        place: dotted name of the outer family's module that says which inner family is carried. Its carried copy is
-            replaced by one that imports the inner family's classes.
+        config: of one of our families.
+
+    Returns:
+        file name → content.
     """
-    if not registry.is_ours(config.model_type):
-        return []
-    row = registry.family(config.model_type)
-    files = write_code(config.model_type, folder)
-    lines = (
-        f'"""The {row.title} classes that this checkpoint carries."""\n',
-        f"from .configuration_{row.name} import {row.config}",
-        f"from .modeling_{row.name} import {row.models['AutoModel']}",
-        f"\nCARRIED = ({row.config}, {row.models['AutoModel']})\n",
-    )
-    name = flat_name(place) + ".py"
-    (Path(folder) / name).write_text("\n".join(lines), encoding="utf-8")
-    return [*files, name]
+    files = dict(carried_files(config.model_type))
+    inner = sorted({part.model_type for part in _parts_of(config) if registry.is_ours(part.model_type)})
+    for model_type in inner:
+        files |= carried_files(model_type)
+    if inner:  # in place of the module that says that nothing is carried
+        files[flat_name(PARTS) + ".py"] = carried_parts(inner)
+    return files
+
+
+def write_code(config: Any, folder: str | Path) -> list[str]:
+    """Write the files that a checkpoint carries into its folder and return their names."""
+    files = code_files(config)
+    for name, content in files.items():
+        (Path(folder) / name).write_bytes(content)
+    return sorted(files)
+
+
+def _parts_of(config: Any) -> Iterator[Any]:
+    """Yield the configs inside a config, at any depth."""
+    for name in config.sub_configs:
+        yield getattr(config, name)
+        yield from _parts_of(getattr(config, name))
+
+
+def carried_parts(model_types: Iterable[str]) -> bytes:
+    """Return the module that imports the classes of families which are parts of a model."""
+    lines, entries = ['"""The families of the models inside, which this checkpoint carries."""\n'], []
+    for row in map(registry.family, model_types):
+        heads = ", ".join(f'"{auto}": {cls}' for auto, cls in row.models.items())
+        lines.append(f"from .configuration_{row.name} import {row.config}")
+        lines.append(f"from .modeling_{row.name} import {', '.join(row.models.values())}")
+        entries.append(f'    "{row.model_type}": ({row.config}, {{{heads}}}),')
+    return "\n".join([*lines, "\nCARRIED = {", *entries, "}\n"]).encode()
 
 
 def auto_map(config: Any) -> dict[str, str]:

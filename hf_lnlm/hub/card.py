@@ -5,7 +5,6 @@ A card written here carries a mark and is written anew by the next push; take th
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -14,53 +13,42 @@ from typing import Any
 
 import yaml
 
-from ..registry import PREFIX, family, is_ours
-from .folder import BadFile, read_json, read_text
+from ..lora.plan import TASK_TYPES
+from ..registry import family, is_composed, is_ours
+from .folder import BadFile, json_text, read_json, read_text, write_text
 
 CARD = "README.md"
 MARK = "<!-- Written by hf-lnlm from the files beside it; remove this line to keep your own changes. -->"
 EVALUATION_FILE = "evaluation.json"
 RECIPE_FILE = "recipe.yaml"
-DEFAULT_LICENSE = "apache-2.0"
 
-PIPELINES = {
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "ForMaskedLM": "fill-mask",
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForMultipleChoice": "text-classification",
-    "ForConditionalGeneration": "text-generation",
+HEADS = {
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
+    "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
+    "ForMultipleChoice": ("AutoModelForMultipleChoice", "text-classification"),
+    "ForPreTraining": ("AutoModelForPreTraining", "feature-extraction"),
+    "ForConditionalGeneration": ("AutoModelForSeq2SeqLM", "text-generation"),
+    "": ("AutoModel", "feature-extraction"),
 }
-"""Ending of an architecture's name → the Hub's name for what it does."""
-
-AUTO_CLASSES = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "ForMultipleChoice": "AutoModelForMultipleChoice",
-    "ForPreTraining": "AutoModelForPreTraining",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-}
-"""Ending of an architecture's name → the Auto class that loads it."""
+"""Ending of an architecture's name → the Auto class that loads it, the Hub's name for what it does."""
 
 
-def _by_ending(table: Mapping[str, str], architecture: str, otherwise: str) -> str:
-    return next((value for ending, value in table.items() if architecture.endswith(ending)), otherwise)
+def _head(architecture: str) -> tuple[str, str]:
+    return next(found for ending, found in HEADS.items() if architecture.endswith(ending))
 
 
 def pipeline_tag(architecture: str) -> str:
     """The Hub's task name for a model class, `feature-extraction` for a bare model."""
-    return _by_ending(PIPELINES, architecture, "feature-extraction")
+    return _head(architecture)[1]
 
 
 def auto_class(architecture: str) -> str:
     """The Auto class for a model class, `AutoModel` for a bare one."""
-    return _by_ending(AUTO_CLASSES, architecture, "AutoModel")
+    return _head(architecture)[0]
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
@@ -74,10 +62,13 @@ def _recipe(folder: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _numbers(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in (evaluation.get("metrics") or {}).items() if isinstance(v, (int, float))}
+
+
 def _results(name: str, pipeline: str, evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The `model-index` of the card: one result with every measured number."""
-    numbers = {k: v for k, v in (evaluation.get("metrics") or {}).items() if isinstance(v, (int, float))}
-    if not numbers:
+    if not (numbers := _numbers(evaluation)):
         return []
     data = str(evaluation.get("data", "text"))
     metrics = [{"type": key, "value": float(f"{value:.6g}"), "name": key} for key, value in numbers.items()]
@@ -96,13 +87,13 @@ def _shown_source(recipe: Mapping[str, Any]) -> str:
     return ", ".join(Path(name).name for name in names)
 
 
-def _metadata(folder: Path, name: str, license: str, architecture: str) -> dict[str, Any]:
+def _metadata(folder: Path, name: str, license: str | None, architecture: str) -> dict[str, Any]:
     config, evaluation = _optional_json(folder / "config.json"), _optional_json(folder / EVALUATION_FILE)
     adapter = _optional_json(folder / "adapter_config.json")
     model_type = str(config.get("model_type", ""))
     tags = ["hf_lnlm", *([model_type] if model_type else []), *(["lora", "peft"] if adapter else [])]
-    data: dict[str, Any] = {
-        "license": license,
+    data: dict[str, Any] = {"license": license} if license else {}
+    data |= {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": pipeline_tag(architecture),
         "tags": tags,
@@ -123,7 +114,6 @@ def _usage(repo_id: str, architecture: str, model_type: str, adapter: bool) -> s
     if adapter:
         auto = auto.replace("AutoModel", "AutoPeftModel")
     lines = [
-        *(["import hf_lnlm.objectives"] if is_composed(model_type) else []),
         f"from {'peft' if adapter else 'transformers'} import {auto}" + ("" if adapter else ", AutoTokenizer"),
         *(["from transformers import AutoTokenizer"] if adapter else []),
         "",
@@ -138,30 +128,24 @@ def _usage(repo_id: str, architecture: str, model_type: str, adapter: bool) -> s
     return "\n".join(lines)
 
 
-def is_composed(model_type: str) -> bool:
-    """Whether a model type is that of a model made of several, which needs hf_lnlm to be loaded as a whole."""
-    return model_type.startswith(PREFIX) and not is_ours(model_type)
-
-
 def _opening(model_type: str, architecture: str) -> str:
-    if is_composed(model_type):
-        return (
-            f"A model made of several ({architecture}), trained with hf_lnlm. Each folder beside this file is one of them "
-            "and a checkpoint of its own; `AutoModel….from_pretrained(..., subfolder=...)` loads it."
-        )
     if not is_ours(model_type):
         return f"A {model_type or 'language'} model ({architecture}) trained with hf_lnlm."
     row = family(model_type)
+    parts = (
+        "Each folder beside this file is one of the models it is made of and a checkpoint of its own; "
+        "`AutoModel….from_pretrained(..., subfolder=...)` loads it.\n"
+    )
     return (
         f"{row.title} ({architecture}), a family that hf_lnlm adds to transformers, after {row.paper}.\n"
+        f"{parts if is_composed(model_type) else ''}"
         "The checkpoint carries its code: `trust_remote_code=True` runs it where hf_lnlm is not installed; where it "
         "is, the installed class is used and nothing carried runs."
     )
 
 
 def _evaluation_table(evaluation: Mapping[str, Any]) -> str:
-    numbers = {k: v for k, v in (evaluation.get("metrics") or {}).items() if isinstance(v, (int, float))}
-    if not numbers:
+    if not (numbers := _numbers(evaluation)):
         return "Not measured."
     rows = [f"| {name.replace('_', ' ')} | {value:.5g} |" for name, value in numbers.items()]
     return "\n".join([f"On {evaluation.get('data', 'held-out text')}:", "", "| measure | value |", "|---|---|", *rows])
@@ -173,7 +157,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
     Args:
         folder: holds config.json or adapter_config.json, and perhaps recipe.yaml and evaluation.json.
         repo_id: what the usage example loads; the folder's name if None.
-        license: identifier of the weights' licence; the recipe's `hub.license`, else apache-2.0.
+        license: identifier of the weights' licence; the recipe's `hub.license`, else none is named.
 
     Raises:
         BadFile: a file of the folder is not what it claims to be.
@@ -186,7 +170,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
         architecture = _adapter_architecture(folder)
     model_type = str(config.get("model_type", ""))
     name = (repo_id or folder.resolve().name).split("/")[-1]
-    license = license or (recipe.get("hub") or {}).get("license") or DEFAULT_LICENSE
+    license = license or (recipe.get("hub") or {}).get("license")
     header = yaml.safe_dump(_metadata(folder, name, license, architecture), sort_keys=False, allow_unicode=True)
     source = _shown_source(recipe)
     trained = f"Trained on {source} by the recipe below." if source else "How it was trained was not recorded."
@@ -207,14 +191,8 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str | No
 
 def _adapter_architecture(folder: Path) -> str:
     """A class-name ending that stands for an adapter's task."""
-    endings = {
-        "CAUSAL_LM": "ForCausalLM",
-        "SEQ_CLS": "ForSequenceClassification",
-        "TOKEN_CLS": "ForTokenClassification",
-        "SEQ_2_SEQ_LM": "ForConditionalGeneration",
-        "QUESTION_ANS": "ForQuestionAnswering",
-    }
-    return endings.get(str(read_json(folder / "adapter_config.json").get("task_type")), "")
+    kind = read_json(folder / "adapter_config.json").get("task_type")
+    return next((ending for ending, task in TASK_TYPES.items() if task == kind), "")
 
 
 def _public(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,6 +211,11 @@ def _public(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def write_card(folder: str | Path, repo_id: str | None = None, license: str | None = None) -> bool:
     """Write README.md into `folder` unless one is there that a person has written.
 
+    Args:
+        folder: See `model_card`, as for the others.
+        repo_id: What the usage example loads.
+        license: Of the weights.
+
     Returns:
         Whether it was written.
 
@@ -246,11 +229,16 @@ def write_card(folder: str | Path, repo_id: str | None = None, license: str | No
         text = read_text(path)
         if MARK not in text and "[More Information Needed]" not in text:  # peft's own empty card counts as none
             return False
-    path.write_text(model_card(folder, repo_id, license), encoding="utf-8")
+    write_text(path, model_card(folder, repo_id, license))
     return True
 
 
 def write_evaluation(folder: str | Path, evaluation: Mapping[str, Any]) -> None:
-    """Write `evaluation.json` into `folder`."""
-    text = json.dumps(evaluation, indent=2, sort_keys=True, allow_nan=True)
-    (Path(folder) / EVALUATION_FILE).write_text(text + "\n", encoding="utf-8")
+    """Write `evaluation.json` into `folder`.
+
+    Args:
+        folder: Of the checkpoint.
+        evaluation: `data` and `metrics`, name → number.
+    """
+    text = json_text(dict(evaluation), indent=2, sort_keys=True)
+    write_text(Path(folder) / EVALUATION_FILE, text + "\n")

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .folder import Entry, is_training_state, shown, walk
+from ..registry import COMPOSED
+from .connection import bounded, lost_connection, tell
+from .folder import BadFile, Entry, is_training_state, shown, walk
+from .secrets import secret_file
 
 Result = TypeVar("Result")
 
@@ -23,7 +26,15 @@ TRIES = 6
 LONGEST_PAUSE = 60.0
 TRAINING_STATE_FILES = re.compile(
     r"(training_args\.bin|optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state(_\d+)?\.pth|trainer_state\.json"
-    r"|recurrent_state\.pt|sealed\.json|.*\.tmp|\..*)$"
+    r"|recurrent_state\.pt|sealed\.json|.*\.tmp)$"
+)
+PARTS = frozenset(part for row in COMPOSED for part in row.config_class.sub_configs)
+"""Folders of a checkpoint that hold the models which it is made of."""
+_CHECKPOINT = re.compile(
+    r"(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template"
+    r"|preprocessor_config|processor_config|model\.safetensors\.index|evaluation|results|quantization_config)\.json"
+    r"|(model|adapter_model)(-\d+-of-\d+)?\.safetensors|recipe\.yaml|metrics\.csv|curves\.png|vocab\.txt|merges\.txt"
+    r"|(spiece|tokenizer|sentencepiece\.bpe)\.model|chat_template\.jinja|README\.md|(LICENSE|NOTICE)(\.\w+)?|\w+\.py"
 )
 _WEIGHTS = re.compile(r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$")
 
@@ -47,37 +58,52 @@ class Patience:
     sleep: Callable[[float], None] = time.sleep
 
 
+def is_state(path: str) -> bool:
+    """Whether the file at `path` (relative to the folder) is the state of a run."""
+    return is_training_state(path) or bool(TRAINING_STATE_FILES.match(path.rsplit("/", 1)[-1]))
+
+
 def is_published(path: str) -> bool:
-    """Whether the file at `path` (relative to the folder) belongs on the Hub: not the state of a run, not hidden."""
-    return not is_training_state(path) and not TRAINING_STATE_FILES.match(path.rsplit("/", 1)[-1])
+    """Whether the file at `path` (relative to the folder) may go to the Hub: not the state of a run, not hidden."""
+    return not is_state(path) and not any(part.startswith(".") for part in path.split("/"))
 
 
-def published_files(folder: str | Path) -> list[Entry]:
-    """The files of `folder` that a push sends, in name order.
+def published_files(folder: str | Path, include: Collection[str] = ()) -> list[Entry]:
+    """The files of `folder` that a push sends, in name order: those of a checkpoint, and those that `include` names.
 
     Raises:
         BadFile: the folder holds more than 10,000 files.
     """
     files, _ = walk(Path(folder))
-    return [entry for entry in files if is_published(entry.path)]
+    return [entry for entry in files if entry.path in include or is_of_a_checkpoint(entry.path)]
+
+
+def foreign_files(folder: str | Path, include: Collection[str] = ()) -> list[str]:
+    """The files of `folder` that a push leaves out because they are neither a checkpoint's nor a run's state."""
+    files, _ = walk(Path(folder))
+    return [e.path for e in files if e.path not in include and is_published(e.path) and not is_of_a_checkpoint(e.path)]
+
+
+def secret_files(folder: str | Path, include: Collection[str] = ()) -> dict[str, str]:
+    """The files of `folder`, the state of a run aside, that look like secrets: path → why."""
+    files, _ = walk(Path(folder))
+    open_ones = [e.path for e in files if e.path not in include and not is_state(e.path)]
+    return {path: why for path in open_ones if (why := secret_file(Path(folder), path)) is not None}
+
+
+def is_of_a_checkpoint(path: str) -> bool:
+    """Whether a file belongs to a checkpoint by its name, at the top or in the folder of a part."""
+    part, _, name = path.rpartition("/")
+    return is_published(path) and "/" not in part and bool(_CHECKPOINT.fullmatch(name)) and (not part or part in PARTS)
 
 
 def _status(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _lost_connection(error: Exception) -> bool:
-    """Whether no answer came. huggingface_hub's HTTP library has changed its name; its base class hasn't."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    if isinstance(error, OfflineModeIsEnabled):
-        return False
-    return isinstance(error, ConnectionError) or any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
-
-
 def _passes(error: Exception) -> bool:
     status = _status(error)
-    return status in PASSING_STATUS if status is not None else _lost_connection(error)
+    return status in PASSING_STATUS if status is not None else lost_connection(error)
 
 
 def _asked_pause(error: Exception) -> float:
@@ -102,14 +128,17 @@ def patiently(call: Callable[[], Result], what: str, patience: Patience) -> Resu
     """
     for attempt in range(1, patience.tries + 1):
         try:
-            return call()
+            with bounded():
+                return call()
         except Exception as error:
             if not _passes(error):
                 _refuse(error, what)
             if attempt == patience.tries:
                 raise PushFailed(f"{what}: gave up after {attempt} attempts ({_short(error)})") from None
             pause = max(patience.pause * 2 ** (attempt - 1), _asked_pause(error))
-            patience.sleep(min(pause, LONGEST_PAUSE))
+            pause = min(pause, LONGEST_PAUSE)
+            tell(f"{what}: try {attempt} of {patience.tries} failed ({_short(error)}); the next one in {pause:g} s")
+            patience.sleep(pause)
     raise PushFailed(f"{what}: tries must be at least 1, got {patience.tries}")
 
 
@@ -142,6 +171,18 @@ def _sentence(status: int | None, what: str, error: Exception | None = None) -> 
     return f"{what}: the Hub refused with status {status} ({_short(error)})"
 
 
+def check_secrets(folder: str | Path, include: Collection[str] = ()) -> None:
+    """Refuse to publish a folder with files that look like secrets.
+
+    Raises:
+        BadFile: naming the first of them and why; `include` lets one through.
+    """
+    for path, why in secret_files(folder, include).items():
+        raise BadFile(
+            f"{shown(path)} looks like a secret ({why}): nothing was pushed; remove it, or --include {shown(path)}"
+        )
+
+
 def push_folder(
     folder: str | Path,
     repo_id: str,
@@ -152,6 +193,7 @@ def push_folder(
     token: str | None = None,
     endpoint: str | None = None,
     patience: Patience | None = None,
+    include: Collection[str] = (),
 ) -> str:
     """Publish `folder` to the model repository `repo_id` in one commit, making the repository if there is none.
 
@@ -167,18 +209,20 @@ def push_folder(
         token: None uses the one of `hf auth login` or HF_TOKEN.
         endpoint: address of the Hub; None uses HF_ENDPOINT or the public one.
         patience: attempts and pauses.
+        include: files, relative to the folder, that go up although they are no checkpoint's or look like secrets.
 
     Returns:
         Address of the commit.
 
     Raises:
         PushFailed: one line saying what stood in the way.
-        ValueError: the folder has nothing to publish, or `repo_id` is malformed.
+        ValueError: the folder has nothing to publish or a file that looks like a secret, or `repo_id` is malformed.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     patience = patience or Patience()
-    files = published_files(folder)
+    check_secrets(folder, include)
+    files = published_files(folder, include)
     if not files:
         raise ValueError(f"{folder} holds nothing to publish")
     api = HfApi(endpoint=endpoint, token=token, library_name="hf_lnlm")

@@ -4,37 +4,70 @@ What every family gets from here:
 
 * `LNLMConfig`: the fields that transformers' mixins, `generate`, Trainer and peft expect, and one table of bounds that is
   checked before anything derived is built, so that a hostile `config.json` cannot make the process allocate.
+* `LanguageModelConfig`: the choice of softmax, for families that predict tokens.
 * `LNLMConfig.save_pretrained`, through which every save of a model goes, writes the family's code beside the config.
-* `LNLMPreTrainedModel`: `_init_weights` reaches every module, and `_no_weight_decay` names the parameters that weight
-  decay must leave alone.
+* `LNLMPreTrainedModel`: what was loaded computes the same bits as what was saved; `_init_weights` reaches every module, and
+  `_no_weight_decay` names the parameters that weight decay must leave alone.
 """
 
 import importlib
+import math
 import os
 import re
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ClassVar, TypeVar
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
+import transformers
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, logging
 
+from ..nn.inputs import as_masked, without_positions
 from ..nn.state import RECURRENT_LAYER_TYPE
+from ..ops.backend import Operation, check_backend, check_backend_name, family_backends
+
+logger = logging.get_logger(__name__)
 
 MAX_LAYERS = 10_000
 MAX_SIZE = 2**24
 MAX_VOCABULARY = 2**26
 MAX_LABELS = 2**20
-BACKENDS = ("auto", "reference", "eager", "cpu", "gpu")
+LOSS_HEADS = ("full", "chunked", "adaptive")
+LOSS_DTYPES = ("float32", "bfloat16")
+TESTED_TRANSFORMERS = ("5.21", "5.24")  # oldest and newest minor version
+ALIGNMENT = 64  # bytes: where torch's allocator begins every tensor on a CPU
 
 _PACKAGE = "hf_lnlm"
 
 Config = TypeVar("Config")
 Bound = tuple[float, float]
+
+
+def warn_of_untested(version: str) -> None:
+    """Say so when transformers is newer or older than the versions that this code was tested with.
+
+    Args:
+        version: of transformers, such as "5.23.0".
+    """
+    oldest, newest = TESTED_TRANSFORMERS
+    found, low, high = (tuple(map(int, re.findall(r"\d+", text)[:2])) for text in (version, oldest, newest))
+    if not low <= found <= high:
+        logger.warning_once(
+            "hf_lnlm's code was tested with transformers %s to %s, this is %s: compare cached with uncached generation "
+            "before you rely on it",
+            oldest,
+            newest,
+            version,
+        )
+
+
+warn_of_untested(transformers.__version__)  # once a process: where this module is first imported
 
 
 class ConfigError(ValueError, StrictDataclassError):
@@ -114,6 +147,24 @@ def _default_bound(name: str) -> Bound | None:
     return None
 
 
+class _Unset(dict[str, str]):
+    """The empty `auto_map` of a config without one; writing to it gives the config its own."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def __setitem__(self, auto_class: str, reference: str) -> None:
+        self.config.auto_map = {**vars(self.config).get("auto_map", {}), auto_class: reference}
+
+
+class _AutoMapField:
+    """Clients read `config.auto_map` of every model that isn't stock; a config has one while it is carried or saved."""
+
+    def __get__(self, config: Any, owner: type) -> dict[str, str]:
+        return _Unset(config)
+
+
 @strict_config
 class LNLMConfig(PreTrainedConfig):
     """Fields and checks that every family's config shares.
@@ -134,8 +185,11 @@ class LNLMConfig(PreTrainedConfig):
     """
 
     model_type = "lnlm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    auto_map = _AutoMapField()
     _bounds: ClassVar[dict[str, Bound]] = {"initializer_range": (0.0, 100.0)}
+    _operations: ClassVar[tuple[Operation, ...]] = ()  # what the family is made of, which says what `backend` may be
+    _compiled_variants: ClassVar[tuple[dict[str, str], ...]] = ({},)  # fields that between them reach all its kernels
 
     vocab_size: int = 32000
     hidden_size: int = 256
@@ -147,6 +201,12 @@ class LNLMConfig(PreTrainedConfig):
     use_cache: bool = True
     initializer_range: float | int = 0.02
     backend: str = "auto"
+
+    if TYPE_CHECKING:
+
+        @property  # type: ignore[misc]  # transformers' setter stays
+        def num_labels(self) -> int:
+            """Number of classes; transformers' annotation says that it may be None, which it never is once made."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.check_bounds()
@@ -173,8 +233,26 @@ class LNLMConfig(PreTrainedConfig):
             bound = own.get(name) or _default_bound(name)
             if bound is not None:
                 check_bound(name, getattr(self, name, None), bound)
-        check_choice("backend", self.backend, BACKENDS)
+        check_backend_name(self.backend, family_backends(self._operations))
         self._check_token_ids()
+        self._check_unread()
+
+    def _backend_facts(self) -> tuple[Any, ...]:
+        """What the family's operations look at when they choose a backend, as far as the config knows it."""
+        return ()
+
+    def unread(self) -> dict[str, str]:
+        """Return the fields that this config's variant of the model doesn't read: name → what they are for.
+
+        A saved config holds every field, so one that is left at its default passes; one that was set is refused.
+        """
+        return {}
+
+    def _check_unread(self) -> None:
+        for name, purpose in self.unread().items():
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            if value != default:
+                raise ValueError(f"{name} is for {purpose}: it must be left at {default!r}, got {value!r}")
 
     def _check_token_ids(self) -> None:
         for name in self.__dataclass_fields__:
@@ -204,27 +282,175 @@ class LNLMConfig(PreTrainedConfig):
                 one folder (see hub/bundle.py).
         """
         self.check_bounds()
+        for name in self.sub_configs:  # as loading does: one checkpoint has one dtype
+            getattr(self, name).dtype = self.dtype
         if not type(self).__module__.startswith(_PACKAGE + "."):  # carried code: transformers copies it as it is
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
             return
         bundle = importlib.import_module(_PACKAGE + ".hub.bundle")  # the one arrow upwards; not carried
         own = vars(self).get("auto_map")
-        self.auto_map = bundle.auto_map(self)
+        vars(self)["auto_map"] = bundle.auto_map(self)
         try:
             super().save_pretrained(save_directory)
         finally:
-            del self.auto_map
+            del vars(self)["auto_map"]
             if own is not None:
-                self.auto_map = own
-        bundle.write_code(self.model_type, save_directory)
+                vars(self)["auto_map"] = own
+        bundle.write_code(self, save_directory)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", None) or os.path.basename(os.path.normpath(save_directory))
             self.push_to_hub(repo_id, **kwargs)
 
     @property
+    def input_width(self) -> int:
+        """Width of `inputs_embeds`."""
+        return int(getattr(self, "embedding_size", None) or self.hidden_size)
+
+    @property
+    def reads_both_ways(self) -> bool:
+        """Whether a position's output depends on what follows it; such a model has no state to carry."""
+        return False
+
+    @property
+    def state_kind(self) -> str:
+        """What a cache's states must have been written by to be read."""
+        return self.model_type
+
+    @property
     def layer_types(self) -> list[str]:
         """Cache layer type of each layer, for `DynamicCache(config=...)`; length `num_hidden_layers`."""
         return [RECURRENT_LAYER_TYPE] * self.num_hidden_layers
+
+
+@strict_config
+class LanguageModelConfig(LNLMConfig):
+    """Fields of the families that have a softmax over the vocabulary.
+
+    Args:
+        loss_head: `full` logits, `chunked` (never all logits while training) or `adaptive` softmax (Grave et al. 2017).
+        loss_chunk_size: tokens a chunk of the chunked head.
+        loss_dtype: `float32` or `bfloat16` products in the chunked head.
+        adaptive_cutoffs: where the adaptive softmax's clusters begin, ascending, below `vocab_size`.
+        adaptive_div_value: factor by which each cluster narrows.
+
+    Raises:
+        ValueError: a field is out of range, or fields contradict each other.
+    """
+
+    _bounds: ClassVar[dict[str, Bound]] = {"adaptive_div_value": (1.0, 1e6)}
+
+    loss_head: str = "full"
+    loss_chunk_size: int = 256
+    loss_dtype: str = "float32"
+    adaptive_cutoffs: list[int] | tuple[int, ...] | None = None
+    adaptive_div_value: float | int = 4.0
+
+    def check_bounds(self) -> None:
+        """Check ranges and choices, and what they mean together; see the class for the fields."""
+        check_choice("loss_head", self.loss_head, LOSS_HEADS)
+        check_choice("loss_dtype", self.loss_dtype, LOSS_DTYPES)
+        super().check_bounds()
+        if self.loss_head == "adaptive":
+            _check_adaptive(self, self.head_width)
+
+    def unread(self) -> dict[str, str]:
+        """The precision of a head that the config doesn't choose; see `LNLMConfig.unread`."""
+        return super().unread() | ({} if self.loss_head == "chunked" else {"loss_dtype": "loss_head='chunked'"})
+
+    @property
+    def head_width(self) -> int:
+        """Width of the hidden states that reach the softmax."""
+        return self.hidden_size
+
+
+def _check_adaptive(config: "LanguageModelConfig", width: int) -> None:
+    """Check the fields of an adaptive softmax against each other and the width of the hidden states that reach it.
+
+    Raises:
+        ValueError: cutoffs that are no clusters, tied embeddings, or a last cluster without width.
+    """
+    cutoffs = list(config.adaptive_cutoffs or [])
+    fits = cutoffs and cutoffs == sorted(set(cutoffs)) and cutoffs[0] > 0 and cutoffs[-1] < config.vocab_size
+    if not fits:
+        raise ValueError(
+            f"adaptive_cutoffs must ascend strictly between 0 and vocab_size ({config.vocab_size}), "
+            f"got {config.adaptive_cutoffs}"
+        )
+    if config.tie_word_embeddings:
+        raise ValueError("loss_head='adaptive' has its own projections: tie_word_embeddings must be false, got true")
+    narrowing = config.adaptive_div_value
+    hopeless = math.log2(narrowing) * len(cutoffs) > 64  # asked first: the power might not fit a float
+    if hopeless or int(width // narrowing ** len(cutoffs)) < 1:
+        raise ValueError(
+            f"adaptive_div_value leaves the last of {len(cutoffs)} clusters no width: it must be smaller or the hidden "
+            f"size larger, got {narrowing}"
+        )
+
+
+@torch.no_grad()
+def realign(model: nn.Module) -> None:
+    """Copy a model's weights that begin at odd addresses to where torch would have put them.
+
+    safetensors maps a file as it is, so a weight begins wherever the ones before it end, and on some processors a matrix
+    product's last bits depend on that. What shares memory goes on sharing it. Plain tensors in a CPU's memory only:
+    quantised and distributed weights, other devices and weights that are not there (meta) are left as they are.
+
+    Args:
+        model: changed in place; each of its parameters and buffers that moves costs one copy.
+    """
+    moved: dict[int, torch.UntypedStorage] = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+        if not plain or tensor.device.type != "cpu" or tensor.is_quantized:
+            continue
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr()
+        if place % ALIGNMENT == 0:
+            continue
+        if place not in moved or moved[place].nbytes() < storage.nbytes():
+            moved[place] = storage.clone()
+        # tensor.data = keeps the parameter, and with it every tie
+        tensor.data = tensor.new_empty(0).set_(moved[place], tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def read_empty_texts(model: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Let `forward` read empty texts, ids and mask `(batch, 0)` as tokenizers give them, as rows without any real token.
+
+    The outputs of a batch of them have no positions, where there is one output a position. A hook, so that every other
+    call is as deep as it was.
+
+    Args:
+        model: about to run.
+        args, given: of its `forward`.
+
+    Returns:
+        Other arguments, or None where they stay.
+    """
+    masked = as_masked(given)
+    if masked is None:
+        return None
+    if not model._follows_input:
+        return args, masked
+
+    def cut(module: nn.Module, inputs: Any, options: Any, outputs: Any) -> Any:
+        once.remove()
+        return without_positions(outputs)
+
+    once = model.register_forward_hook(cut, with_kwargs=True, always_call=True)
+    return args, masked
+
+
+def give_umask_mode(folder: str | os.PathLike) -> None:
+    """Give the weights in a folder the mode that other new files have; safetensors makes them for their owner alone.
+
+    Args:
+        folder: a saved model's; nothing happens where there is none.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for file in Path(folder).glob("*.safetensors"):
+        if file.stat().st_mode & 0o777 == 0o600 and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
 
 
 class LNLMPreTrainedModel(PreTrainedModel):
@@ -236,13 +462,70 @@ class LNLMPreTrainedModel(PreTrainedModel):
     config: LNLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _no_weight_decay: ClassVar[tuple[str, ...]] = ()
+    _follows_input: ClassVar[bool] = True  # False where outputs have other positions than the input: a decoder's
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(config, LNLMConfig):
             config.check_bounds()  # `from_pretrained(folder, field=…)` sets fields after the config was made
+            check_backend(config.backend, config._operations, *config._backend_facts())
         super().__init__(config, *args, **kwargs)
+        # A config's attributes are slow to read, which a decoded token would feel.
+        self.state_kind, self.layer_types = config.state_kind, config.layer_types
+        self.reads_both_ways = config.reads_both_ways
+        self.register_forward_pre_hook(read_empty_texts, with_kwargs=True)
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Make ready for several processes, as in transformers.
+
+        Args:
+            distributed_config: a `DistributedConfig`, its fields, or None.
+            args, kwargs: as in transformers.
+
+        Raises:
+            ValueError: pipeline stages are asked for: what a call says of its positions is read once, before all layers.
+        """
+        plain = isinstance(distributed_config, dict)
+        stages = distributed_config.get("pp_size") if plain else getattr(distributed_config, "pp_size", None)
+        if (stages or 1) > 1:
+            raise ValueError(f"pp_size must be 1: a {cls.__name__} has no pipeline stages, got {stages}")
+        return super().prepare_distribute_model(distributed_config, *args, **kwargs)
+
+    @property
+    def num_token_ids(self) -> int:
+        """Number of ids that `embed` knows."""
+        return int(self.config.vocab_size)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings `(batch, length, width)` of ids `(batch, length)`."""
+        embeddings: Any = self.embed_tokens
+        return embeddings(input_ids)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint as transformers does, then `realign` its weights.
+
+        Args:
+            args, kwargs: as in transformers' `from_pretrained`.
+
+        Returns:
+            The model, or with `output_loading_info=True` the model and what transformers reports of the loading.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        realign(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, the weights with the umask's mode.
+
+        Args:
+            save_directory: folder to write to.
+            args, kwargs: as in transformers' `save_pretrained`.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        give_umask_mode(save_directory)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # transformers skips `_init_weights` on modules of custom packages that own no parameter directly; every

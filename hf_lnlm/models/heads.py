@@ -1,32 +1,36 @@
 """Heads that several families share: language models' softmax, text and token classifiers, question answering.
 
-Each is what lies between a base model's hidden states and a loss; a family's own class adds its `__init__` (which names the
-base model, so that carried code builds it directly) and what is its own. They are mixins: list them before the family's
-`...PreTrainedModel`.
+Each is what lies between a base model's hidden states and a loss; a family's own class names the base model and adds what
+is its own. They are mixins: list them before the family's `...PreTrainedModel`.
 
 References:
     [1] Grave et al. 2017, "Efficient softmax approximation for GPUs" (adaptive softmax).
 """
 
-import math
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
+from ..nn.inputs import opened
 from ..nn.loss_heads import (
     IGNORED,
     AdaptiveSoftmax,
     check_labels,
+    check_positions,
     chunked_loss,
     classification_loss,
     next_token_labels,
@@ -34,50 +38,56 @@ from ..nn.loss_heads import (
 )
 
 
-def check_adaptive(config: Any, width: int) -> None:
-    """Check the fields of an adaptive softmax [1] against each other.
+class Head:
+    """A base model and the layers over it; the family says which base model, a kind of head what layers.
 
     Args:
-        config: with `vocab_size`, `tie_word_embeddings`, `adaptive_cutoffs` and `adaptive_div_value`.
-        width: of the hidden states that reach the head.
-
-    Raises:
-        ValueError: cutoffs that are no clusters, tied embeddings, or a last cluster without width.
+        config: the model's configuration.
     """
-    cutoffs = list(config.adaptive_cutoffs or [])
-    fits = cutoffs and cutoffs == sorted(set(cutoffs)) and cutoffs[0] > 0 and cutoffs[-1] < config.vocab_size
-    if not fits:
-        raise ValueError(
-            f"adaptive_cutoffs must ascend strictly between 0 and vocab_size ({config.vocab_size}), "
-            f"got {config.adaptive_cutoffs}"
-        )
-    if config.tie_word_embeddings:
-        raise ValueError("loss_head='adaptive' has its own projections: tie_word_embeddings must be false, got true")
-    narrowing = config.adaptive_div_value
-    hopeless = math.log2(narrowing) * len(cutoffs) > 64  # asked first: the power might not fit a float
-    if hopeless or int(width // narrowing ** len(cutoffs)) < 1:
-        raise ValueError(
-            f"adaptive_div_value leaves the last of {len(cutoffs)} clusters no width: it must be smaller or the hidden "
-            f"size larger, got {narrowing}"
-        )
+
+    body_class: ClassVar[Any]
+    config: Any
+    loss_function: Any
+    training: bool
+    post_init: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]  # of the family's base class
+        self.num_labels = config.num_labels
+        self.model = self.body_class(config)
+        self.make_head(config)
+        self.post_init()
+
+    def make_head(self, config: Any) -> None:
+        """Make the layers between the base model's hidden states and what the head gives out."""
+        raise NotImplementedError(f"{type(self).__name__} must make its layers")
 
 
-class VocabularyHead:
+class VocabularyHead(Head):
     """Full, chunked or adaptive softmax over the vocabulary, as `config.loss_head` says.
 
-    A language model calls `make_vocabulary_head` in `__init__`, after its base model, and `loss_and_logits` in `forward`.
+    Attributes:
+        untied_bias: whether a full or chunked softmax that is not tied to the embeddings has a bias.
     """
 
-    config: Any
-    lm_head: Any
-    loss_function: Any
-    output_projection: nn.Module | None
-    training: bool
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    untied_bias: ClassVar[bool] = False
 
-    def make_vocabulary_head(self) -> None:
-        """Make `lm_head`, and `output_projection` where tied embeddings have another width than the hidden states."""
+    lm_head: Any
+    output_projection: nn.Module | None
+
+    def make_head(self, config: Any) -> None:
+        """Make the softmax; see `make_vocabulary_head`."""
+        self.make_vocabulary_head(bias=self.untied_bias and not config.tie_word_embeddings)
+
+    def make_vocabulary_head(self, bias: bool = False) -> None:
+        """Make `lm_head`, and `output_projection` where tied embeddings have another width than the hidden states.
+
+        Args:
+            bias: whether a full or chunked softmax has one.
+        """
         config = self.config
-        width, embedding = config.output_size, int(config.embedding_size or config.hidden_size)
+        width, embedding = config.head_width, int(getattr(config, "embedding_size", None) or config.hidden_size)
         narrowed = config.tie_word_embeddings and width != embedding
         self.output_projection = nn.Linear(width, embedding, bias=False) if narrowed else None
         width = embedding if narrowed else width
@@ -85,7 +95,7 @@ class VocabularyHead:
             cutoffs = list(config.adaptive_cutoffs or [])
             self.lm_head = AdaptiveSoftmax(width, config.vocab_size, cutoffs, config.adaptive_div_value)
         else:
-            self.lm_head = nn.Linear(width, config.vocab_size, bias=not config.tie_word_embeddings)
+            self.lm_head = nn.Linear(width, config.vocab_size, bias=bias)
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the LM head; None for an adaptive softmax, which cannot be resized."""
@@ -135,13 +145,7 @@ class VocabularyHead:
         return normalised(total, (labels != IGNORED).sum(), items)
 
 
-def targets_of(labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the next token's label of each position, `(batch, length)`, or None when no labels were given."""
-    given = labels if shift_labels is None else shift_labels
-    return None if given is None else next_token_labels(given, shift_labels)
-
-
-def handed_on(outputs: Any, output_class: type) -> dict[str, Any]:
+def passthrough_outputs(outputs: Any, output_class: type) -> dict[str, Any]:
     """Return what a head gives of its base model's outputs: all that the head's own outputs have a field for.
 
     Args:
@@ -151,15 +155,186 @@ def handed_on(outputs: Any, output_class: type) -> dict[str, Any]:
     return {name: value for name, value in outputs.items() if hasattr(output_class, name)}
 
 
-class SequenceClassificationHead:
-    """`forward` of a text classifier or regressor with `model`, `dropout` and `classifier`; the family adds `pool`."""
+def with_older_cache_name(prepare: Any) -> Any:
+    """Return a method that prepares a step of `generate` with the cache as `past_key_values`, where peft looks for it."""
+
+    @wraps(prepare)  # `generate` takes what the signature names
+    def prepared(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = prepare(self, *args, **kwargs)
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
+
+    return prepared
+
+
+class CausalLMHead(VocabularyHead):
+    """A causal language model."""
+
+    output_class: ClassVar[Any] = CausalLMOutputWithPast
+    prepare_inputs_for_generation: Any = with_older_cache_name(GenerationMixin.prepare_inputs_for_generation)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model and, given labels, its loss; see the base model's `forward` for the other arguments.
+
+        Args:
+            labels: `(batch, length)`, the input ids; shifted inside. -100 is ignored.
+            logits_to_keep: how many last positions (or which) get logits; 0 for all.
+            kwargs: `shift_labels` `(batch, length)`, labels already shifted, used in place of `labels`, and
+                `num_items_in_batch`, by which the summed loss is divided, as Trainer gives them.
+
+        Returns:
+            loss in nats a token, logits `(batch, kept, vocab_size)`, and what the base model returns besides its last
+            hidden state. While training with a chunked or adaptive head the logits are None: they are never computed.
+
+        Raises:
+            ValueError: labels are no token ids, or of another shape.
+        """
+        shift_labels: Any = kwargs.pop("shift_labels", None)  # as an argument, Trainer would take it for a column
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            seq_idx=seq_idx,
+            **kwargs,
+        )
+        hidden, items = outputs.last_hidden_state, kwargs.get("num_items_in_batch")
+        targets = self._targets(hidden, labels, shift_labels)
+        loss, logits = self.loss_and_logits(hidden, targets, logits_to_keep, items)
+        if loss is not None:
+            loss = loss + self.penalty(outputs, targets, items)
+        return self.output_class(loss=loss, logits=logits, **passthrough_outputs(outputs, self.output_class))
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Continue texts as transformers does; an empty one in a batch begins as it does alone, with the opening token.
+
+        Args:
+            inputs: `(batch, length)` token ids, or give `input_ids`.
+            args, kwargs: as in transformers' `generate`.
+        """
+        ids, mask = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
+        fresh = kwargs.get("past_key_values") is None and kwargs.get("cache") is None
+        opening = self._opening_token(kwargs)
+        if fresh and opening is not None and isinstance(mask, torch.Tensor) and mask.dim() == 2 and ids is not None:
+            kwargs |= dict(zip(("input_ids", "attention_mask"), opened(ids, mask, opening)))
+            inputs = None
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _opening_token(self, given: dict[str, Any]) -> int | None:
+        """The token that `generate` begins with where it is given no text."""
+        asked, own = given.get("generation_config"), getattr(self, "generation_config", None)
+        found = [given.get("bos_token_id"), getattr(asked, "bos_token_id", None), getattr(own, "bos_token_id", None)]
+        return next((token for token in found if token is not None), None)
+
+    def _targets(self, hidden: torch.Tensor, labels: Any, shift_labels: Any) -> torch.Tensor | None:
+        given = labels if shift_labels is None else shift_labels
+        if given is None:
+            return None
+        name = "labels" if shift_labels is None else "shift_labels"
+        check_labels(given, self.config.vocab_size, tuple(hidden.shape[:2]), name)
+        return next_token_labels(given, shift_labels)
+
+    def penalty(self, outputs: Any, targets: Any, items: Any) -> torch.Tensor | float:
+        """Return what is added to the loss besides the tokens' own; 0 unless a family says otherwise.
+
+        Args:
+            outputs: of the base model.
+            targets: `(batch, length)` the token that each position is to predict, -100 where ignored.
+            items: number of labels of the whole accumulated batch, or None.
+        """
+        return 0.0
+
+
+class MaskedLMHead(VocabularyHead):
+    """A masked language model."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """Fill masks; see the base model's `forward` for the other arguments.
+
+        Args:
+            labels: `(batch, length)`, the ids to be found; -100 is ignored.
+
+        Returns:
+            loss in nats a labelled token and logits `(batch, length, vocab_size)`, None while training with a chunked
+            or adaptive head.
+
+        Raises:
+            ValueError: labels are no token ids, or of another shape.
+        """
+        kwargs["use_cache"] = False
+        outputs = self.model(
+            input_ids, attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, seq_idx=seq_idx, **kwargs
+        )
+        hidden = self.before_softmax(outputs.last_hidden_state)
+        if labels is not None:
+            check_labels(labels, self.config.vocab_size, tuple(hidden.shape[:2]))
+        loss, logits = self.loss_and_logits(hidden, labels, 0, kwargs.get("num_items_in_batch"))
+        return MaskedLMOutput(loss=loss, logits=logits, **passthrough_outputs(outputs, MaskedLMOutput))
+
+    def before_softmax(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the softmax reads of `hidden`, `(batch, length, width)`: all of it, unless a family transforms it."""
+        return hidden
+
+    def vocabulary_loss(self, logits: torch.Tensor, targets: torch.Tensor, items: Any) -> torch.Tensor:
+        """Return the mean loss in nats a labelled token, by the loss that transformers gives a masked model."""
+        return self.loss_function(logits, targets, self.config.vocab_size, num_items_in_batch=items)
+
+
+class ClassificationHead(Head):
+    """Dropout and a linear map to the classes."""
+
+    classifier: Any
+
+    def make_head(self, config: Any) -> None:
+        """Make `dropout` and `classifier`."""
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.head_width, config.num_labels)
+
+    def body_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return what the base model is given beside the inputs, from what `forward` is."""
+        return {**given, "use_cache": False}
+
+
+class SequenceClassificationHead(ClassificationHead):
+    """A text classifier or regressor; the family adds `pool`."""
 
     output_class: ClassVar[Any] = SequenceClassifierOutput
 
-    model: Any
-    dropout: Any
-    classifier: Any
-    config: Any
+    def pooled(self, outputs: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Return what the classifier reads of the base model's outputs: what `pool` makes of the last hidden state.
+
+        Args:
+            outputs: of the base model.
+            attention_mask: `(batch, length)`, as it was given.
+        """
+        hidden = outputs.last_hidden_state
+        return self.pool(hidden, None if attention_mask is None else attention_mask[:, -hidden.shape[1] :].bool())
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Sum up a text.
@@ -180,7 +355,7 @@ class SequenceClassificationHead:
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Classify texts.
 
@@ -191,26 +366,18 @@ class SequenceClassificationHead:
         Returns:
             loss and logits `(batch, num_labels)`. A row without any real token is classified from zeros.
         """
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        mask = None if attention_mask is None else attention_mask.bool()
-        logits = self.classifier(self.dropout(self.pool(outputs.last_hidden_state, mask)))
+        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **self.body_arguments(kwargs))
+        logits = self.classifier(self.dropout(self.pooled(outputs, attention_mask)))
         loss = None
         if labels is not None:
             loss = classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
-        return self.output_class(loss=loss, logits=logits, **handed_on(outputs, self.output_class))
+        return self.output_class(loss=loss, logits=logits, **passthrough_outputs(outputs, self.output_class))
 
 
-class TokenClassificationHead:
-    """`forward` of a tagger with `model`, `dropout` and `classifier`."""
+class TokenClassificationHead(ClassificationHead):
+    """A tagger."""
 
     output_class: ClassVar[Any] = TokenClassifierOutput
-
-    model: Any
-    dropout: Any
-    classifier: Any
-    config: Any
-    loss_function: Any
 
     @can_return_tuple
     def forward(
@@ -219,7 +386,7 @@ class TokenClassificationHead:
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> TokenClassifierOutput:
         """Tag tokens.
 
@@ -230,24 +397,29 @@ class TokenClassificationHead:
         Returns:
             loss and logits `(batch, length, num_labels)`.
         """
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **self.body_arguments(kwargs))
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
             check_labels(labels, logits.shape[-1], logits.shape[:-1])
             loss = self.loss_function(logits, labels, self.config, num_items_in_batch=kwargs.get("num_items_in_batch"))
-        return self.output_class(loss=loss, logits=logits, **handed_on(outputs, self.output_class))
+        return self.output_class(loss=loss, logits=logits, **passthrough_outputs(outputs, self.output_class))
 
 
-class QuestionAnsweringHead:
-    """`forward` of an extractive reader with `model`, `qa_outputs` (two outputs) and, if it has one, `dropout`."""
+class QuestionAnsweringHead(Head):
+    """An extractive reader.
+
+    Attributes:
+        drops: whether there is dropout before the last layer.
+    """
 
     output_class: ClassVar[Any] = QuestionAnsweringModelOutput
+    drops: ClassVar[bool] = True
 
-    model: Any
-    qa_outputs: Any
-    loss_function: Any
+    def make_head(self, config: Any) -> None:
+        """Make `dropout`, if there is any, and `qa_outputs`: a score of each token as the first, and one as the last."""
+        self.dropout = nn.Dropout(config.classifier_dropout) if self.drops else nn.Identity()
+        self.qa_outputs = nn.Linear(config.head_width, 2)
 
     @can_return_tuple
     def forward(
@@ -257,25 +429,25 @@ class QuestionAnsweringHead:
         inputs_embeds: torch.FloatTensor | None = None,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
         """Mark an answer's first and last token.
 
         Args:
             input_ids, attention_mask, inputs_embeds: as in the base model's `forward`.
-            start_positions, end_positions: `(batch,)` positions of the answer's ends; beyond the text: ignored.
+            start_positions, end_positions: `(batch,)` positions of the answer's ends; -100 and those beyond the text are
+                ignored.
 
         Returns:
             loss, and start and end logits `(batch, length)`.
         """
         kwargs["use_cache"] = False
         outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        hidden = outputs.last_hidden_state
-        dropout = getattr(self, "dropout", None)
-        start, end = self.qa_outputs(hidden if dropout is None else dropout(hidden)).unbind(-1)
+        start, end = self.qa_outputs(self.dropout(outputs.last_hidden_state)).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            items = kwargs.get("num_items_in_batch")
-            loss = self.loss_function(start, end, start_positions, end_positions, num_items_in_batch=items)
+            first = check_positions(start_positions, start.shape, "start_positions")
+            last = check_positions(end_positions, end.shape, "end_positions")
+            loss = self.loss_function(start, end, first, last, num_items_in_batch=kwargs.get("num_items_in_batch"))
         ends = {"start_logits": start, "end_logits": end}
-        return self.output_class(loss=loss, **ends, **handed_on(outputs, self.output_class))
+        return self.output_class(loss=loss, **ends, **passthrough_outputs(outputs, self.output_class))

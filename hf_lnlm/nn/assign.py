@@ -1,4 +1,4 @@
-"""Initial values computed whole, given to a parameter that may be sharded."""
+"""Initial values computed whole, given to a parameter that may be sharded, quantised or not there yet."""
 
 import torch
 from transformers import initialization as init
@@ -21,3 +21,13 @@ def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
             raise ValueError(f"a sharded parameter must be a DTensor, got {type(parameter).__name__}")
         value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     init.copy_(parameter, value)
+
+
+def plain_like(parameter: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return an uninitialised tensor of a parameter's whole shape to compute on: a parameter may be sharded or quantised.
+
+    Args:
+        parameter: any shape; only its shape, type and device are looked at.
+        dtype: of the result; the parameter's if None.
+    """
+    return torch.empty(tuple(parameter.shape), dtype=dtype or parameter.dtype, device=parameter.device)

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import initialization as init
 
+from ..ops.time_conv import normalised_weight, time_conv
+from .assign import assign, plain_like
 from .effective_weight import effective_weight
-from .window_product import gated_windows, row_lengths, window_product
 
 
 class Justified(NamedTuple):
@@ -36,25 +36,6 @@ class Justified(NamedTuple):
     order: torch.Tensor | None
     mask: torch.Tensor
     lengths: torch.Tensor
-
-
-def check_mask(attention_mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
-    """Return a mask as booleans `(batch, T)`, or None if there is none.
-
-    Args:
-        attention_mask: `(batch, length)` of booleans or numbers, nonzero at real tokens.
-        batch, length: shape of the input it belongs to.
-
-    Raises:
-        ValueError: the mask has another shape.
-    """
-    if attention_mask is None:
-        return None
-    if tuple(attention_mask.shape) != (batch, length):
-        raise ValueError(
-            f"attention_mask must have the input's shape ({batch}, {length}), got {tuple(attention_mask.shape)}"
-        )
-    return attention_mask.bool()
 
 
 def left_justify(mask: torch.Tensor) -> Justified:
@@ -125,10 +106,10 @@ def init_centred(weight: torch.Tensor, std: float) -> None:
     """
     if getattr(weight, "_is_hf_initialized", False):
         return
-    draw, inputs = torch.randn_like(weight), weight.shape[1]
+    draw, inputs = plain_like(weight).normal_(), weight.shape[1]
     if inputs > 1:
         draw = (draw - draw.mean(1, keepdim=True)) * (inputs / (inputs - 1)) ** 0.5
-    init.copy_(weight, draw * std)
+    assign(weight, draw * std)
 
 
 def convolve(
@@ -187,9 +168,7 @@ class TimeConvolution(nn.Module):
     def kernel(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the weight `(F, C * k)` and bias `(F,)` in effect, for an input of `like`'s dtype and device."""
         weight, bias = effective_weight(self.projection, self.in_features * self.kernel_size, like.dtype, like.device)
-        if self.gain is not None:
-            weight = weight * (self.gain.to(weight) / row_lengths(weight))[:, None]
-        return weight, bias
+        return normalised_weight(weight, self.gain), bias
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Convolve.
@@ -230,13 +209,20 @@ class CausalConvolution(TimeConvolution):
     Args:
         in_features, out_features, kernel_size, weight_norm: as in `TimeConvolution`.
         gated: let the first half of the features through by the sigmoid of the second, which halves them.
+        backend: of `time_conv`.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, kernel_size: int, weight_norm: bool = False, gated: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int,
+        weight_norm: bool = False,
+        gated: bool = False,
+        backend: str = "auto",
     ) -> None:
         super().__init__(in_features, out_features, kernel_size, weight_norm=weight_norm)
-        self.gated = gated
+        self.gated, self.backend = gated, backend
 
     @property
     def window_size(self) -> int:
@@ -275,31 +261,16 @@ class CausalConvolution(TimeConvolution):
         else:
             joined = torch.cat([window.to(frames.dtype), frames], dim=1)
         if documents is None or lengths is None:
-            return self._convolve(joined), self._next_window(joined, lengths)
+            return self._convolve(joined, None), self._next_window(joined, lengths)
         numbers = F.pad(documents, (self.window_size, 0))
         last = numbers.gather(1, (lengths + self.window_size - 1).clamp(min=0)[:, None])
         kept = joined * (numbers == last)[:, :, None]
-        return self._sum_taps(joined, numbers, documents), self._next_window(kept, lengths)
+        return self._convolve(joined, numbers), self._next_window(kept, lengths)
 
-    def _sum_taps(self, joined: torch.Tensor, numbers: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-        """The definition: an output frame is the sum over the taps that stay within its document."""
-        weight, bias = self.kernel(joined)
-        taps, length = weight.view(self.out_features, self.kernel_size, self.in_features), documents.shape[1]
-        output = joined.new_zeros(joined.shape[0], length, self.out_features)
-        for tap in range(self.kernel_size):
-            reached = slice(tap, tap + length)
-            same = (numbers[:, reached] == documents)[:, :, None]
-            output = output + F.linear(joined[:, reached] * same, taps[:, tap])
-        output = output if bias is None else output + bias
-        return F.glu(output, dim=2) if self.gated else output
-
-    def _convolve(self, joined: torch.Tensor) -> torch.Tensor:
+    def _convolve(self, joined: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
         size = self.in_features * self.kernel_size
         weight, bias = effective_weight(self.projection, size, joined.dtype, joined.device)
-        if self.gated and bias is not None:
-            return gated_windows(joined, weight, self.gain, bias, self.kernel_size)
-        output = window_product(joined, weight, self.gain, bias, self.kernel_size)
-        return F.glu(output, dim=2) if self.gated else output
+        return time_conv(joined, weight, self.gain, bias, self.kernel_size, self.gated, documents, self.backend)
 
     def _next_window(self, joined: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
         if lengths is None:

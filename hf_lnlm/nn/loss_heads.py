@@ -8,6 +8,7 @@ References:
     [1] Grave et al. 2017, "Efficient softmax approximation for GPUs" (adaptive softmax).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .effective_weight import effective_weight
 
 Items = torch.Tensor | int | None
 IGNORED = -100
+"""Label of a position that is not predicted (PyTorch's `ignore_index`)."""
 
 
 def next_token_labels(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -59,6 +61,22 @@ def check_labels(labels: torch.Tensor, classes: int, shape: tuple[int, ...], nam
         raise ValueError(f"{name} must be between 0 and {classes - 1}, or {IGNORED} to be ignored, got {int(wrong[0])}")
 
 
+def check_positions(positions: torch.Tensor, shape: tuple[int, int], name: str) -> torch.Tensor:
+    """Return the columns of answers' ends, `(batch,)`; those to be ignored (-100, or beyond the text) become `length`.
+
+    Args:
+        positions: `(batch,)` or `(batch, 1)` columns.
+        shape: batch and length of the text.
+        name: the argument, for the message.
+
+    Raises:
+        ValueError: naming argument, shape or value.
+    """
+    columns = positions.squeeze(-1) if positions.dim() == 2 else positions
+    check_labels(columns.clamp(max=shape[1] - 1), shape[1], shape[:1], name)
+    return columns.masked_fill((columns < 0) | (columns > shape[1]), shape[1])
+
+
 def normalised(total: torch.Tensor, count: torch.Tensor | int, num_items_in_batch: Items) -> torch.Tensor:
     """Divide a summed loss by the items of the whole batch, or by its own `count` when those are not given."""
     divisor = count if num_items_in_batch is None else num_items_in_batch
@@ -79,15 +97,38 @@ class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
         super().__init__(hidden_size, vocab_size, cutoffs, div_value=div_value)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Return log-probabilities `(..., vocab_size)` of hidden states `(..., hidden_size)`."""
-        return self.log_prob(hidden.reshape(-1, hidden.shape[-1])).view(*hidden.shape[:-1], self.n_classes)
+        """Return log-probabilities `(..., vocab_size)` of hidden states `(..., hidden_size)`, in float32 at least.
+
+        They are sums of two logarithms: rounded to bfloat16 they would be off by several percent of a probability.
+        """
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        head = self._log_softmax(self.head, flat)
+        parts = [head[:, : self.shortlist_size]]
+        parts += [
+            self._log_softmax(tail, flat) + head[:, self.shortlist_size + i, None] for i, tail in enumerate(self.tail)
+        ]
+        return torch.cat(parts, 1).view(*hidden.shape[:-1], self.n_classes)
 
     def summed_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the summed cross-entropy of `(tokens, hidden_size)` against `(tokens,)`, negative labels ignored."""
         kept = labels >= 0
-        if not bool(kept.any()):
-            return hidden.sum() * 0.0
-        return -super().forward(hidden[kept], labels[kept]).output.sum()
+        hidden, labels = hidden[kept], labels[kept]
+        edges = torch.tensor(self.cutoffs[:-1], device=labels.device)
+        cluster = torch.bucketize(labels, edges, right=True)  # 0 is the shortlist
+        column = torch.where(cluster == 0, labels, self.shortlist_size + cluster - 1)
+        found = self._log_softmax(self.head, hidden).gather(1, column[:, None]).squeeze(1)
+        for i, tail in enumerate(self.tail):
+            rows = (cluster == i + 1).nonzero().squeeze(1)
+            if rows.numel():
+                own = (labels[rows] - self.cutoffs[i])[:, None]
+                found = found.index_add(0, rows, self._log_softmax(tail, hidden[rows]).gather(1, own).squeeze(1))
+        return -found.sum()
+
+    @staticmethod
+    def _log_softmax(projection: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Logarithms of a softmax `(tokens, outputs)`, as everywhere of products in the model's own precision."""
+        logits = projection(hidden)
+        return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), 1)
 
 
 def chunked_loss(
@@ -133,9 +174,21 @@ def classification_loss(
     expected = logits.squeeze(-1).shape if config.num_labels == 1 else logits.shape
     if labels.squeeze(-1).shape != expected and labels.shape != expected:
         raise ValueError(f"{config.problem_type} labels must have shape {tuple(expected)}, got {tuple(labels.shape)}")
+    _check_values(config.problem_type, labels)
     predicted, wanted = logits.float().reshape(-1), labels.reshape(-1).float()
     loss = mse_loss if config.problem_type == "regression" else binary_cross_entropy_with_logits
     return normalised(loss(predicted, wanted, reduction="sum"), wanted.numel(), num_items_in_batch)
+
+
+def _check_values(problem_type: str, labels: torch.Tensor) -> None:
+    """Refuse labels that are no numbers, or outside 0 to 1 where several labels may be right; on the CPU only."""
+    if labels.device.type != "cpu" or is_torchdynamo_compiling() or not labels.numel():
+        return
+    low, high = (float(value) for value in labels.aminmax())
+    lowest, highest = (0.0, 1.0) if problem_type == "multi_label_classification" else (-math.inf, math.inf)
+    if not (lowest <= low and high <= highest and math.isfinite(high - low)):  # NaN is neither
+        wanted = "between 0 and 1" if highest == 1.0 else "finite"
+        raise ValueError(f"{problem_type} labels must be {wanted}, got values from {low} to {high}")
 
 
 def _problem_type(num_labels: int, labels: torch.Tensor) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
 
 @dataclass(frozen=True)
@@ -20,22 +21,22 @@ class RowLayout:
     """Where each real token goes.
 
     Attributes:
-        index: `(rows, width)` flat source position of each token; padding points at 0.
-        reversed_index: `(rows, width)` the same with each row's tokens in reverse order.
+        gather_index: `(rows, width)` flat source position of each token; padding points at 0.
+        reversed_gather_index: `(rows, width)` the same with each row's tokens in reverse order.
         lengths: `(rows,)` tokens in each row; at least 1.
-        place: `(batch, length)` flat position in `(rows, width)` of each source position; 0 where masked.
-        reversed_place: `(batch, length)` the same for the reversed rows.
+        scatter_index: `(batch, length)` flat position in `(rows, width)` of each source position; 0 where masked.
+        reversed_scatter_index: `(batch, length)` the same for the reversed rows.
         mask: `(batch, length)` true at real tokens.
         first_row: `(batch,)` the row that continues the state carried into the batch row, or -1 if none does.
         last_row: `(batch,)` the row whose final state is the batch row's final state, or -1 if it has no token.
         aligned: true if rows and batch rows coincide and tokens are already left-aligned (right padding only).
     """
 
-    index: torch.Tensor
-    reversed_index: torch.Tensor
+    gather_index: torch.Tensor
+    reversed_gather_index: torch.Tensor
     lengths: torch.Tensor
-    place: torch.Tensor
-    reversed_place: torch.Tensor
+    scatter_index: torch.Tensor
+    reversed_scatter_index: torch.Tensor
     mask: torch.Tensor
     first_row: torch.Tensor
     last_row: torch.Tensor
@@ -51,6 +52,9 @@ def document_starts(
         position_ids: `(batch, length)`; a real token at position 0 begins a document.
         seq_idx: `(batch, length)` document numbers, as transformers' flattening collator gives them.
         mask: `(batch, length)` true at real tokens.
+
+    Raises:
+        ValueError: a document number is smaller than that of the real token before it.
     """
     starts = None
     if position_ids is not None:
@@ -66,7 +70,10 @@ def _document_changes(seq_idx: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
     columns = torch.arange(mask.shape[1], device=mask.device)
     latest = torch.where(mask, columns, -1).cummax(1).values
     before = pad(latest, (1, 0), value=-1)[:, :-1]
-    return mask & (before >= 0) & (seq_idx != seq_idx.gather(1, before.clamp(min=0)))
+    follows, number_before = mask & (before >= 0), seq_idx.gather(1, before.clamp(min=0))
+    if not is_torchdynamo_compiling() and bool((follows & (seq_idx < number_before)).any()):
+        raise ValueError("seq_idx must never decrease within a row, got a smaller number after a larger one")
+    return follows & (seq_idx != number_before)
 
 
 def row_layout(mask: torch.Tensor, starts: torch.Tensor | None) -> RowLayout | None:
@@ -90,15 +97,15 @@ def row_layout(mask: torch.Tensor, starts: torch.Tensor | None) -> RowLayout | N
     offset_of_row = lengths.cumsum(0) - lengths
     column = mask.reshape(-1).cumsum(0).view(batch, length) - 1 - offset_of_row[row_of.clamp(min=0)]
     width = int(lengths.max())
-    place = torch.where(mask, row_of * width + column, 0)
+    scatter_index = torch.where(mask, row_of * width + column, 0)
     mirrored = lengths[row_of.clamp(min=0)] - 1 - column
-    reversed_place = torch.where(mask, row_of * width + mirrored, 0)
+    reversed_scatter_index = torch.where(mask, row_of * width + mirrored, 0)
     return RowLayout(
-        index=_invert(place, mask, lengths.numel(), width),
-        reversed_index=_invert(reversed_place, mask, lengths.numel(), width),
+        gather_index=_invert(scatter_index, mask, lengths.numel(), width),
+        reversed_gather_index=_invert(reversed_scatter_index, mask, lengths.numel(), width),
         lengths=lengths,
-        place=place,
-        reversed_place=reversed_place,
+        scatter_index=scatter_index,
+        reversed_scatter_index=reversed_scatter_index,
         mask=mask,
         first_row=_row_at(first_real & ~starts, row_of),
         last_row=_row_at(mask & (mask.flip(1).cumsum(1).flip(1) == 1), row_of),
@@ -106,11 +113,11 @@ def row_layout(mask: torch.Tensor, starts: torch.Tensor | None) -> RowLayout | N
     )
 
 
-def _invert(place: torch.Tensor, mask: torch.Tensor, rows: int, width: int) -> torch.Tensor:
+def _invert(scatter_index: torch.Tensor, mask: torch.Tensor, rows: int, width: int) -> torch.Tensor:
     source = torch.arange(mask.numel(), device=mask.device).view(mask.shape)
-    index = torch.zeros(rows * width, dtype=torch.long, device=mask.device)
-    index[place[mask]] = source[mask]
-    return index.view(rows, width)
+    gather_index = torch.zeros(rows * width, dtype=torch.long, device=mask.device)
+    gather_index[scatter_index[mask]] = source[mask]
+    return gather_index.view(rows, width)
 
 
 def _row_at(chosen: torch.Tensor, row_of: torch.Tensor) -> torch.Tensor:
@@ -121,21 +128,21 @@ def _row_at(chosen: torch.Tensor, row_of: torch.Tensor) -> torch.Tensor:
 def _empty_layout(mask: torch.Tensor) -> RowLayout:
     """Layout of a batch without any real token."""
     none = torch.zeros((0, 1), dtype=torch.long, device=mask.device)
-    place = torch.zeros(mask.shape, dtype=torch.long, device=mask.device)
+    scatter_index = torch.zeros(mask.shape, dtype=torch.long, device=mask.device)
     nowhere = torch.full((mask.shape[0],), -1, dtype=torch.long, device=mask.device)
-    return RowLayout(none, none, none[:, 0], place, place, mask, nowhere, nowhere, False)
+    return RowLayout(none, none, none[:, 0], scatter_index, scatter_index, mask, nowhere, nowhere, False)
 
 
-def gather_rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Collect `(batch, length, width)` into rows `(rows, row width, width)` by a layout's `index`."""
-    return tensor.reshape(-1, tensor.shape[-1])[index]
+def gather_rows(tensor: torch.Tensor, gather_index: torch.Tensor) -> torch.Tensor:
+    """Collect `(batch, length, width)` into rows `(rows, row width, width)` by a layout's `gather_index`."""
+    return tensor.reshape(-1, tensor.shape[-1])[gather_index]
 
 
-def scatter_rows(rows: torch.Tensor, place: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Undo `gather_rows` by a layout's `place`; masked positions become zero."""
+def scatter_rows(rows: torch.Tensor, scatter_index: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Undo `gather_rows` by a layout's `scatter_index`; masked positions become zero."""
     if rows.shape[0] == 0:
         return rows.new_zeros((*mask.shape, rows.shape[-1]))
-    values = rows.reshape(-1, rows.shape[-1])[place]
+    values = rows.reshape(-1, rows.shape[-1])[scatter_index]
     return values.masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
@@ -172,19 +179,20 @@ class RowBlocks:
     With more blocks than a kernel call is worth, tokens lie step by step instead, as torch's packed sequences have them.
 
     Attributes:
-        index, reversed_index: `(total,)` flat source position of each token of all blocks; padding points at 0.
-        place, reversed_place: `(batch, length)` where each source position lies; `total` where masked: one row more
-            than there are, for zeros.
+        gather_index, reversed_gather_index: `(total,)` flat source position of each token of all blocks; padding points
+            at 0.
+        scatter_index, reversed_scatter_index: `(batch, length)` where each source position lies; `total` where masked:
+            one row more than there are, for zeros.
         sizes: (rows, steps) of each block; rows never grow.
         batch_sizes: `(steps,)` rows of each step, on the CPU, if the tokens lie step by step; else None.
         order: `(rows,)` which row of the layout comes first, second, ... in the blocks.
         layout: the rows.
     """
 
-    index: torch.Tensor
-    reversed_index: torch.Tensor
-    place: torch.Tensor
-    reversed_place: torch.Tensor
+    gather_index: torch.Tensor
+    reversed_gather_index: torch.Tensor
+    scatter_index: torch.Tensor
+    reversed_scatter_index: torch.Tensor
     sizes: tuple[tuple[int, int], ...]
     batch_sizes: torch.Tensor | None
     order: torch.Tensor
@@ -210,21 +218,21 @@ def row_blocks(layout: RowLayout, exact: bool) -> RowBlocks:
     first = offset[steps_of_column] if bounds else offset
     rank = torch.empty_like(lengths.indices)
     rank[lengths.indices] = torch.arange(rank.numel(), device=rank.device)
-    width = layout.index.shape[1]
+    width = layout.gather_index.shape[1]
 
-    def spread(place: torch.Tensor) -> torch.Tensor:
+    def spread(scatter_index: torch.Tensor) -> torch.Tensor:
         if rank.numel() == 0:
-            return torch.full_like(place, total)
-        row, column = place // width, place % width
+            return torch.full_like(scatter_index, total)
+        row, column = scatter_index // width, scatter_index % width
         flat = first[column] + column + rank[row] * stride[steps_of_column][column]
         return torch.where(layout.mask, flat, total)
 
-    place, reversed_place = spread(layout.place), spread(layout.reversed_place)
+    scatter_index, reversed_scatter_index = spread(layout.scatter_index), spread(layout.reversed_scatter_index)
     return RowBlocks(
-        index=_invert(place, layout.mask, 1, total)[0],
-        reversed_index=_invert(reversed_place, layout.mask, 1, total)[0],
-        place=place,
-        reversed_place=reversed_place,
+        gather_index=_invert(scatter_index, layout.mask, 1, total)[0],
+        reversed_gather_index=_invert(reversed_scatter_index, layout.mask, 1, total)[0],
+        scatter_index=scatter_index,
+        reversed_scatter_index=reversed_scatter_index,
         sizes=tuple(sizes),
         batch_sizes=torch.tensor([rows for rows, _ in sizes]) if packed else None,
         order=lengths.indices,
@@ -254,19 +262,19 @@ def _cut(bounds: list[int], lengths: torch.Tensor) -> tuple[list[tuple[int, int]
     return sizes, torch.tensor(offsets or [0], device=device), stride, total
 
 
-def gather_blocks(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def gather_blocks(tensor: torch.Tensor, gather_index: torch.Tensor) -> torch.Tensor:
     """Collect `(batch, length, width)` into the tokens `(total, width)` of the blocks."""
-    return tensor.reshape(-1, tensor.shape[-1])[index]
+    return tensor.reshape(-1, tensor.shape[-1])[gather_index]
 
 
-def scatter_blocks(tokens: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+def scatter_blocks(tokens: torch.Tensor, scatter_index: torch.Tensor) -> torch.Tensor:
     """Undo `gather_blocks`.
 
     Args:
         tokens: `(total + 1, width)`, the last row zero.
-        place: `(batch, length)`.
+        scatter_index: `(batch, length)`.
 
     Returns:
         `(batch, length, width)`; masked positions are zero.
     """
-    return tokens[place]
+    return tokens[scatter_index]

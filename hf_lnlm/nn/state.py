@@ -13,29 +13,31 @@ process, each finding its own class.
 """
 
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 States = dict[str, torch.Tensor]
+StateCache = Any
+"""A `Cache` with layers of ours, or None; transformers' annotation closes the list of layers with its own."""
 
 RECURRENT_LAYER_TYPE = "lnlm_recurrent_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
-class RecurrentStateLayer(CacheLayerMixin):
-    """One layer's recurrent state: named tensors, batch first, and how many positions made them.
+class StateLayer(CacheLayerMixin):
+    """What the package's cache layers share: who wrote them, how many positions they saw, and whole rows.
 
-    An empty layer means the model's *initial* state, which need not be zero. States are written whole, with the name of
-    what wrote them (`kind`), and are refused when read by anything else.
+    A subclass holds its tensors where `tensors` and `keep` say, batch first.
 
     Attributes:
-        states: name → tensor of shape `(batch, ...)`; empty before the first write and after `reset`.
-        kind: what wrote the states, such as "lstm"; None while empty.
-        seen_tokens: number of positions (masked ones included) that the state has passed.
+        kind: what wrote the layer, such as "lstm"; None while empty.
+        seen_tokens: number of positions (masked ones included) that have passed.
     """
 
+    lnlm_layer_type: ClassVar[str]
     is_compileable = False
     is_sliding = False
     is_croppable = False
@@ -43,79 +45,53 @@ class RecurrentStateLayer(CacheLayerMixin):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
-        self.states: States = {}
+        self.reset()
+
+    def tensors(self) -> States:
+        """Return what the layer holds, name → tensor `(batch, ...)`; empty while it is."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it holds")
+
+    def keep(self, tensors: States) -> None:
+        """Hold `tensors` in place of the present ones, with the same names."""
+        raise NotImplementedError(f"{type(self).__name__} must say where it holds tensors")
+
+    def reset(self) -> None:
+        """Forget everything."""
         self.kind: str | None = None
         self.seen_tokens = 0
+        self.is_initialized = False
+        self._home: torch.device | None = None
 
-    def read(self, kind: str, batch_size: int, shapes: dict[str, tuple[int, ...]]) -> States | None:
-        """Return the state, or None when the sequence has only begun and the initial state applies.
-
-        Args:
-            kind: what is about to read, such as "lstm".
-            batch_size: rows of the input.
-            shapes: name → shape of one row's state, without the batch dimension.
-
-        Returns:
-            name → tensor `(batch_size, *shape)`, or None.
+    def check_kind(self, kind: str) -> None:
+        """Refuse a layer that something else wrote.
 
         Raises:
-            ValueError: the state was written by another kind of layer, for another batch size or another config.
+            ValueError: naming both.
         """
-        if not self.states:
-            return None
-        if self.kind != kind:
+        if self.kind not in (None, kind):
             raise ValueError(f"past_key_values holds the state of a {self.kind!r} layer, this is a {kind!r} layer")
-        if set(self.states) != set(shapes):
-            raise ValueError(f"past_key_values holds states {sorted(self.states)}, expected {sorted(shapes)}")
-        for name, shape in shapes.items():
-            found = tuple(self.states[name].shape)
-            if found[0] != batch_size:
-                raise ValueError(f"past_key_values holds the state of {found[0]} rows, the input has {batch_size}")
-            if found[1:] != tuple(shape):
-                raise ValueError(f"past_key_values: state {name!r} has shape {found[1:]} a row, expected {shape}")
-        return self.states
-
-    def write(self, kind: str, states: States, num_tokens: int) -> None:
-        """Replace the state.
-
-        Args:
-            kind: what writes, such as "lstm".
-            states: name → tensor `(batch, ...)`. Kept as they are, with their graph if they have one.
-            num_tokens: positions this step consumed.
-        """
-        self.kind = kind
-        self.states = dict(states)
-        self.seen_tokens += num_tokens
-        self.is_initialized = True
 
     def update(self, key_states: Any = None, value_states: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Do nothing: `write` is how this layer is filled. Present because `DynamicCache` may call it with None."""
+        """Do nothing: a model fills this layer by other methods. Present because `DynamicCache` may call it with None."""
         return key_states, value_states
 
     def lazy_initialization(self, key_states: Any = None, value_states: Any = None) -> None:
-        """Do nothing: an empty layer already stands for the initial state."""
+        """Do nothing: an empty layer needs no tensors."""
 
     def get_seq_length(self) -> int:
         """Return the number of positions seen."""
         return self.seen_tokens
 
     def get_max_length(self) -> int:
-        """Return -1: a recurrent state has no longest sequence."""
+        """Return -1: the sequence has no longest length."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (length of the mask that covers past and present, its offset)."""
         return self.seen_tokens + query_length, 0
 
-    def _map(self, function: Any) -> None:
-        self.states = {name: function(tensor) for name, tensor in self.states.items()}
-
-    def reset(self) -> None:
-        """Forget everything: the next read gives the initial state."""
-        self.states = {}
-        self.kind = None
-        self.seen_tokens = 0
-        self.is_initialized = False
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.keep({name: function(tensor) for name, tensor in self.tensors().items()})
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Give row i the state of row `beam_idx[i]`; `beam_idx` is `(batch,)`."""
@@ -134,30 +110,105 @@ class RecurrentStateLayer(CacheLayerMixin):
         self._map(lambda tensor: tensor.detach())
 
     def crop(self, max_length: int) -> None:
-        """Refuse to shorten: a recurrent state cannot be rolled back.
+        """Refuse to shorten: what was folded in or dropped cannot come back.
 
         Raises:
             ValueError: unless there is nothing to remove.
         """
         if max_length not in (0, self.seen_tokens):
-            raise ValueError(f"a recurrent state cannot be cropped to {max_length} of {self.seen_tokens} tokens")
+            raise ValueError(f"a {self.kind} state cannot be cropped to {max_length} of {self.seen_tokens} tokens")
 
     def offload(self) -> None:
         """Move the state to the CPU, remembering where it was."""
-        if self.states:
-            self.device = next(iter(self.states.values())).device
+        self._home = self.device
         self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Move the state back to where it was before `offload`."""
-        device = getattr(self, "device", None)
-        if device is not None:
-            self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        home, self._home = self._home, None
+        if home is not None:
+            self._map(lambda tensor: tensor.to(home, non_blocking=True))
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the state is computed with, wherever it is kept meanwhile; None while it is empty."""
+        return self._home or next((tensor.device for tensor in self.tensors().values()), None)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Type of the state's first floating-point tensor, or None while it is empty."""
+        return next((tensor.dtype for tensor in self.tensors().values() if tensor.is_floating_point()), None)
 
     @property
     def batch_size(self) -> int | None:
         """Rows of the state, or None while it is empty."""
-        return next(iter(self.states.values())).shape[0] if self.states else None
+        return next((tensor.shape[0] for tensor in self.tensors().values()), None)
+
+
+class RecurrentStateLayer(StateLayer):
+    """One layer's recurrent state: named tensors, batch first, and how many positions made them.
+
+    An empty layer means the model's *initial* state, which need not be zero. States are written whole, with the name of
+    what wrote them (`kind`), and are refused when read by anything else.
+
+    Attributes:
+        states: name → tensor of shape `(batch, ...)`; empty before the first write and after `reset`.
+    """
+
+    lnlm_layer_type = RECURRENT_LAYER_TYPE
+
+    def reset(self) -> None:
+        """Forget everything: the next read gives the initial state."""
+        super().reset()
+        self.states: States = {}
+
+    def tensors(self) -> States:
+        """Return the states."""
+        return self.states
+
+    def keep(self, tensors: States) -> None:
+        """Hold `tensors` in place of the present states."""
+        self.states = tensors
+
+    def read(self, kind: str, batch_size: int, shapes: Mapping[str, tuple[int, ...]]) -> States | None:
+        """Return the state, or None when the sequence has only begun and the initial state applies.
+
+        Args:
+            kind: what is about to read, such as "lstm".
+            batch_size: rows of the input.
+            shapes: name → shape of one row's state, without the batch dimension.
+
+        Returns:
+            name → tensor `(batch_size, *shape)`, or None.
+
+        Raises:
+            ValueError: the state was written by another kind of layer, for another batch size or another config.
+        """
+        if not self.states:
+            return None
+        self.check_kind(kind)
+        if set(self.states) != set(shapes):
+            raise ValueError(f"past_key_values holds states {sorted(self.states)}, expected {sorted(shapes)}")
+        for name, shape in shapes.items():
+            found = tuple(self.states[name].shape)
+            if found[0] != batch_size:
+                raise ValueError(f"past_key_values holds the state of {found[0]} rows, the input has {batch_size}")
+            if found[1:] != tuple(shape):
+                raise ValueError(f"past_key_values: state {name!r} has shape {found[1:]} a row, expected {shape}")
+        return {name: self.states[name] for name in shapes}  # a file keeps names in an order of its own
+
+    def write(self, kind: str, states: States, num_tokens: int) -> None:
+        """Replace the state.
+
+        Args:
+            kind: what writes, such as "lstm".
+            states: name → tensor `(batch, ...)`. Kept as they are, with their graph if they have one.
+            num_tokens: positions this step consumed.
+        """
+        self.kind = kind
+        self.states = dict(states)
+        self.seen_tokens += num_tokens
+        self.is_initialized = True
 
 
 DYNAMIC_LAYER_TYPE_MAPPING.setdefault(RECURRENT_LAYER_TYPE, RecurrentStateLayer)

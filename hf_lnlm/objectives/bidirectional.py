@@ -2,8 +2,8 @@
 
 [1] Peters et al. 2018, "Deep contextualized word representations" (ELMo), §3.1 (biLM), §3.4 (perplexity of both).
 
-The models and the loss are in `bidirectional_model`. Rows are those of causal language modelling: they overlap in one
-token, so that the forward direction predicts every token of the text once (and the backward one too).
+The models and the loss are in `models.composed.modeling_bidirectional`. Rows are those of causal language modelling:
+they overlap in one token, so that the forward direction predicts every token of the text once (and the backward one too).
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.nn import functional
 
-from .base import IGNORED, Direction, Objective
+from .base import IGNORED, Collator, Direction, Objective, token_sums
 from .causal import CausalCollator
 
 
@@ -32,6 +31,7 @@ class BidirectionalObjective(Objective):
     composed_type: ClassVar[str] = "lnlm_bidirectional"
     logs_metrics: ClassVar[bool] = True
     shifted: ClassVar[bool] = True
+    batches: ClassVar[type[Collator]] = CausalCollator
 
     def build(self, config: Any) -> Any:
         """Both models with fresh weights.
@@ -39,21 +39,17 @@ class BidirectionalObjective(Objective):
         Args:
             config: That of each of them.
         """
-        from .bidirectional_model import BidirectionalForPreTraining, compose
+        from ..models.composed.modeling_bidirectional import BidirectionalForPreTraining, compose
 
         return BidirectionalForPreTraining(config) if config.model_type == self.composed_type else compose(config)
 
-    def takes_lanes(self, model: Any) -> bool:
+    def takes_streams(self, model: Any) -> bool:
         """Never: the backward direction has no state to carry on."""
         return False
 
     def packing(self, tokenizer: Any, length: int) -> dict[str, Any]:
         """Rows of `length` tokens that repeat one token."""
         return {"length": length, "overlap": 1}
-
-    def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> CausalCollator:
-        """Makes batches; nothing is random, so the seed has no effect."""
-        return CausalCollator(tokenizer, bookkeeping)
 
     def logits(self, outputs: Any) -> Any:
         """All outputs: both directions are measured."""
@@ -67,14 +63,12 @@ class BidirectionalObjective(Objective):
             batch: The collator's batch.
         """
         labels = batch["labels"]
-        found = super().sums(logits["logits"], {**batch, "labels": labels})
+        found = super().sums(logits["logits"], batch)
         back, before = logits["backward_logits"][:, 1:], labels[:, :-1]
         # what is before a row's first real token isn't predicted, and padding isn't either
         counted = (before != IGNORED) & (labels[:, 1:] != IGNORED)
-        nll = functional.cross_entropy(back[counted].float(), before[counted], reduction="none").double().sum()
-        correct = (back[counted].argmax(-1) == before[counted]).sum().double()
-        behind = {"backward_nll": nll, "backward_tokens": counted.sum().double(), "backward_correct": correct}
-        return {**found, **behind}
+        behind = token_sums(back[counted], before[counted])
+        return {**found, **{f"backward_{name}": value for name, value in behind.items()}}
 
     def summary(self, sums: Mapping[str, Any]) -> dict[str, float]:
         """Metrics of added-up sums: of each direction as in causal modelling, `loss` the mean of both."""

@@ -14,20 +14,30 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
-from .base import (
-    IGNORED,
-    Batch,
-    Direction,
-    Objective,
-    Row,
-    bookkeeping_columns,
-    pad_id,
-    pad_rows,
-    present,
-    require_labels,
-)
+from .base import IGNORED, Collator, Direction, Objective, Row, pad_rows, require_labels
+
+
+class CausalCollator(Collator):
+    """Rows → `input_ids`, `labels` `(batch, tokens)`, and what the rows ask for; nothing is random.
+
+    Rows with `next_id` (streams: the token behind the window, −100 if there is none) also give `shift_labels`
+    `(batch, tokens)`, labels already moved to the position that predicts them, which take precedence over `labels`.
+    """
+
+    def arrays(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        """Ids and labels; rows that all have one token are refused."""
+        ids, mask, extra = self.padded(rows)
+        labels = ids if mask is None else np.where(mask, ids, IGNORED)
+        if "position_ids" in rows[0]:
+            extra["position_ids"] = pad_rows([row["position_ids"] for row in rows], 0)
+            labels = np.where(extra["position_ids"] == 0, IGNORED, labels)
+        if "next_id" in rows[0]:
+            last = np.array([[row["next_id"]] for row in rows], np.int64)
+            extra["shift_labels"] = np.concatenate([labels[:, 1:], last], axis=1)
+        predicted = extra.get("shift_labels", labels[:, 1:])
+        require_labels(predicted, ids.size, "rows of one token predict nothing; use longer rows")
+        return {"input_ids": ids, "labels": labels, **extra}
 
 
 @dataclass(frozen=True)
@@ -45,54 +55,10 @@ class CausalObjective(Objective):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     direction: ClassVar[Direction] = "forward"
     shifted: ClassVar[bool] = True
+    batches: ClassVar[type[Collator]] = CausalCollator
 
     boundaries: bool = False
 
     def packing(self, tokenizer: Any, length: int) -> dict[str, Any]:
         """Rows of `length` tokens that repeat one token, so that every token of the text is predicted once."""
         return {"length": length, "overlap": 1, "boundaries": self.boundaries}
-
-    def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> CausalCollator:
-        """Makes batches; nothing is random, so the seed has no effect."""
-        return CausalCollator(tokenizer, bookkeeping)
-
-
-@dataclass(frozen=True)
-class CausalCollator:
-    """Rows → `input_ids`, `labels` `[batch, tokens]`, and what the rows ask for.
-
-    Rows with `next_id` (lanes: the token behind the window, −100 if there is none) also give `shift_labels`
-    `[batch, tokens]`, labels already moved to the position that predicts them, which take precedence over `labels`.
-
-    Args:
-        tokenizer: Gives the pad token.
-        bookkeeping: Adds `num_bytes` and `reset` `[batch]`, as far as rows have them.
-    """
-
-    tokenizer: Any
-    bookkeeping: bool = False
-
-    def __call__(self, rows: Sequence[Row]) -> Batch:
-        """Makes a batch.
-
-        Raises:
-            ValueError: No label counts, as when every row has one token.
-        """
-        mask = present(rows)
-        ids = pad_rows([row["input_ids"] for row in rows], pad_id(self.tokenizer, mask is not None))
-        labels = ids if mask is None else np.where(mask, ids, IGNORED)
-        arrays = {"input_ids": ids}
-        if "position_ids" in rows[0]:
-            arrays["position_ids"] = pad_rows([row["position_ids"] for row in rows], 0)
-            starts = arrays["position_ids"] == 0
-            labels = np.where(starts, IGNORED, labels)
-        arrays["labels"] = labels
-        if "next_id" in rows[0]:
-            last = np.array([[row["next_id"]] for row in rows], np.int64)
-            arrays["shift_labels"] = np.concatenate([labels[:, 1:], last], axis=1)
-        if mask is not None:
-            arrays["attention_mask"] = mask.astype(np.int64)
-        predicted = arrays.get("shift_labels", labels[:, 1:])
-        require_labels(predicted, ids.size, "rows of one token predict nothing; use longer rows")
-        batch = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-        return {**batch, **bookkeeping_columns(rows, self.bookkeeping)}

@@ -6,8 +6,11 @@ from typing import Any, Literal
 
 Direction = Literal["forward", "both", "encoder-decoder"]
 
-STOCK = ("gpt2", "bert", "roberta", "albert", "electra", "xlnet", "t5")
-"""The stock families that this package's recipes and tests cover; named in messages beside our own."""
+STOCK = {
+    "gpt2": "GPT-2", "bert": "BERT", "roberta": "RoBERTa", "albert": "ALBERT", "electra": "ELECTRA", "xlnet": "XLNet",
+    "t5": "T5",
+}  # fmt: skip
+"""The stock families that this package's recipes and tests cover, model type → name; every other model type works too."""
 
 
 def has_head(config: Any, auto_class: str) -> bool:

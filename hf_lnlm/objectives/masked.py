@@ -25,21 +25,66 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 
-from .base import (
-    IGNORED,
-    Batch,
-    Direction,
-    Objective,
-    Row,
-    bookkeeping_columns,
-    pad_id,
-    pad_rows,
-    present,
-    require_labels,
-)
-from .randomness import generator
+from .base import IGNORED, Collator, Direction, Objective, Row, require_labels
+
+
+@dataclass
+class MaskedCollator(Collator):
+    """Rows → `input_ids` with masks, `labels` `(batch, tokens)` (−100 where nothing is predicted)."""
+
+    def __post_init__(self) -> None:
+        known = list(self.tokenizer.get_vocab().values())
+        self.special = np.zeros(max(known) + 1, bool)
+        self.special[special_ids(self.tokenizer)] = True
+        self.words = np.setdiff1d(known, np.flatnonzero(self.special))
+
+    def arrays(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        """Ids with masks, and labels; refused are ids beyond the vocabulary, and whole words without `word_ids`."""
+        ids, mask, extra = self.padded(rows)
+        self._check_ids(ids)
+        free = ~self.special[ids] if mask is None else ~self.special[ids] & mask
+        inputs, chosen = ids.copy(), np.zeros(ids.shape, bool)
+        for index, row in enumerate(rows):
+            own = slice(len(row["input_ids"]))
+            chosen[index, own], inputs[index, own] = self._mask_row(row, ids[index, own], free[index, own])
+        labels = np.where(chosen, ids, IGNORED)
+        require_labels(labels, ids.size, "every token is a special token or padding")
+        return {"input_ids": inputs, "labels": labels, **extra}
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        if ids.min() < 0 or ids.max() >= len(self.special):
+            worst = int(ids.min()) if ids.min() < 0 else int(ids.max())
+            raise ValueError(f"token ids must lie in 0 … {len(self.special) - 1} (the tokenizer's), got {worst}")
+
+    def _mask_row(self, row: Row, ids: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(chosen bool `(tokens,)`, input ids `(tokens,)`) of one row without its padding."""
+        options = self.objective
+        random = self.random(row, "masked", None if options.dynamic else options.copies)
+        rank, action, draws = random.random(len(ids)), random.random(len(ids)), random.random(2)
+        words = self.words[random.integers(len(self.words), size=len(ids))]
+        groups = self._groups(row, len(ids))
+        if options.spans == "none":
+            chosen = choose(groups, free, rank, options.rate, draws)
+        else:
+            odds = options.span_lengths()
+            lengths = 1 + random.choice(len(odds), p=odds, size=len(ids))
+            chosen, groups = choose_spans(groups, free, rank, lengths, int(options.rate * free.sum() + draws[0]))
+        action = action[groups]
+        masked = chosen & (action < options.mask_share)
+        replaced = chosen & ~masked & (action < options.mask_share + options.random_share)
+        return chosen, np.where(masked, self.tokenizer.mask_token_id, np.where(replaced, words, ids))
+
+    def _groups(self, row: Row, length: int) -> np.ndarray:
+        """What is chosen together: for each token the first index of its word, or its own index, `(tokens,)`."""
+        own = np.arange(length)
+        if not self.objective.by_words:
+            return own
+        if "word_ids" not in row:
+            raise ValueError(
+                f"whole words and spans need rows with word_ids (words=True when packing), got {sorted(row)}"
+            )
+        return word_groups(np.asarray(row["word_ids"]))
 
 
 @dataclass(frozen=True)
@@ -63,6 +108,7 @@ class MaskedObjective(Objective):
     paper: ClassVar[str] = "Devlin et al. 2019; Liu et al. 2019"
     auto_class: ClassVar[str] = "AutoModelForMaskedLM"
     direction: ClassVar[Direction] = "both"
+    batches: ClassVar[type[Collator]] = MaskedCollator
 
     rate: float = 0.15
     whole_word: bool = False
@@ -90,14 +136,14 @@ class MaskedObjective(Objective):
             raise ValueError(f"span_p must lie between 0 and 1 (exclusive), got {self.span_p}")
 
     def span_lengths(self) -> np.ndarray:
-        """Probability of a span of 1, 2, … words, `[longest]`."""
+        """Probability of a span of 1, 2, … words, `(longest,)`."""
         longest = self.max_span or (3 if self.spans == "ngram" else 10)
         words = np.arange(1, longest + 1)
         weights = 1 / words if self.spans == "ngram" else (1 - self.span_p) ** (words - 1)
         return weights / weights.sum()
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Refuses a tokenizer without a mask token."""
+        """Refuse a tokenizer without a mask token."""
         require_mask_token(self.name, tokenizer)
 
     def packing(self, tokenizer: Any, length: int) -> dict[str, Any]:
@@ -109,94 +155,9 @@ class MaskedObjective(Objective):
         """Whether whole words are chosen."""
         return self.whole_word or self.spans != "none"
 
-    def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> MaskedCollator:
-        """Makes batches with masks keyed by (seed, epoch, example_id)."""
-        self.check_tokenizer(tokenizer)
-        return MaskedCollator(self, tokenizer, seed, bookkeeping)
-
-
-class MaskedCollator:
-    """Rows → `input_ids` with masks, `labels` `[batch, tokens]` (−100 where nothing is predicted).
-
-    Args:
-        objective: Rate and shares.
-        tokenizer: Gives mask, pad and special tokens, and the vocabulary that random words come from.
-        seed: The run's seed.
-        bookkeeping: Adds `num_bytes` and `reset` `[batch]`, as far as rows have them.
-    """
-
-    def __init__(self, objective: MaskedObjective, tokenizer: Any, seed: int = 0, bookkeeping: bool = False) -> None:
-        self.objective = objective
-        self.tokenizer = tokenizer
-        self.seed = seed
-        self.bookkeeping = bookkeeping
-        self.mask_id = tokenizer.mask_token_id
-        size = max(tokenizer.get_vocab().values()) + 1
-        self.special = np.zeros(size, bool)
-        self.special[special_ids(tokenizer)] = True
-        known = np.zeros(size, bool)
-        known[list(tokenizer.get_vocab().values())] = True
-        self.words = np.flatnonzero(known & ~self.special)
-
-    def __call__(self, rows: Sequence[Row]) -> Batch:
-        """Makes a batch.
-
-        Raises:
-            ValueError: No token can be predicted, a token id beyond the vocabulary, or whole words without `word_ids`.
-        """
-        mask = present(rows)
-        ids = pad_rows([row["input_ids"] for row in rows], pad_id(self.tokenizer, mask is not None))
-        self._check_ids(ids)
-        free = ~self.special[ids] if mask is None else ~self.special[ids] & mask
-        inputs, chosen = ids.copy(), np.zeros(ids.shape, bool)
-        for index, row in enumerate(rows):
-            own = slice(len(row["input_ids"]))
-            chosen[index, own], inputs[index, own] = self._mask_row(row, ids[index, own], free[index, own])
-        labels = np.where(chosen, ids, IGNORED)
-        require_labels(labels, ids.size, "every token is a special token or padding")
-        batch = {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
-        if mask is not None:
-            batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
-        return {**batch, **bookkeeping_columns(rows, self.bookkeeping)}
-
-    def _check_ids(self, ids: np.ndarray) -> None:
-        if ids.min() < 0 or ids.max() >= len(self.special):
-            worst = int(ids.min()) if ids.min() < 0 else int(ids.max())
-            raise ValueError(f"token ids must lie in 0 … {len(self.special) - 1} (the tokenizer's), got {worst}")
-
-    def _mask_row(self, row: Row, ids: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(chosen bool `[tokens]`, input ids `[tokens]`) of one row without its padding."""
-        options, epoch = self.objective, int(row.get("epoch", 0))
-        epoch = epoch if options.dynamic else epoch % options.copies
-        random = generator(self.seed, epoch, int(row["example_id"]), "masked")
-        rank, action, draws = random.random(len(ids)), random.random(len(ids)), random.random(2)
-        words = self.words[random.integers(len(self.words), size=len(ids))]
-        groups = self._groups(row, len(ids))
-        if options.spans == "none":
-            chosen = choose(groups, free, rank, options.rate, draws)
-        else:
-            odds = options.span_lengths()
-            lengths = 1 + random.choice(len(odds), p=odds, size=len(ids))
-            chosen, groups = choose_spans(groups, free, rank, lengths, int(options.rate * free.sum() + draws[0]))
-        action = action[groups]
-        masked = chosen & (action < options.mask_share)
-        replaced = chosen & ~masked & (action < options.mask_share + options.random_share)
-        return chosen, np.where(masked, self.mask_id, np.where(replaced, words, ids))
-
-    def _groups(self, row: Row, length: int) -> np.ndarray:
-        """What is chosen together: for each token the first index of its word, or its own index, `[tokens]`."""
-        own = np.arange(length)
-        if not self.objective.by_words:
-            return own
-        if "word_ids" not in row:
-            raise ValueError(
-                f"whole words and spans need rows with word_ids (words=True when packing), got {sorted(row)}"
-            )
-        return word_groups(np.asarray(row["word_ids"]))
-
 
 def require_mask_token(name: str, tokenizer: Any) -> None:
-    """Refuses a tokenizer without a mask token.
+    """Refuse a tokenizer without a mask token.
 
     Raises:
         ValueError: Names the objective.
@@ -218,7 +179,7 @@ def special_ids(tokenizer: Any) -> list[int]:
 
 
 def word_groups(word_ids: np.ndarray) -> np.ndarray:
-    """First index of each token's word `[tokens]`; a word is a run of one number, −1 stands for itself."""
+    """First index of each token's word `(tokens,)`; a word is a run of one number, −1 stands for itself."""
     own = np.arange(len(word_ids))
     begins = np.ones(len(word_ids), bool)
     begins[1:] = (word_ids[1:] != word_ids[:-1]) | (word_ids[1:] < 0)
@@ -226,20 +187,20 @@ def word_groups(word_ids: np.ndarray) -> np.ndarray:
 
 
 def choose(groups: np.ndarray, free: np.ndarray, rank: np.ndarray, rate: float, draws: np.ndarray) -> np.ndarray:
-    """Chooses groups in random order until `rate` of the free tokens is reached.
+    """Choose groups in random order until `rate` of the free tokens is reached.
 
     The group that crosses the budget is taken with the probability that makes the expected number of chosen tokens
     equal the budget. Where that leaves nothing, the smallest group is taken.
 
     Args:
-        groups: First index of each token's group, `[tokens]`.
-        free: Tokens that may be chosen, bool `[tokens]`; a group with a token that may not be is left out.
-        rank: Random order, `[tokens]`; a group's rank is that of its first token.
+        groups: First index of each token's group, `(tokens,)`.
+        free: Tokens that may be chosen, bool `(tokens,)`; a group with a token that may not be is left out.
+        rank: Random order, `(tokens,)`; a group's rank is that of its first token.
         rate: Share of the free tokens.
         draws: Two uniform numbers: for rounding the budget and for the crossing group.
 
     Returns:
-        Chosen tokens, bool `[tokens]`.
+        Chosen tokens, bool `(tokens,)`.
     """
     sizes = np.bincount(groups, minlength=len(groups))
     usable = (sizes > 0) & (np.bincount(groups, weights=free, minlength=len(groups)) == sizes)
@@ -261,17 +222,17 @@ def choose(groups: np.ndarray, free: np.ndarray, rank: np.ndarray, rate: float, 
 def choose_spans(
     groups: np.ndarray, free: np.ndarray, rank: np.ndarray, lengths: np.ndarray, budget: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses spans of words, from random words on, until the budget is spent.
+    """Choose spans of words, from random words on, until the budget is spent.
 
     Args:
-        groups: First index of each token's word, `[tokens]`.
-        free: Tokens that may be chosen, bool `[tokens]`; a word with one that may not be ends a span.
-        rank: Random order, `[tokens]`; a word's rank is that of its first token.
-        lengths: Words of a span that begins at each token, `[tokens]`.
+        groups: First index of each token's word, `(tokens,)`.
+        free: Tokens that may be chosen, bool `(tokens,)`; a word with one that may not be ends a span.
+        rank: Random order, `(tokens,)`; a word's rank is that of its first token.
+        lengths: Words of a span that begins at each token, `(tokens,)`.
         budget: Tokens to choose, at most; if no word is as small as that, the smallest word is chosen.
 
     Returns:
-        Chosen tokens, bool `[tokens]`, and the first index of each token's span, or of its word, `[tokens]`.
+        Chosen tokens, bool `(tokens,)`, and the first index of each token's span, or of its word, `(tokens,)`.
     """
     sizes = np.bincount(groups, minlength=len(groups))
     usable = (sizes > 0) & (np.bincount(groups, weights=free, minlength=len(groups)) == sizes)

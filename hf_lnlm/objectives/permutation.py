@@ -11,7 +11,7 @@ Loss: −Σ log p(x_z(t) | x_z(<t)) over targets.
 Where this differs from transformers' DataCollatorForPermutationLanguageModeling, each tested by hand:
 * inputs keep the true words; there targets are replaced by the mask token, so that a target sees of earlier ones that
   they were predicted, but not what they are (masked language modelling of the targets, not an autoregression);
-* `target_mapping` has a row for each target only, `[targets, length]`; there it is the identity, so that all positions
+* `target_mapping` has a row for each target only, `(targets, length)`; there it is the identity, so that all positions
   go through the query stream and the softmax;
 * padding is masked by `attention_mask`; there pads are attended;
 * a row's number of targets is exactly `rate` of its tokens; there it varies, and short rows get too many;
@@ -22,7 +22,7 @@ Where this differs from transformers' DataCollatorForPermutationLanguageModeling
   of which may see what isn't predicted in the second;
 * special tokens keep a place in the order; there all see them.
 
-Memory: with `memory=True` rows are contiguous lanes, and the content stream of a row is what the next row attends to
+Memory: with `memory=True` rows are contiguous streams, and the content stream of a row is what the next row attends to
 besides itself; nothing of it is a target's own word. Deviations from the authors' code: no second segment, no half of the
 batch read backwards (`bi_data`), and an n-gram counts words rightly (theirs tests the first piece again and again).
 """
@@ -31,15 +31,66 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
-from .base import IGNORED, Batch, Direction, Objective, Row, bookkeeping_columns, pad_id, pad_rows, present
+from .base import IGNORED, Collator, Direction, Objective, Row
 from .families import accepts
 from .masked import special_ids, word_groups
-from .randomness import generator
+
+
+class PermutationCollator(Collator):
+    """Rows → `input_ids` `(batch, tokens)`, `perm_mask` `(batch, tokens, tokens)`, `target_mapping`
+    `(batch, targets, tokens)`, `labels` `(batch, targets)`, and `attention_mask` if rows are padded.
+    """
+
+    @cached_property
+    def special(self) -> np.ndarray:
+        """Ids of the special tokens, `(tokens,)`."""
+        return np.array(special_ids(self.tokenizer), np.int64)
+
+    def arrays(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        """Ids, targets and who sees whom; refused are rows without a token to predict, or without a `word_ids` needed."""
+        ids, mask, extra = self.padded(rows)
+        real = np.ones(ids.shape, bool) if mask is None else mask
+        drawn = [self._row(row, ids[index], real[index]) for index, row in enumerate(rows)]
+        most = max(int(targets.sum()) for targets, _ in drawn)
+        labels = np.full((len(rows), most), IGNORED, np.int64)
+        mapping = np.zeros((len(rows), most, ids.shape[1]), np.float32)
+        for index, (targets, _) in enumerate(drawn):
+            places = np.flatnonzero(targets)
+            labels[index, : len(places)] = ids[index, places]
+            mapping[index, np.arange(len(places)), places] = 1
+        hidden = np.stack([hidden for _, hidden in drawn]).astype(np.float32)
+        return {"input_ids": ids, "labels": labels, "target_mapping": mapping, "perm_mask": hidden, **extra}
+
+    def _row(self, row: Row, ids: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(targets bool `(tokens,)`, who sees whom not, bool `(tokens, tokens)`) of one padded row."""
+        functional = np.isin(ids, self.special) & real
+        free = real & ~functional
+        if not free.any():
+            raise ValueError(f"row {row['example_id']} has nothing to predict: every token is special or padding")
+        random = self.random(row, "permutation")
+        goal = max(1, round(self.objective.rate * int(free.sum())))
+        targets = choose_targets(free, self._starts(row, len(ids)), goal, self.objective, random)
+        size = self.objective.perm_size or len(ids)
+        blocks = np.arange(len(ids)) // size
+        order = np.argsort(np.argsort(blocks + random.random(len(ids))))
+        return targets, hidden_from(targets, functional, order, blocks)
+
+    def _starts(self, row: Row, length: int) -> np.ndarray:
+        """Which tokens begin a word, bool `(tokens,)`; all if words don't matter."""
+        starts = np.ones(length, bool)
+        if self.objective.by_words:
+            if "word_ids" not in row:
+                raise ValueError(
+                    f"whole_word=True needs rows with word_ids (words=True when packing), got {sorted(row)}"
+                )
+            words = np.asarray(row["word_ids"])
+            starts[: len(words)] = word_groups(words) == np.arange(len(words))
+        return starts
 
 
 @dataclass(frozen=True)
@@ -49,9 +100,9 @@ class PermutationObjective(Objective):
     Args:
         rate: Share of tokens predicted, 1/K; between 0 and 1.
         max_gram: Longest span in words.
-        whole_word: Spans are of whole words; rows need `word_ids`, which lanes don't have. None: yes, without a memory.
+        whole_word: Spans are of whole words; rows need `word_ids`, which streams don't have. None: yes, without a memory.
         perm_size: Tokens of a block that is permuted by itself; the whole row if None.
-        memory: Rows are contiguous lanes and the model's memory is carried from batch to batch.
+        memory: Rows are contiguous streams and the model's memory is carried from batch to batch.
     """
 
     name: ClassVar[str] = "permutation"
@@ -59,6 +110,7 @@ class PermutationObjective(Objective):
     paper: ClassVar[str] = "Yang et al. 2019"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     direction: ClassVar[Direction] = "both"
+    batches: ClassVar[type[Collator]] = PermutationCollator
 
     rate: float = 1 / 6
     max_gram: int = 5
@@ -74,7 +126,7 @@ class PermutationObjective(Objective):
         if self.perm_size is not None and self.perm_size < 2:
             raise ValueError(f"perm_size must be 2 or more, got {self.perm_size}")
         if self.memory and self.whole_word:
-            raise ValueError("whole_word must be false with memory=True, got true: lanes bring no word numbers")
+            raise ValueError("whole_word must be false with memory=True, got true: streams bring no word numbers")
 
     @property
     def by_words(self) -> bool:
@@ -92,7 +144,7 @@ class PermutationObjective(Objective):
         if self.memory and not getattr(config, "mem_len", None):
             raise ValueError(f"memory=True needs a model with mem_len of 1 or more, got {config.mem_len}")
 
-    def takes_lanes(self, model: Any) -> bool:
+    def takes_streams(self, model: Any) -> bool:
         """Whether a memory is carried."""
         return self.memory
 
@@ -101,96 +153,21 @@ class PermutationObjective(Objective):
         tail = tuple(i for i in (tokenizer.sep_token_id, tokenizer.cls_token_id) if i is not None)
         return {"length": length, "words": self.by_words, "tail": tail}
 
-    def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> PermutationCollator:
-        """Makes batches with orders and spans keyed by (seed, epoch, example_id)."""
-        return PermutationCollator(self, tokenizer, seed, bookkeeping)
-
-
-class PermutationCollator:
-    """Rows → `input_ids` `[batch, tokens]`, `perm_mask` `[batch, tokens, tokens]`, `target_mapping`
-    `[batch, targets, tokens]`, `labels` `[batch, targets]`, and `attention_mask` if rows are padded.
-
-    Args:
-        objective: Rate and spans.
-        tokenizer: Gives pad and special tokens.
-        seed: The run's seed.
-        bookkeeping: Adds `num_bytes` and `reset` `[batch]`, as far as rows have them.
-    """
-
-    def __init__(
-        self, objective: PermutationObjective, tokenizer: Any, seed: int = 0, bookkeeping: bool = False
-    ) -> None:
-        self.objective = objective
-        self.tokenizer = tokenizer
-        self.seed = seed
-        self.bookkeeping = bookkeeping
-        self.special = np.array(special_ids(tokenizer), np.int64)
-
-    def __call__(self, rows: Sequence[Row]) -> Batch:
-        """Makes a batch.
-
-        Raises:
-            ValueError: A row without a token that could be predicted, or without `word_ids` where they are needed.
-        """
-        mask = present(rows)
-        ids = pad_rows([row["input_ids"] for row in rows], pad_id(self.tokenizer, mask is not None))
-        real = np.ones(ids.shape, bool) if mask is None else mask
-        drawn = [self._row(row, ids[index], real[index]) for index, row in enumerate(rows)]
-        most = max(int(targets.sum()) for targets, _ in drawn)
-        labels = np.full((len(rows), most), IGNORED, np.int64)
-        mapping = np.zeros((len(rows), most, ids.shape[1]), np.float32)
-        for index, (targets, _) in enumerate(drawn):
-            places = np.flatnonzero(targets)
-            labels[index, : len(places)] = ids[index, places]
-            mapping[index, np.arange(len(places)), places] = 1
-        arrays = {"input_ids": ids, "labels": labels, "target_mapping": mapping}
-        arrays["perm_mask"] = np.stack([hidden for _, hidden in drawn]).astype(np.float32)
-        if mask is not None:
-            arrays["attention_mask"] = mask.astype(np.int64)
-        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return {**batch, **bookkeeping_columns(rows, self.bookkeeping)}
-
-    def _row(self, row: Row, ids: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(targets bool `[tokens]`, who sees whom not, bool `[tokens, tokens]`) of one padded row."""
-        functional = np.isin(ids, self.special) & real
-        free = real & ~functional
-        if not free.any():
-            raise ValueError(f"row {row['example_id']} has nothing to predict: every token is special or padding")
-        random = generator(self.seed, int(row.get("epoch", 0)), int(row["example_id"]), "permutation")
-        goal = max(1, round(self.objective.rate * int(free.sum())))
-        targets = choose_targets(free, self._starts(row, len(ids)), goal, self.objective, random)
-        size = self.objective.perm_size or len(ids)
-        blocks = np.arange(len(ids)) // size
-        order = np.argsort(np.argsort(blocks + random.random(len(ids))))
-        return targets, hidden_from(targets, functional, order, blocks)
-
-    def _starts(self, row: Row, length: int) -> np.ndarray:
-        """Which tokens begin a word, bool `[tokens]`; all if words don't matter."""
-        starts = np.ones(length, bool)
-        if self.objective.by_words:
-            if "word_ids" not in row:
-                raise ValueError(
-                    f"whole_word=True needs rows with word_ids (words=True when packing), got {sorted(row)}"
-                )
-            words = np.asarray(row["word_ids"])
-            starts[: len(words)] = word_groups(words) == np.arange(len(words))
-        return starts
-
 
 def choose_targets(
     free: np.ndarray, starts: np.ndarray, goal: int, options: PermutationObjective, random: np.random.Generator
 ) -> np.ndarray:
-    """Chooses spans of words with context around them, from left to right, then single tokens up to the goal.
+    """Choose spans of words with context around them, from left to right, then single tokens up to the goal.
 
     Args:
-        free: Tokens that may be predicted, bool `[tokens]`.
-        starts: Tokens that begin a word, bool `[tokens]`.
+        free: Tokens that may be predicted, bool `(tokens,)`.
+        starts: Tokens that begin a word, bool `(tokens,)`.
         goal: How many to choose.
         options: `rate` (a span of n words gets n / rate of context) and `max_gram`.
         random: Where the numbers come from.
 
     Returns:
-        bool `[tokens]`, exactly `goal` of them true, or all free ones if there are fewer.
+        bool `(tokens,)`, exactly `goal` of them true, or all free ones if there are fewer.
     """
     pieces = free.sum() / max(1, int((starts & free).sum()))  # tokens of a word: context is counted in tokens
     odds = 1 / np.arange(1, options.max_gram + 1)
@@ -217,13 +194,13 @@ def hidden_from(targets: np.ndarray, functional: np.ndarray, order: np.ndarray, 
     """Which tokens each token may not see.
 
     Args:
-        targets: Tokens that are predicted, bool `[tokens]`.
-        functional: Special tokens, bool `[tokens]`.
-        order: Place of each token in the order of factorisation, `[tokens]`.
-        blocks: Block of each token, `[tokens]`; earlier blocks are seen, later ones aren't.
+        targets: Tokens that are predicted, bool `(tokens,)`.
+        functional: Special tokens, bool `(tokens,)`.
+        order: Place of each token in the order of factorisation, `(tokens,)`.
+        blocks: Block of each token, `(tokens,)`; earlier blocks are seen, later ones aren't.
 
     Returns:
-        bool `[tokens, tokens]`: row i, column j true if i doesn't see j. A target doesn't see itself (the model's content
+        bool `(tokens, tokens)`: row i, column j true if i doesn't see j. A target doesn't see itself (the model's content
         stream does nevertheless); what isn't predicted is seen by all and sees no target.
     """
     ordered = targets | functional

@@ -6,8 +6,8 @@
 A share `rate` of a row's tokens is chosen, never a special one; 85 % of the chosen are masked and 15 % left as they are,
 and the generator predicts all of them. The discriminator reads the row with the generator's samples in the chosen
 places and says of every token but padding whether it was replaced. The models and the loss are in
-`replaced_token_model`; the batch brings masks, labels and the numbers that samples are drawn with, all a function of
-(seed, epoch, example_id).
+`models.composed.modeling_replaced_token`; the batch brings masks, labels and the numbers that samples are drawn with,
+all a function of (seed, epoch, example_id).
 
 Metrics, from sums over batches and processes: loss (nats) and accuracy of both, the share of tokens replaced, and the
 area under the discriminator's ROC curve, from histograms of its logits.
@@ -27,13 +27,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import IGNORED, Batch, Direction, Objective, Row
+from .base import IGNORED, Collator, Direction, Objective, Row
 from .families import direction_of, has_head
 from .masked import MaskedCollator, MaskedObjective, framed, require_mask_token
-from .randomness import generator
 
 BINS, SPAN = 4096, 16.0
 """Bins of the histograms of logits, and the largest logit told apart."""
+
+
+@dataclass
+class ReplacedTokenCollator(MaskedCollator):
+    """Rows → `input_ids` with masks, `labels` and `uniforms` `(batch, tokens)`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options = self.objective
+        self.objective = MaskedObjective(rate=options.rate, mask_share=options.mask_share, random_share=0.0)
+
+    def arrays(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        """Ids with masks, labels and the numbers that samples are drawn with; refused are rows of special tokens only."""
+        drawn = [self.random(row, "replaced_token").random(len(row["input_ids"]), np.float32) for row in rows]
+        longest = max(map(len, drawn))
+        noise = np.stack([np.pad(row, (0, longest - len(row))) for row in drawn])
+        return {**super().arrays(rows), "uniforms": noise}
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,7 @@ class ReplacedTokenObjective(Objective):
     auto_class: ClassVar[str] = "AutoModelForMaskedLM"
     direction: ClassVar[Direction] = "both"
     composed_type: ClassVar[str] = "lnlm_replaced_token"
+    batches: ClassVar[type[Collator]] = ReplacedTokenCollator
     language: ClassVar[bool] = False
     logs_metrics: ClassVar[bool] = True
 
@@ -85,7 +102,7 @@ class ReplacedTokenObjective(Objective):
             super().check(config, tokenizer)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Refuses a tokenizer without a mask token."""
+        """Refuse a tokenizer without a mask token."""
         require_mask_token(self.name, tokenizer)
 
     def packing(self, tokenizer: Any, length: int) -> dict[str, Any]:
@@ -101,7 +118,7 @@ class ReplacedTokenObjective(Objective):
         Raises:
             ValueError: The generator that this objective describes can't be had.
         """
-        from .replaced_token_model import ReplacedTokenForPreTraining, compose
+        from ..models.composed.modeling_replaced_token import ReplacedTokenForPreTraining, compose
 
         if config.model_type == self.composed_type:
             return ReplacedTokenForPreTraining(config)
@@ -110,7 +127,7 @@ class ReplacedTokenObjective(Objective):
             weight=self.weight,
         )  # fmt: skip
 
-    def going_on(self, config: Any, given: Collection[str]) -> dict[str, Any]:
+    def continuation_overrides(self, config: Any, given: Collection[str]) -> dict[str, Any]:
         """Temperature and weight may change when a run goes on; generator and sharing are what they are, see the base."""
         if config.model_type != self.composed_type:
             return {}
@@ -133,7 +150,7 @@ class ReplacedTokenObjective(Objective):
     @staticmethod
     def _as_saved(config: Any) -> dict[str, Any]:
         """A configuration's values as a file would give them back, without what says who wrote them."""
-        from .composed import plain_config
+        from ..models.composed.configuration_composed import plain_config
 
         values = json.loads(json.dumps(plain_config(config), default=str))
         return {name: value for name, value in values.items() if name not in ("transformers_version", "dtype")}
@@ -168,11 +185,6 @@ class ReplacedTokenObjective(Objective):
     def _kind(config: Any) -> str:
         return f"{config.model_type}, which reads {direction_of(config)}"
 
-    def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> ReplacedTokenCollator:
-        """Makes batches with masks and noise keyed by (seed, epoch, example_id)."""
-        self.check_tokenizer(tokenizer)
-        return ReplacedTokenCollator(self, tokenizer, seed, bookkeeping)
-
     def logits(self, outputs: Any) -> Any:
         """All outputs: both models are measured."""
         return outputs
@@ -185,13 +197,13 @@ class ReplacedTokenObjective(Objective):
             batch: The collator's batch.
 
         Returns:
-            Sums, float64: of both losses, counts of what was predicted and right, and histograms `[BINS]` of the logits
+            Sums, float64: of both losses, counts of what was predicted and right, and histograms `(BINS,)` of the logits
             of original and replaced tokens.
         """
-        from .replaced_token_model import tokens_that_count
+        from ..models.composed.modeling_replaced_token import tokens_that_count
 
         outputs = logits
-        found, replaced = outputs["logits"].detach().float(), outputs["replaced"]
+        found, replaced = outputs["logits"].detach().float(), outputs["replaced"].bool()
         seen = tokens_that_count(batch["labels"], batch.get("attention_mask"))
         found, replaced = found[seen], replaced[seen]
         labels = batch["labels"][batch["labels"] != IGNORED]
@@ -228,40 +240,6 @@ class ReplacedTokenObjective(Objective):
         return metrics if auc is None else {**metrics, "discriminator_auc": auc}
 
 
-class ReplacedTokenCollator:
-    """Rows → `input_ids` with masks, `labels` and `uniforms` `[batch, tokens]`.
-
-    Args:
-        objective: Rate and share.
-        tokenizer: Gives mask, pad and special tokens.
-        seed: The run's seed.
-        bookkeeping: Adds `num_bytes` and `reset` `[batch]`, as far as rows have them.
-    """
-
-    def __init__(
-        self, objective: ReplacedTokenObjective, tokenizer: Any, seed: int = 0, bookkeeping: bool = False
-    ) -> None:
-        masking = MaskedObjective(rate=objective.rate, mask_share=objective.mask_share, random_share=0.0)
-        self.masks = MaskedCollator(masking, tokenizer, seed, bookkeeping)
-        self.seed = seed
-        self.bookkeeping = bookkeeping
-
-    def __call__(self, rows: Sequence[Row]) -> Batch:
-        """Makes a batch.
-
-        Raises:
-            ValueError: Rows of special tokens only.
-        """
-        drawn = [self._uniforms(row) for row in rows]
-        longest = max(map(len, drawn))
-        noise = np.stack([np.pad(row, (0, longest - len(row))) for row in drawn])
-        return {**self.masks(rows), "uniforms": torch.from_numpy(noise)}
-
-    def _uniforms(self, row: Row) -> np.ndarray:
-        random = generator(self.seed, int(row.get("epoch", 0)), int(row["example_id"]), "replaced_token")
-        return random.random(len(row["input_ids"]), np.float32)
-
-
 COMMON = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "max_position_embeddings")
 """Fields that a generator of another family takes over."""
 _WIDTHS = ("hidden_size", "last_hidden_size", "intermediate_size")
@@ -276,7 +254,7 @@ def narrowed(config: Any, fraction: float) -> dict[str, Any]:
         fraction: In (0, 1]. The hidden size becomes a whole number of heads as wide as before, or a multiple of 8 where
             there are none, or so few that not one would be left.
     """
-    from .composed import plain_config
+    from ..models.composed.configuration_composed import plain_config
 
     values = plain_config(config)
     heads = values.get("num_attention_heads")
@@ -299,7 +277,7 @@ def area_under_curve(original: Tensor, replaced: Tensor) -> float | None:
     """Probability that a replaced token scores higher than an original one, ties counted as half.
 
     Args:
-        original: Histogram of the scores of original tokens, lowest bin first, `[bins]`.
+        original: Histogram of the scores of original tokens, lowest bin first, `(bins,)`.
         replaced: The same of replaced tokens.
 
     Returns:

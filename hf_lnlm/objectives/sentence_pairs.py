@@ -10,7 +10,7 @@ A pair too long loses tokens of its longer part, from the front or the back at r
 loss is that of the masked tokens plus that of the pair.
 
 Models: the pre-training head that transformers has for the family (BERT and its kin for next sentences, ALBERT for their
-order), else a masked language model with a pooler of its own (`sentence_pair_model`), for any encoder.
+order), else a masked language model with a pooler of its own (`models.composed`), for any encoder.
 """
 
 from __future__ import annotations
@@ -21,18 +21,73 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..data.pairs import SegmentPairs
-from .base import Batch, Direction, Objective, Row, pad_rows
+from ..nn.loss_heads import IGNORED
+from .base import Collator, Direction, Objective, Row, pad_rows
 from .families import accepts
 from .masked import MaskedCollator, MaskedObjective, require_mask_token
-from .randomness import generator
 
 FRAME = 3
 """Special tokens of a row: cls and two sep."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of text: ids and, where words matter, word numbers, both `(tokens,)`."""
+
+    ids: np.ndarray
+    words: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def cut(self, begin: int, end: int) -> Part:
+        """Tokens from `begin` to before `end`."""
+        return Part(self.ids[begin:end], self.words[begin:end])
+
+
+@dataclass
+class PairCollator(Collator):
+    """Rows of `SegmentPairs` → `input_ids` with masks, `token_type_ids`, `attention_mask`, `labels` `(batch, tokens)` and
+    the pairs' labels `(batch,)`.
+    """
+
+    def __post_init__(self) -> None:
+        self.masks = MaskedCollator(self.objective.masking(), self.tokenizer, self.seed)
+
+    def arrays(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        """Pairs, masked; refused as by `masked`."""
+        made = [self._row(row) for row in rows]
+        return {
+            **self.masks.arrays(made),
+            "token_type_ids": pad_rows([row["token_type_ids"] for row in made], 0),
+            "attention_mask": pad_rows([np.ones(len(row["input_ids"]), np.int64) for row in made], 0),
+            self.objective.label: np.array([row["pair_label"] for row in made]),
+        }
+
+    def _row(self, row: Row) -> dict[str, Any]:
+        random = self.random(row, self.objective.name)
+        changed = bool(random.random() < self.objective.changed_share)
+        whole, other = self._part(row, ""), None
+        at = cut_place(np.asarray(row["segments"]), len(whole), random)
+        if self.objective.needs_others:
+            other = whole_segments(self._part(row, "other_"), row["other_segments"], len(whole) - at, random)
+        first, second = self.objective.pair(whole.cut(0, at), whole.cut(at, len(whole)), other, changed)
+        first, second = shortened(first, second, len(whole), random)
+        cls, sep = [self.tokenizer.cls_token_id], [self.tokenizer.sep_token_id]
+        made = {"epoch": row.get("epoch", 0), "example_id": row["example_id"], "pair_label": int(changed)}
+        made["input_ids"] = np.concatenate([cls, first.ids, sep, second.ids, sep])
+        made["word_ids"] = np.concatenate([[-1], first.words, [-1], second.words, [-1]])
+        made["token_type_ids"] = np.repeat([0, 1], [len(first) + 2, len(second) + 1])
+        return made
+
+    def _part(self, row: Row, prefix: str) -> Part:
+        ids = np.asarray(row[f"{prefix}ids" if prefix else "input_ids"], np.int64)
+        words = row.get(f"{prefix}word_ids")
+        return Part(ids, np.full(len(ids), -1) if words is None else np.asarray(words))
 
 
 @dataclass(frozen=True)
@@ -49,6 +104,7 @@ class SentencePairObjective(Objective):
     auto_class: ClassVar[str] = "AutoModelForMaskedLM"
     direction: ClassVar[Direction] = "both"
     composed_type: ClassVar[str] = "lnlm_sentence_pair"
+    batches: ClassVar[type[Collator]] = PairCollator
     label: ClassVar[str]
     """Name of the pair's label in `forward` of the stock heads."""
     needs_others: ClassVar[bool] = False
@@ -96,14 +152,14 @@ class SentencePairObjective(Objective):
         """A model with fresh weights: the stock pre-training head, or a masked language model with a pooler."""
         from transformers import AutoModelForPreTraining
 
-        from .sentence_pair_model import compose
+        from ..models.composed.modeling_sentence_pair import compose
 
         if self.composes(config):
             return compose(config, self.label)
         return AutoModelForPreTraining.from_config(config)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Refuses a tokenizer without mask, cls or sep token."""
+        """Refuse a tokenizer without mask, cls or sep token."""
         require_mask_token(self.name, tokenizer)
         for name in ("cls", "sep"):
             if getattr(tokenizer, f"{name}_token_id") is None:
@@ -118,11 +174,6 @@ class SentencePairObjective(Objective):
         options = {"words": self.masking().by_words, "others": self.needs_others}
         return SegmentPairs(documents, tokenizer, length - FRAME, **options)
 
-    def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> PairCollator:
-        """Makes batches with pairs and masks keyed by (seed, epoch, example_id)."""
-        self.check_tokenizer(tokenizer)
-        return PairCollator(self, tokenizer, seed, bookkeeping)
-
     @abstractmethod
     def pair(self, first: Part, second: Part, other: Part | None, changed: bool) -> tuple[Part, Part]:
         """The two parts of a row.
@@ -134,7 +185,7 @@ class SentencePairObjective(Objective):
         """
 
     def logits(self, outputs: Any) -> Any:
-        """Logits of the masked tokens `[batch, tokens, vocabulary]` and of the pairs `[batch, 2]`."""
+        """Logits of the masked tokens `(batch, tokens, vocabulary)` and of the pairs `(batch, 2)`."""
         named = ("seq_relationship_logits", "sop_logits")
         return outputs["prediction_logits"], next(outputs[name] for name in named if name in outputs)
 
@@ -147,9 +198,9 @@ class SentencePairObjective(Objective):
         """
         words, relation = logits
         labels = batch[self.label]
-        nll = functional.cross_entropy(relation.float(), labels, reduction="sum", ignore_index=-100).double()
+        nll = functional.cross_entropy(relation.float(), labels, reduction="sum", ignore_index=IGNORED).double()
         found = {"pair_nll": nll, "pair_correct": (relation.argmax(-1) == labels).sum().double()}
-        return {**super().sums(words, batch), **found, "pairs": (labels != -100).sum().double()}
+        return {**super().sums(words, batch), **found, "pairs": (labels != IGNORED).sum().double()}
 
     def summary(self, sums: Mapping[str, Any]) -> dict[str, float]:
         """Metrics of added-up sums: `masked_loss`, `masked_accuracy`, `perplexity`, `pair_loss`, `pair_accuracy`."""
@@ -163,73 +214,6 @@ class SentencePairObjective(Objective):
             "pair_loss": float(sums["pair_nll"]) / pairs,
             "pair_accuracy": float(sums["pair_correct"]) / pairs,
         }
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of text: ids and, where words matter, word numbers, both `[tokens]`."""
-
-    ids: np.ndarray
-    words: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def cut(self, begin: int, end: int) -> Part:
-        """Tokens from `begin` to before `end`."""
-        return Part(self.ids[begin:end], self.words[begin:end])
-
-
-class PairCollator:
-    """Rows of `SegmentPairs` → `input_ids` with masks, `token_type_ids`, `attention_mask`, `labels` `[batch, tokens]` and
-    the pairs' labels `[batch]`.
-
-    Args:
-        objective: What is done to the pairs.
-        tokenizer: Gives special tokens and vocabulary.
-        seed: The run's seed.
-        bookkeeping: As in every collator.
-    """
-
-    def __init__(
-        self, objective: SentencePairObjective, tokenizer: Any, seed: int = 0, bookkeeping: bool = False
-    ) -> None:
-        self.objective = objective
-        self.seed = seed
-        self.bookkeeping = bookkeeping
-        self.masks = MaskedCollator(objective.masking(), tokenizer, seed, bookkeeping)
-        self.cls, self.sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-
-    def __call__(self, rows: Sequence[Row]) -> Batch:
-        """Makes a batch."""
-        made = [self._row(row) for row in rows]
-        batch = self.masks(made)
-        kinds = pad_rows([row["token_type_ids"] for row in made], 0)
-        real = pad_rows([np.ones(len(row["input_ids"]), np.int64) for row in made], 0)
-        batch["token_type_ids"] = torch.from_numpy(kinds)
-        batch["attention_mask"] = torch.from_numpy(real)
-        batch[self.objective.label] = torch.tensor([row["pair_label"] for row in made])
-        return batch
-
-    def _row(self, row: Row) -> dict[str, Any]:
-        random = generator(self.seed, int(row.get("epoch", 0)), int(row["example_id"]), self.objective.name)
-        changed = bool(random.random() < self.objective.changed_share)
-        whole, other = self._part(row, ""), None
-        at = cut_place(np.asarray(row["segments"]), len(whole), random)
-        if self.objective.needs_others:
-            other = whole_segments(self._part(row, "other_"), row["other_segments"], len(whole) - at, random)
-        parts = self.objective.pair(whole.cut(0, at), whole.cut(at, len(whole)), other, changed)
-        first, second = shortened(*parts, len(whole), random)
-        made = {"epoch": row.get("epoch", 0), "example_id": row["example_id"], "pair_label": int(changed)}
-        made["input_ids"] = np.concatenate([[self.cls], first.ids, [self.sep], second.ids, [self.sep]])
-        made["word_ids"] = np.concatenate([[-1], first.words, [-1], second.words, [-1]])
-        made["token_type_ids"] = np.repeat([0, 1], [len(first) + 2, len(second) + 1])
-        return made
-
-    def _part(self, row: Row, prefix: str) -> Part:
-        ids = np.asarray(row[f"{prefix}ids" if prefix else "input_ids"], np.int64)
-        words = row.get(f"{prefix}word_ids")
-        return Part(ids, np.full(len(ids), -1) if words is None else np.asarray(words))
 
 
 def whole_segments(part: Part, segments: Any, room: int, random: np.random.Generator) -> Part:
@@ -251,7 +235,7 @@ def cut_place(segments: np.ndarray, tokens: int, random: np.random.Generator) ->
     """Where a chunk is cut in two: where one of its segments begins, or anywhere if there is only one.
 
     Args:
-        segments: Where its segments begin, `[segments]`.
+        segments: Where its segments begin, `(segments,)`.
         tokens: Its length, 2 or more.
         random: Where the number comes from.
     """
@@ -260,7 +244,7 @@ def cut_place(segments: np.ndarray, tokens: int, random: np.random.Generator) ->
 
 
 def shortened(first: Part, second: Part, length: int, random: np.random.Generator) -> tuple[Part, Part]:
-    """Cuts tokens off the longer part, at its front or back, until both have `length` tokens at most."""
+    """Cut tokens off the longer part, at its front or back, until both have `length` tokens at most."""
     parts = [first, second]
     while len(parts[0]) + len(parts[1]) > length:
         longer = int(len(parts[1]) > len(parts[0]))

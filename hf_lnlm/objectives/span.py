@@ -16,14 +16,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from ..data.tokenizers import sentinel_ids
-from .base import IGNORED, Batch, Direction, Objective, Row, bookkeeping_columns, pad_id, pad_rows
-from .randomness import generator
+from .base import Collator, Direction, Objective, RewritingCollator, Row
+
+
+class SpanCollator(RewritingCollator):
+    """Rows → `input_ids` `(batch, tokens)` and `labels` `(batch, targets)`."""
+
+    @cached_property
+    def sentinels(self) -> np.ndarray:
+        """Ids of `<extra_id_0>`, `<extra_id_1>` …, `(sentinels,)`."""
+        return np.array(sentinel_ids(self.tokenizer), np.int64)
+
+    def rewritten(self, row: Row, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (inputs, targets); refused are rows of fewer than two tokens or more spans than sentinels."""
+        noise, spans = self.objective.noise(len(ids))
+        self.objective._need_sentinels(spans, len(self.sentinels), len(ids))
+        random = self.random(row, "span")
+        is_noise = noise_mask(len(ids), noise, spans, random)
+        eos = self.tokenizer.eos_token_id
+        return fold(ids, is_noise, self.sentinels, eos), fold(ids, ~is_noise, self.sentinels, eos)
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,7 @@ class SpanObjective(Objective):
     paper: ClassVar[str] = "Raffel et al. 2020"
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     direction: ClassVar[Direction] = "encoder-decoder"
+    batches: ClassVar[type[Collator]] = SpanCollator
 
     rate: float = 0.15
     mean_span: float = 3.0
@@ -51,7 +69,7 @@ class SpanObjective(Objective):
             raise ValueError(f"mean_span must be 1 or more, got {self.mean_span}")
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Refuses a tokenizer without sentinels or without an end token."""
+        """Refuse a tokenizer without sentinels or without an end token."""
         if not sentinel_ids(tokenizer):
             raise ValueError(
                 "objective 'span' needs sentinels <extra_id_0> … and the tokenizer has none: build it with some"
@@ -103,82 +121,30 @@ class SpanObjective(Objective):
         if spans > sentinels:
             raise ValueError(f"a row of {length} tokens has {spans} spans but the tokenizer has {sentinels} sentinels")
 
-    def collator(self, tokenizer: Any, seed: int = 0, *, bookkeeping: bool = False) -> SpanCollator:
-        """Makes batches with spans keyed by (seed, epoch, example_id)."""
-        self.check_tokenizer(tokenizer)
-        return SpanCollator(self, tokenizer, seed, bookkeeping)
-
-
-class SpanCollator:
-    """Rows → `input_ids` `[batch, tokens]` and `labels` `[batch, targets]`.
-
-    Args:
-        objective: Rate and mean length.
-        tokenizer: Gives sentinels, eos and pad token.
-        seed: The run's seed.
-        bookkeeping: Adds `num_bytes` and `reset` `[batch]`, as far as rows have them.
-    """
-
-    def __init__(self, objective: SpanObjective, tokenizer: Any, seed: int = 0, bookkeeping: bool = False) -> None:
-        self.objective = objective
-        self.tokenizer = tokenizer
-        self.seed = seed
-        self.bookkeeping = bookkeeping
-        self.sentinels = np.array(sentinel_ids(tokenizer), np.int64)
-
-    def __call__(self, rows: Sequence[Row]) -> Batch:
-        """Makes a batch.
-
-        Raises:
-            ValueError: A row of fewer than two tokens, or of more spans than there are sentinels.
-        """
-        pairs = [self._corrupt(row) for row in rows]
-        inputs, targets = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        uneven = len({len(row) for row in inputs}) > 1
-        batch = {
-            "input_ids": torch.from_numpy(pad_rows(inputs, pad_id(self.tokenizer, uneven))),
-            "labels": torch.from_numpy(pad_rows(targets, IGNORED)),
-        }
-        if uneven:
-            batch["attention_mask"] = torch.from_numpy(pad_rows([np.ones(len(row), int) for row in inputs], 0))
-        return {**batch, **bookkeeping_columns(rows, self.bookkeeping)}
-
-    def _corrupt(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs, targets) of a row."""
-        ids = np.asarray(row["input_ids"], np.int64)
-        if "attention_mask" in row:
-            ids = ids[np.asarray(row["attention_mask"], bool)]
-        noise, spans = self.objective.noise(len(ids))
-        self.objective._need_sentinels(spans, len(self.sentinels), len(ids))
-        random = generator(self.seed, int(row.get("epoch", 0)), int(row["example_id"]), "span")
-        is_noise = noise_mask(len(ids), noise, spans, random)
-        eos = self.tokenizer.eos_token_id
-        return fold(ids, is_noise, self.sentinels, eos), fold(ids, ~is_noise, self.sentinels, eos)
-
 
 def noise_mask(length: int, noise: int, spans: int, random: np.random.Generator) -> np.ndarray:
-    """Which tokens are noise, bool `[length]`: `spans` kept parts and `spans` noise parts by turns, kept text first."""
+    """Which tokens are noise, bool `(length,)`: `spans` kept parts and `spans` noise parts by turns, kept text first."""
     sizes = np.empty(2 * spans, np.int64)
     sizes[0::2], sizes[1::2] = _parts(length - noise, spans, random), _parts(noise, spans, random)
     return np.repeat(np.arange(2 * spans) % 2 == 1, sizes)
 
 
 def _parts(total: int, parts: int, random: np.random.Generator) -> np.ndarray:
-    """`total` cut into `parts` non-empty parts, each way equally likely, `[parts]`."""
+    """`total` cut into `parts` non-empty parts, each way equally likely, `(parts,)`."""
     cuts = np.sort(random.permutation(total - 1)[: parts - 1]) + 1
     return np.diff(np.concatenate([[0], cuts, [total]]))
 
 
 def fold(ids: np.ndarray, hidden: np.ndarray, sentinels: np.ndarray, eos: int) -> np.ndarray:
-    """Replaces each run of hidden tokens by the next sentinel and closes with eos.
+    """Replace each run of hidden tokens by the next sentinel and close with eos.
 
     Args:
-        ids: Raw tokens, `[length]`.
-        hidden: Tokens replaced, bool `[length]`: the noise for the inputs, everything else for the targets.
+        ids: Raw tokens, `(length,)`.
+        hidden: Tokens replaced, bool `(length,)`: the noise for the inputs, everything else for the targets.
         sentinels: Ids of `<extra_id_0>`, `<extra_id_1>` …
 
     Returns:
-        `[kept tokens + runs + 1]`.
+        `(kept tokens + runs + 1,)`.
     """
     begins = hidden & ~np.concatenate([[False], hidden[:-1]])
     order = np.cumsum(begins) - 1
@@ -187,7 +153,7 @@ def fold(ids: np.ndarray, hidden: np.ndarray, sentinels: np.ndarray, eos: int) -
 
 
 def interleave(inputs: Sequence[int], targets: Sequence[int], tokenizer: Any) -> list[int]:
-    """Puts the spans of the targets back in the place of their sentinels: the raw text that a pair came from.
+    """Put the spans of the targets back in the place of their sentinels: the raw text that a pair came from.
 
     Args:
         inputs: Token ids of the inputs, without padding.

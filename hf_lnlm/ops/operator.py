@@ -7,63 +7,29 @@ hash of the sources that implement it, and a name that exists already belongs to
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .backend import Operation, own_precision
+from .inputs import Inputs
+from .kernels.sources import revision
+
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def source_namespace(*files: str | Path) -> str:
-    """Namespace `lnlm_<hash>` of the operators implemented by some source files.
-
-    Args:
-        files: paths of the implementing files; those that do not exist are left out.
-
-    Returns:
-        A valid `torch.library` namespace, equal for equal sources.
-    """
-    digest = hashlib.sha256()
-    for path in map(Path, files):
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    return f"lnlm_{digest.hexdigest()[:16]}"
-
-
-def sibling(file: str, name: str) -> Path:
-    """Path of the module `name` of the same operation, as a package file or flattened into a checkpoint's folder.
+def source_namespace(file: str) -> str:
+    """Namespace `lnlm_<hash>` of the operators that a module defines, equal for equal sources.
 
     Args:
-        file: `__file__` of a module called `operator.py` or `ops_<operation>_operator.py`.
-        name: the sibling's name, for example `"cpu"`.
+        file: `__file__` of the module; it and all that it imports of this package are hashed.
     """
-    path = Path(file)
-    return path.with_name(path.name.replace("operator", name))
-
-
-def triton_sources(file: str) -> list[Path]:
-    """Where the formulas that Triton kernels share may lie, as a package file or flattened into a checkpoint's folder.
-
-    Args:
-        file: `__file__` of an operation's `operator.py`.
-    """
-    return [Path(file).parent.parent / "triton_math.py", Path(file).with_name("ops_triton_math.py")]
-
-
-def shared_sources(file: str, *modules: str) -> list[Path]:
-    """Where modules outside an operation may lie, as package files or flattened into a checkpoint's folder.
-
-    Args:
-        file: `__file__` of an operation's `operator.py`.
-        modules: names below `ops`, for example `"causal_conv.lanes"`.
-    """
-    path = Path(file)
-    package = [path.parent.parent / f"{name.replace('.', '/')}.py" for name in modules]
-    return package + [path.with_name(f"ops_{name.replace('.', '_')}.py") for name in modules]
+    return f"lnlm_{revision(file)}"
 
 
 def check_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
@@ -74,6 +40,29 @@ def check_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) 
     """
     if tensor is not None and tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+
+
+def check_tensor(name: str, tensor: torch.Tensor | None, like: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Check the type, layout and place of an argument that may be absent, before anybody takes its address.
+
+    Args:
+        name: the argument.
+        tensor: its value.
+        like: an argument on whose device all must be.
+        dtypes: what types it may have.
+
+    Raises:
+        ValueError: naming the argument, what it must be and what it is.
+    """
+    if tensor is None:
+        return
+    if tensor.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be one of {allowed}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} as the rest is, got {tensor.device}")
 
 
 def define_operator(
@@ -108,50 +97,167 @@ def define_operator(
     return getattr(getattr(torch.ops, namespace), name).default
 
 
-def undispatched(
-    operator: Callable[..., Any],
-    implementation: Callable[..., Any],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-) -> Callable[..., Any]:
-    """Make a function that does what an operator does, and goes around `torch.library` where nobody traces.
+def plain_tensors(*tensors: torch.Tensor | None) -> bool:
+    """Tell whether nothing is being traced and all tensors that are not None are of no subclass but a parameter."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    return _PLAIN.issuperset(map(type, tensors))
+
+
+def graph_step(forward: Callable[..., Any], keep: Callable[..., None], backward: Callable[..., Any]) -> Any:
+    """Make a step of autograd's graph, once differentiable.
+
+    Args:
+        forward: of tensors and other values.
+        keep: `(ctx, inputs, output)`, stores what the backward pass needs.
+        backward: `(ctx, *gradients)` → gradients of all arguments of `forward`.
+
+    Returns:
+        A subclass of `torch.autograd.Function`.
+    """
+
+    def differentiate(ctx: Any, *gradients: Any) -> Any:
+        with own_precision(gradients[0].device):
+            return backward(ctx, *gradients)
+
+    steps = {"forward": forward, "setup_context": keep, "backward": once_differentiable(differentiate)}
+    static = {name: staticmethod(step) for name, step in steps.items()}
+    return type("GraphStep", (torch.autograd.Function,), static)
+
+
+class Passes(NamedTuple):
+    """One backend of an operation with a hand-written gradient.
+
+    Attributes:
+        forward: `(*tensors, *options, save)` → outputs, final state, and what to keep for the backward pass if `save`.
+        backward: `(gradient of outputs, of the state, kept, *tensors, *options)` → gradients by the tensors' names.
+        step: `forward` for a single position without marks, `save` false; keeps nothing.
+    """
+
+    forward: Callable[..., tuple[torch.Tensor, ...]]
+    backward: Callable[..., dict[str, torch.Tensor]]
+    step: Callable[..., tuple[torch.Tensor, ...]]
+
+
+class FusedOperator:
+    """A differentiable operation whose backends are `Passes`: as `torch.library` operators, forward and backward, for
+    whatever traces, and as a plain step of the graph elsewhere.
 
     A dispatch costs a hundred microseconds forward and backward, which is half the time of a short sequence.
 
     Args:
-        operator: what `define_operator` returned.
-        implementation, setup_context: what it was given.
-        backward: as what it was given, but on real tensors only and without operators.
-
-    Returns:
-        A function of the operator's arguments.
+        operation: the operation; its `unfit` is told the tensors and options.
+        file: `__file__` of the module that makes this.
+        inputs: its tensors.
+        options: schema of the other arguments, such as `"bool activation"`.
+        shapes: takes all of these and `save` and returns the shapes of the final state and of what is kept.
     """
 
-    class Undispatched(torch.autograd.Function):
-        """The operator as a plain step of the graph."""
+    def __init__(
+        self, operation: Operation, file: str, inputs: Inputs, options: str, shapes: Callable[..., Any]
+    ) -> None:
+        self.operation, self.inputs, self._shapes = operation, inputs, shapes
+        self._steps: dict[str, Any] = {}
+        schema, namespace = f"{inputs.schema}, {options}, str backend", source_namespace(file)
+        self._backward_operator = define_operator(
+            namespace,
+            f"{operation.name}_backward",
+            f"(Tensor grad_y, Tensor grad_state, Tensor kept, {schema}) -> ({', '.join(['Tensor'] * len(inputs.learned))})",
+            self._backward,
+            self._backward_fake,
+        )
+        self._operator = define_operator(
+            namespace,
+            operation.name,
+            f"({schema}, bool save) -> (Tensor, Tensor, Tensor)",
+            self._forward,
+            self._forward_fake,
+            self._keep,
+            self._differentiate,
+        )
 
-    steps = {"forward": implementation, "setup_context": setup_context, "backward": once_differentiable(backward)}
-    for name, step in steps.items():
-        setattr(Undispatched, name, staticmethod(step))
+    def prepare(self, backend: str, *values: Any) -> tuple[Callable[..., tuple[torch.Tensor, ...]], bool]:
+        """Check a call's arguments and choose what runs it.
 
-    def call(*values: Any) -> Any:
-        if not plain_tensors(*(value for value in values if not isinstance(value, (bool, int, float, str)))):
-            return operator(*values)
-        return Undispatched.apply(*values) if torch.is_grad_enabled() else implementation(*values)
+        Args:
+            backend: `auto` or a name, but not `reference`.
+            values: tensors and options.
 
-    return call
+        Returns:
+            a function of `(*values, save)`, to be called without autocast, and `save`. Of its results, the first may be
+            wider than the first tensor, the second is the final state.
 
+        Raises:
+            ValueError: type, layout or device of a tensor does not fit, or the backend cannot run.
+        """
+        tensors, like, learned = values[: len(self.inputs.names)], values[0], len(self.inputs.learned)
+        for i, (name, tensor) in enumerate(zip(self.inputs.names, tensors)):
+            check_tensor(name, tensor, like, FLOATS if i < learned else (self.inputs.marks,))
+        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        if not plain_tensors(*tensors):
+            return partial(self._trace, backend), save
+        chosen = self.operation.pick(backend, like.device, like.dtype, *values)
+        if save:
+            return self._step(chosen).apply, True
+        passes = self.operation.load(chosen)
+        alone = like.shape[1] == 1 and all(mark is None for mark in tensors[learned:])
+        return (passes.step if alone else passes.forward), False
 
-def runs_directly(*tensors: torch.Tensor | None) -> bool:
-    """Tell whether a call may skip the operator: no gradients, nobody tracing, only plain tensors.
+    def _trace(self, backend: str, *values: Any) -> tuple[torch.Tensor, ...]:
+        return self._operator(*values[:-1], backend, values[-1])
 
-    A dispatch through `torch.library` costs some fifty microseconds, which a decoding step of one token feels.
-    """
-    return not torch.is_grad_enabled() and plain_tensors(*tensors)
+    def _step(self, backend: str) -> Any:
+        """The backend as a plain step of the graph."""
+        if backend not in self._steps:
+            passes = self.operation.load(backend)
 
+            def backward(ctx: Any, grad_y: torch.Tensor, grad_state: torch.Tensor, _: Any) -> tuple[Any, ...]:
+                kept, *tensors = ctx.saved_tensors
+                grads = passes.backward(grad_y, grad_state, kept, *tensors, *ctx.options)
+                return self._wanted(ctx, [grads.get(name) for name in self.inputs.learned], tensors)
 
-def plain_tensors(*tensors: torch.Tensor | None) -> bool:
-    """Tell whether nobody traces and all tensors that are not None are of no subclass but a parameter."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return False
-    return _PLAIN.issuperset(map(type, tensors))
+            self._steps[backend] = graph_step(passes.forward, self._keep, backward)
+        return self._steps[backend]
+
+    def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        count = len(self.inputs.names)
+        ctx.save_for_backward(output[2], *inputs[:count])
+        ctx.options = inputs[count:-1]
+        ctx.mark_non_differentiable(output[2])
+
+    def _wanted(self, ctx: Any, grads: Any, tensors: Any) -> tuple[Any, ...]:
+        """Gradients of all arguments, in the tensors' types."""
+        needs = ctx.needs_input_grad
+        found = [g.to(t.dtype) if t is not None and need else None for g, t, need in zip(grads, tensors, needs)]
+        return (*found, *[None] * (len(needs) - len(found)))
+
+    def _forward(self, *values: Any) -> tuple[torch.Tensor, ...]:
+        *given, backend, save = values
+        chosen = self.operation.pick(backend, given[0].device, given[0].dtype, *given)
+        with own_precision(given[0].device):
+            y, state, kept = self.operation.load(chosen).forward(*given, save)
+        return y.to(given[0].dtype), state, kept
+
+    def _forward_fake(self, *values: Any) -> tuple[torch.Tensor, ...]:
+        *given, _backend, save = values
+        x = given[0]
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return x.new_empty(x.shape), *(x.new_empty(shape, dtype=dtype) for shape in self._shapes(*given, save))
+
+    def _backward(self, grad_y: torch.Tensor, grad_state: torch.Tensor, kept: torch.Tensor, *values: Any) -> Any:
+        *given, backend = values
+        chosen = self.operation.pick(backend, given[0].device, given[0].dtype, *given)
+        with own_precision(grad_y.device):
+            grads = self.operation.load(chosen).backward(grad_y, grad_state, kept, *given)
+        learned = zip(self.inputs.learned, given)
+        return tuple(grad_y.new_empty(0) if t is None else grads[name].to(t.dtype) for name, t in learned)
+
+    def _backward_fake(self, grad_y: torch.Tensor, grad_state: torch.Tensor, kept: torch.Tensor, *values: Any) -> Any:
+        return tuple(
+            grad_y.new_empty(0) if t is None else t.new_empty(t.shape) for t in values[: len(self.inputs.learned)]
+        )
+
+    def _differentiate(self, ctx: Any, grad_y: torch.Tensor, grad_state: torch.Tensor, _: Any) -> tuple[Any, ...]:
+        kept, *tensors = ctx.saved_tensors
+        grads = self._backward_operator(grad_y, grad_state, kept, *tensors, *ctx.options)
+        return self._wanted(ctx, grads, tensors)

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from .backend import numba_reason, pick_backend, triton_interpreted, triton_reason
+from .causal_conv import CAUSAL_CONV
+from .decode_step import DECODE_STEP
+from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
+from .mamba_inner import MAMBA_INNER
+from .memory.dnc import DNC_MEMORY
+from .memory.ntm import NTM_MEMORY
+from .recompute import RECOMPUTE
+from .recurrence import RECURRENCE
+from .rms_norm import RMS_NORM
+from .selective_scan import SELECTIVE_SCAN
+from .sparse_attention.attention import SPARSE_ATTENTION
+from .ssd import SSD
+from .time_conv import TIME_CONV
 
-FILES = {"reference": "reference.py", "eager": "eager.py", "cpu": "cpu.py", "gpu": "gpu.py"}
+OPERATIONS = (
+    CAUSAL_CONV,
+    DECODE_STEP,
+    DNC_MEMORY,
+    LINEAR_CROSS_ENTROPY,
+    MAMBA_INNER,
+    NTM_MEMORY,
+    RECOMPUTE,
+    RECURRENCE,
+    RMS_NORM,
+    SELECTIVE_SCAN,
+    SPARSE_ATTENTION,
+    SSD,
+    TIME_CONV,
+)
 
 
 def backends(device: str | torch.device | None = None) -> dict[str, dict[str, str]]:
@@ -18,22 +42,8 @@ def backends(device: str | torch.device | None = None) -> dict[str, dict[str, st
         device: where the tensors would be; the default is CUDA where there is one, else the CPU.
 
     Returns:
-        operation → {"in use": backend, each backend it has: "can run" or the reason why it cannot}.
+        operation → {"in use": backend, each backend it has: "can run", or why it is not taken, "limits": calls that
+        another one serves, where there are such}.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    table = {}
-    for folder in sorted(Path(__file__).parent.iterdir()):
-        available = tuple(name for name, file in FILES.items() if (folder / file).is_file())
-        if available:
-            states = {name: _state(name, device.type) for name in available}
-            table[folder.name] = {"in use": pick_backend("auto", device, available), **states}
-    return table
-
-
-def _state(backend: str, device: str) -> str:
-    if backend == "cpu":
-        return numba_reason() or ("can run" if device == "cpu" else f"the tensors are on {device}")
-    if backend == "gpu":
-        fits = device == "cuda" or triton_interpreted()
-        return triton_reason() or ("can run" if fits else f"the tensors are on {device}")
-    return "can run"
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    return {operation.name: operation.row(kind) for operation in OPERATIONS}

@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+from .randomness import evaluating
+from .resumed import ResumedRun
+
 TOLERANCE = 1e-4
 
 
@@ -120,7 +123,7 @@ def check_model(model: Any) -> None:
             f"{getattr(config, 'loss_head', None)!r}): build it with loss_head='full' or 'chunked'"
         )
     ids = _sample(config)
-    with torch.no_grad(), _evaluating(model):
+    with evaluating(model):
         logits = model(input_ids=ids, use_cache=False).logits
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         fits = hidden.shape[-1] == head.weight.shape[-1]
@@ -150,7 +153,7 @@ def check_packing(model: Any) -> None:
         "max_length_k": int(lengths.diff().max()),
     }
     try:
-        with torch.no_grad(), _evaluating(model):
+        with evaluating(model):
             together = model(**packed, use_cache=False).logits[:, first.shape[1] :]
             alone = model(input_ids=second, use_cache=False).logits
         leak = float((together - alone).abs().max())
@@ -166,17 +169,6 @@ def check_packing(model: Any) -> None:
 def _sample(config: Any, shift: int = 0) -> torch.Tensor:
     """A few token ids `(1, 8 + shift)` that any vocabulary has."""
     return (torch.arange(8 + shift)[None] * 5 + 3 + shift) % config.vocab_size
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """A model in evaluation mode, as long as the block lasts."""
-    mode = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(mode)
 
 
 def prepared_tokenizer(tokenizer: Any) -> Any:
@@ -234,8 +226,9 @@ def preference_trainer(
     config = config_class(**{"report_to": "none", "bf16": False} | arguments)
     made = [None if part is None else Dataset.from_list(rows_for(method, part)) for part in (rows, held)]
     extra = {"reward_funcs": reward} if method.rewarded else {}
+    resumable = type(trainer_class.__name__, (ResumedRun, trainer_class), {})
     with _auto_map_of(type(model.config)):
-        trainer = trainer_class(
+        trainer = resumable(
             model=model,
             args=config,
             train_dataset=made[0],

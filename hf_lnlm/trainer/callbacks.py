@@ -26,6 +26,32 @@ def no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+class UseCache:
+    """A model's `config.use_cache` as it was: Trainer switches it off for good, for training and in what it saves.
+
+    Args:
+        model: before Trainer has it; None where Trainer makes it.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = getattr(model, "config", None)
+        self._config = config if hasattr(config, "use_cache") else None
+        self._own = getattr(config, "use_cache", None)
+
+    def restore(self) -> None:
+        """Set it as it was."""
+        if self._config is not None:
+            self._config.use_cache = self._own
+
+    def __enter__(self) -> None:
+        self._trained = getattr(self._config, "use_cache", None)
+        self.restore()
+
+    def __exit__(self, *_: object) -> None:
+        if self._config is not None:
+            self._config.use_cache = self._trained
+
+
 class Constraints(TrainerCallback):
     """Projects weights back after each optimizer step, by the `apply_constraints()` that a model offers.
 

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import struct
 import zipfile
 import zlib
 from collections.abc import Collection, Iterator
@@ -20,6 +19,8 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+
+from ..hub.folder import BadFile, safetensors_entries
 
 logger = logging.get_logger(__name__)
 
@@ -76,7 +77,7 @@ def _force(path: Path) -> None:
             raise
 
 
-def seal(folder: str | Path) -> None:
+def write_manifest(folder: str | Path) -> None:
     """Write the manifest of a finished folder and force everything in it to disk."""
     root = Path(folder)
     listing = {}
@@ -92,7 +93,12 @@ def seal(folder: str | Path) -> None:
 
 
 def publish(staged: str | Path, final: str | Path) -> None:
-    """Put a sealed folder in its place; a folder already there is moved aside first and deleted last."""
+    """Put a finished folder in its place; a folder already there is moved aside first and deleted last.
+
+    Args:
+        staged: The finished folder.
+        final: Its place, on the same file system.
+    """
     staged, final = Path(staged), Path(final)
     aside = final.with_name(_REPLACED + final.name)
     if final.exists():
@@ -112,7 +118,7 @@ def remove(folder: str | Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def sweep(output_dir: str | Path) -> None:
+def remove_staging(output_dir: str | Path) -> None:
     """Clear what a killed process left: staging folders, half-deleted ones, and an interrupted replacement."""
     root = Path(output_dir)
     if not root.is_dir():
@@ -137,6 +143,13 @@ def rotate(
     """Keep at most `limit` checkpoints: never delete that of `step` nor the best one.
 
     Those named in `damaged` go first, then those of later steps (the run was continued from further back).
+
+    Args:
+        output_dir: Folder of the checkpoints.
+        limit: Most of them; None or 0 for no limit.
+        step: Step of the checkpoint just written.
+        best: Folder of the best one, if there is one.
+        damaged: Names of folders that can't be resumed from.
     """
     if limit is None or limit <= 0:
         return
@@ -149,27 +162,13 @@ def rotate(
         remove(path)
 
 
-def _fault_in_safetensors(path: Path) -> str | None:
-    """Return how a safetensors file's header and its length disagree, None if they don't."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if 8 + length > size:
-            return "its header is cut off"
-        try:
-            header = json.loads(stream.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            return "its header can't be read"
-    wanted = 8 + length + max(ends, default=0)
-    return None if size == wanted else f"it has {size} bytes, its header says {wanted}"
-
-
 def _fault_in_file(path: Path) -> str | None:
     """Return what is wrong with one file judged by its own format, None if nothing is."""
     if path.suffix == ".safetensors":
-        return _fault_in_safetensors(path)
+        try:
+            safetensors_entries(path)
+        except BadFile as error:
+            return str(error)
     if path.suffix in (".pt", ".pth", ".bin"):
         return None if zipfile.is_zipfile(path) else "it isn't a complete torch archive"
     if path.suffix == ".json":
@@ -239,7 +238,13 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def warn_of(faults: dict[str, str], output_dir: str | Path, chosen: str | None) -> None:
-    """Say in one warning which checkpoints were skipped, why, and which one is used."""
+    """Say in one warning which checkpoints were skipped, why, and which one is used.
+
+    Args:
+        faults: Name of a checkpoint → what is wrong with it; empty for no warning.
+        output_dir: Where they lie.
+        chosen: Folder of the one that is used, if there is one.
+    """
     if faults:
         instead = f"using {Path(chosen).name} instead" if chosen else "no complete checkpoint is left"
         skipped = "; ".join(f"{name} ({fault})" for name, fault in faults.items())

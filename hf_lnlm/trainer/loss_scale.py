@@ -37,13 +37,13 @@ from torch.nn import functional
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.utils import logging
 
-from .randomness import kept_random_state
+from ..nn.loss_heads import IGNORED
+from .randomness import preserve_rng_state
 
 logger = logging.get_logger(__name__)
 
 Inputs = Mapping[str, Any]
 Counter = Callable[[Inputs], torch.Tensor]
-IGNORED = -100
 
 
 def _labels_given(inputs: Inputs) -> torch.Tensor:
@@ -98,7 +98,12 @@ class Part:
         return labels.reshape(-1)
 
     def total(self, outputs: Any, inputs: Inputs) -> torch.Tensor:
-        """Return the weighted sum of the term over its items."""
+        """Return the weighted sum of the term over its items.
+
+        Args:
+            outputs: The model's.
+            inputs: The micro-batch.
+        """
         logits = outputs[self.logits]
         target = self.target(inputs).to(logits.device)
         logits = logits.reshape(target.numel(), -1).float()
@@ -147,30 +152,28 @@ class LossRule:
 
 
 @dataclass(frozen=True)
-class HonoursItems(LossRule):
-    """The model divides its summed loss by `num_items_in_batch`."""
+class CountedItems(LossRule):
+    """A loss of one term, whose items are one of `COUNTERS`."""
 
     counter: str
-    passes_num_items = True
 
     def count(self, inputs: Inputs) -> torch.Tensor:
         """Return the items that the model counts, `(1,)`."""
         return COUNTERS[self.counter](inputs).long().reshape(1)
+
+
+class HonoursItems(CountedItems):
+    """The model divides its summed loss by `num_items_in_batch`."""
+
+    passes_num_items = True
 
     def sums(self, loss: torch.Tensor, outputs: Any, inputs: Inputs, total: torch.Tensor) -> torch.Tensor:
         """Return the loss times the items of the step, `(1,)`."""
         return (loss * total.to(loss.device, loss.dtype)).reshape(1)
 
 
-@dataclass(frozen=True)
-class MeanOfItems(LossRule):
+class MeanOfItems(CountedItems):
     """The model returns the mean over the items of the micro-batch."""
-
-    counter: str
-
-    def count(self, inputs: Inputs) -> torch.Tensor:
-        """Return the items that the model averages over, `(1,)`."""
-        return COUNTERS[self.counter](inputs).long().reshape(1)
 
     def sums(self, loss: torch.Tensor, outputs: Any, inputs: Inputs, total: torch.Tensor) -> torch.Tensor:
         """Return the mean times its items, `(1,)`; a connected zero when there are none."""
@@ -228,7 +231,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Leave modes, buffers and random state as they were."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.no_grad(), kept_random_state():
+    with torch.no_grad(), preserve_rng_state():
         try:
             yield
         finally:
@@ -244,6 +247,10 @@ def _row(inputs: Inputs, index: int, size: int) -> dict[str, Any]:
     if len(row) < len(inputs) or any(not value.dim() or value.shape[0] != size for value in row.values()):
         raise ValueError("the batch can't be taken apart into rows")
     return {name: value[index : index + 1] for name, value in row.items()}
+
+
+def _batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return rows[0] if len(rows) == 1 else {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def _only_first_labels(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -282,36 +289,20 @@ class LossProbe:
         with _undisturbed(self.model):
             try:
                 return self._measured(self._two_rows())
-            except (
-                ArithmeticError,
-                AssertionError,
-                IndexError,
-                KeyError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ) as error:
+            except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 # a batch that isn't a stack of rows, such as one flat row of documents: measure what can be
                 logger.info(f"the loss of two rows couldn't be measured ({error}); measuring the batch as it is")
-                return self._measured_as_it_is()
+                return self._measured([dict(self.inputs)])
 
     def _measured(self, rows: list[dict[str, Any]]) -> LossRule:
+        """Return the rule by some rows; of the batch as it is only whether the number of items is honoured."""
         parts = _known_parts(self.inputs)
-        if parts is not None and self._explains(parts, rows):
+        if len(rows) > 1 and parts is not None and self._explains(parts, rows):
             return SumOfParts(parts)
-        if self.passes_kwargs and self.has_labels:
-            counted = self._items_honoured(rows)
-            if counted is not None:
-                return HonoursItems(counted)
-        return MeanOfItems(self._items_of_mean(rows))
-
-    def _measured_as_it_is(self) -> LossRule:
-        """Return the rule without taking the batch apart: whether it honours the number of items, and the usual count."""
-        if self.passes_kwargs and self.has_labels:
-            counted = self._items_honoured([dict(self.inputs)])
-            if counted is not None:
-                return HonoursItems(counted)
-        return MeanOfItems(self.preferred)
+        counted = self._items_honoured(rows) if self.passes_kwargs and self.has_labels else None
+        if counted is not None:
+            return HonoursItems(counted)
+        return MeanOfItems(self._items_of_mean(rows) if len(rows) > 1 else self.preferred)
 
     def _two_rows(self) -> list[dict[str, Any]]:
         """Return the two rows with most labels (one row twice if there is no other), with 2 and 3 labels left."""
@@ -325,14 +316,14 @@ class LossProbe:
 
     def _loss(self, rows: list[dict[str, Any]], training: bool, **extra: Any) -> tuple[float, Any]:
         """Return the model's loss for some rows and its outputs, with the same dropout every time."""
-        batch = rows[0] if len(rows) == 1 else {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        batch = _batch(rows)
         self.model.train(training)
         torch.manual_seed(0)
         outputs = self.model(**batch, **extra)
         return float(outputs["loss"] if isinstance(outputs, dict) else outputs[0]), outputs
 
     def _explains(self, parts: tuple[Part, ...], rows: list[dict[str, Any]]) -> bool:
-        batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        batch = _batch(rows)
         loss, outputs = self._loss(rows, training=False)
         if any(part.logits not in outputs for part in parts):
             return False
@@ -346,9 +337,6 @@ class LossProbe:
             known = [name for name in known if name != "attended tokens"]
         return sorted(known, key=lambda name: name != self.preferred)
 
-    def _items(self, name: str, row: dict[str, Any]) -> float:
-        return float(COUNTERS[name](row))
-
     def _items_honoured(self, rows: list[dict[str, Any]]) -> str | None:
         """Return what the model counts if its loss is its sum / num_items_in_batch, None if it isn't."""
         mean, _ = self._loss(rows, training=True)
@@ -357,7 +345,7 @@ class LossProbe:
         if not abs(once - 2 * twice) <= 1e-3 * abs(once) or abs(once - twice) < 1e-9:
             return None
         found = once * 7 / mean if mean else 0.0
-        errors = {name: abs(sum(self._items(name, row) for row in rows) - found) for name in self._candidates()}
+        errors = {name: abs(sum(float(COUNTERS[name](row)) for row in rows) - found) for name in self._candidates()}
         return min(errors, key=lambda name: (round(errors[name], 1), name != self.preferred))
 
     def _items_of_mean(self, rows: list[dict[str, Any]]) -> str:
@@ -369,6 +357,6 @@ class LossProbe:
         share = (both - second) / (first - second)
         errors = {}
         for name in self._candidates():
-            zero, one = (self._items(name, row) for row in rows)
+            zero, one = (float(COUNTERS[name](row)) for row in rows)
             errors[name] = abs(zero / max(zero + one, 1.0) - share)
         return min(errors, key=lambda name: (round(errors[name], 2), name != self.preferred))

@@ -1,9 +1,10 @@
 """Recurrent state carried from batch to batch: truncated back-propagation through time.
 
-The dataset is contiguous lanes (hf_lnlm/data/lanes.py): row i of batch k + 1 continues row i of batch k. The state that
-a batch leaves in its `DynamicCache` is cut from its graph and handed to the next batch. It is dropped where lanes begin
-(the start of every epoch, and rows whose `reset` is set); document borders inside a window are the model's own business
-(`position_ids`). Evaluation has a state of its own. Each process saves the state of its own lanes with the checkpoint.
+The dataset is contiguous streams (hf_lnlm/data/bptt_streams.py): row i of batch k + 1 continues row i of batch k. The
+state that a batch leaves in its `DynamicCache` is cut from its graph and handed to the next batch. It is dropped where
+streams begin (the start of every epoch, and rows whose `reset` is set); document borders inside a window are the model's
+own business (`position_ids`). Evaluation has a state of its own. Each process saves the state of its own streams with
+the checkpoint.
 """
 
 import json
@@ -15,40 +16,52 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
-from .randomness import kept_random_state
+from .randomness import evaluating, preserve_rng_state
 
 
-def lane_fault(dataset: Any, rows: int, processes: int) -> str | None:
+def stream_fault(dataset: Any, rows: int, processes: int) -> str | None:
     """Return why a dataset can't carry state with this batch, None if it can.
 
     Args:
-        dataset: Should have `num_lanes`, as `hf_lnlm.data.lanes.Lanes` does.
+        dataset: Should have `num_streams`, as `hf_lnlm.data.bptt_streams.BPTTStreams` does.
         rows: Rows of a batch on one process.
-        processes: Number of processes; each has its own lanes.
+        processes: Number of processes; each has its own streams.
     """
-    lanes = getattr(dataset, "num_lanes", None)
-    if lanes is None:
-        return f"carry_state needs a dataset of contiguous lanes (with num_lanes), got {type(dataset).__name__}"
-    if lanes != rows * processes:
-        return f"num_lanes must be batch size x processes = {rows} x {processes} = {rows * processes}, got {lanes}"
+    streams = getattr(dataset, "num_streams", None)
+    if streams is None:
+        return f"carry_state needs a dataset of contiguous streams (with num_streams), got {type(dataset).__name__}"
+    if streams != rows * processes:
+        return f"num_streams must be batch size x processes = {rows} x {processes} = {rows * processes}, got {streams}"
     return None
 
 
 def state_file(folder: str | Path, process: int, processes: int) -> Path:
-    """Return the file of a checkpoint that holds the carried state of one process."""
+    """Return the file of a checkpoint that holds the carried state of one process.
+
+    Args:
+        folder: The checkpoint.
+        process: Number of this process.
+        processes: Number of all.
+    """
     return Path(folder) / (
         "recurrent_state.safetensors" if processes == 1 else f"recurrent_state_{process}.safetensors"
     )
 
 
 class CarriedState:
-    """What the lanes of one process remember between batches; empty at the start of the lanes."""
+    """What the streams of one process remember between batches; empty at the start of the streams."""
 
     def __init__(self) -> None:
         self.cache: Any = None  # a DynamicCache whose layers are recurrent states
 
     def arguments(self, model: Any, rows: int, reset: torch.Tensor | None = None) -> dict[str, Any]:
-        """Return what `forward` is given of it; see `start`."""
+        """Return what `forward` is given of it; see `start`.
+
+        Args:
+            model: The unwrapped model.
+            rows: Rows of the batch.
+            reset: `(rows,)` true for rows that begin anew, or None.
+        """
         return {"past_key_values": self.start(model, rows, reset), "use_cache": True}
 
     def keep_from(self, outputs: Any) -> None:
@@ -108,6 +121,11 @@ class CarriedState:
     def load(self, path: Path, model: Any, device: torch.device) -> None:
         """Read what `save` wrote.
 
+        Args:
+            path: Of the file.
+            model: The unwrapped model.
+            device: Where the state goes.
+
         Raises:
             ValueError: If the file is missing or belongs to another model.
         """
@@ -121,13 +139,14 @@ class CarriedState:
             states: list[dict[str, torch.Tensor]] = [{} for _ in about]
             for name in stream.keys():  # noqa: SIM118 - the handle isn't a mapping
                 layer, _, state = name.partition(".")
-                states[int(layer)][state] = stream.get_tensor(name)
+                # a copy: the mapped file leaves tensors at odd addresses, which some processors multiply to other bits
+                states[int(layer)][state] = stream.get_tensor(name).clone()
         for layer, entry, tensors in zip(self.cache.layers, about, states, strict=True):
             layer.write(entry["kind"], tensors, entry["seen_tokens"])
 
 
 class CarriedMemory:
-    """What XLNet remembers of earlier rows of its lanes: `mems`, the hidden states (Yang et al. 2019, §2.4)."""
+    """What XLNet remembers of earlier rows of its streams: `mems`, the hidden states (Yang et al. 2019, §2.4)."""
 
     def __init__(self) -> None:
         self.mems: list[torch.Tensor] | None = None  # of each layer `(memory length, rows, width)`
@@ -145,7 +164,7 @@ class CarriedMemory:
         """
         if reset is not None and bool(reset.any()):
             if not bool(reset.all()):
-                raise ValueError("a memory is forgotten for all rows of a batch at once: lanes must be equally long")
+                raise ValueError("a memory is forgotten for all rows of a batch at once: streams must be equally long")
             self.mems = None
         if self.mems is not None and self.mems[0].shape[1] != rows:
             held = self.mems[0].shape[1]
@@ -169,6 +188,11 @@ class CarriedMemory:
 
     def load(self, path: Path, model: Any, device: torch.device) -> None:
         """Read what `save` wrote.
+
+        Args:
+            path: Of the file.
+            model: The unwrapped model.
+            device: Where the memory goes.
 
         Raises:
             ValueError: If the file is missing or belongs to another model.
@@ -202,11 +226,6 @@ def initial_state(model: Any, rows: int, device: torch.device) -> Any:
     """
     cache = DynamicCache(config=model.config)
     token = torch.zeros(rows, 1, dtype=torch.long, device=device)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), kept_random_state():
-            model(input_ids=token, attention_mask=torch.zeros_like(token), past_key_values=cache, use_cache=True)
-    finally:
-        model.train(training)
+    with evaluating(model), preserve_rng_state():
+        model(input_ids=token, attention_mask=torch.zeros_like(token), past_key_values=cache, use_cache=True)
     return cache

@@ -1,10 +1,11 @@
-"""SIGTERM and SIGINT: finish the step, save a checkpoint, leave with the status a shell expects (143, 130).
+"""SIGTERM, SIGINT, SIGHUP: finish the step, save a checkpoint, leave with the status a shell expects (143, 130, 129).
 
 The stock callback behind `enable_jit_checkpoint` knows SIGTERM only, waits three seconds on a timer, and may save
 between backward and optimizer step, when the random state is already past the forward pass that the resumed run will
 repeat; such a resume isn't exact. This one keeps its switch and its place and acts only when a step is complete.
 A second signal of the same kind ends the process at once, as without a handler. An evaluation that is due at that step
-or already running is left out: a scheduler's patience (30 seconds under torchrun) is for the checkpoint.
+or already running is left out: a scheduler's patience (30 seconds under torchrun) is for the checkpoint. A SIGHUP that
+was ignored when the process started (`nohup`) stays ignored.
 
 Ctrl-C and schedulers signal whole groups of processes, the workers of a data loader included; a loader that loses a worker
 raises wherever the main process happens to be, in the middle of a step. So workers heed their parent only.
@@ -20,10 +21,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
 
-def shelter_worker(worker: int, then: Callable[[int], None] | None = None) -> None:
+def ignore_signals_in_worker(worker: int, then: Callable[[int], None] | None = None) -> None:
     """Let a worker of a data loader end on its parent's SIGTERM only; to be its `worker_init_fn`.
 
     Args:
@@ -32,12 +33,12 @@ def shelter_worker(worker: int, then: Callable[[int], None] | None = None) -> No
     """
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        threading.Thread(target=_heed, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_on_parent_sigterm, args=(os.getppid(),), daemon=True).start()
     if then is not None:
         then(worker)
 
 
-def _heed(parent: int) -> None:
+def _exit_on_parent_sigterm(parent: int) -> None:
     """Wait for a SIGTERM from the parent, then leave."""
     while signal.sigwaitinfo(SIGNALS).si_pid != parent:
         continue
@@ -57,10 +58,11 @@ class StopSignal(TrainerCallback):
         self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Take over SIGTERM and SIGINT; does nothing outside the main thread, where Python has no handlers."""
+        """Take over the signals; does nothing outside the main thread, where Python has no handlers."""
         self.received = None
+        taken = [number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]
         try:
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._previous = {number: signal.signal(number, self._handle) for number in taken}
         except ValueError:
             self._previous = {}
 
@@ -101,6 +103,10 @@ class StopSignal(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave a long evaluation in the middle of training: the step before it is complete."""
+        """Leave a long evaluation in the middle of training: the step before it is complete.
+
+        Raises:
+            StopRequested: a signal has come, on any process.
+        """
         if self._previous and self.agreed(args):
             raise StopRequested

@@ -9,7 +9,7 @@ carried across batches (`recurrent_state`), a stop at the first non-finite value
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,23 +22,25 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerControl
 from transformers.trainer import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 
+from ..models.base import give_umask_mode, realign
+from . import checkpoints
 from .arguments import LNLMTrainingArguments
-from .callbacks import Constraints, no_bars
-from .checkpoints import STAGING_NAME, find_fault, newest_complete, publish, rotate, seal, sweep, warn_of
+from .callbacks import Constraints, UseCache, no_bars
 from .epochs import EndlessEpochs, set_epoch_everywhere
 from .launch import check_launch
 from .loss_scale import IGNORED, DeclaredParts, LossProbe, LossRule, labels_that_count
 from .nonfinite import stop
-from .randomness import kept_random_state
-from .recurrent_state import CarriedMemory, CarriedState, carried_by, lane_fault, state_file
-from .signals import StopRequested, StopSignal, shelter_worker
+from .randomness import preserve_rng_state
+from .recurrent_state import CarriedMemory, CarriedState, carried_by, state_file, stream_fault
+from .resumed import ResumedRun
+from .signals import StopRequested, StopSignal, ignore_signals_in_worker
 from .totals import EvaluationTotals, TrainingTotals, input_tokens
 
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-_ASIDE = ("num_bytes", "reset", "example", "row")
+_ASIDE = ("num_bytes", "reset", "example", "row", "strange")
 
 
-class LNLMTrainer(Trainer):
+class LNLMTrainer(ResumedRun, Trainer):
     """`transformers.Trainer` for runs that survive a kill, whatever they are cut into.
 
     Args:
@@ -50,7 +52,10 @@ class LNLMTrainer(Trainer):
         ValueError: If the launch would silently do something else, or `carry_state` doesn't fit model or dataset.
     """
 
+    # declared here because stock Trainer declares less than it takes
+    model: Any
     train_dataset: Any
+    label_smoother: Any
     model_accepts_loss_kwargs: bool
     control: TrainerControl
 
@@ -59,11 +64,13 @@ class LNLMTrainer(Trainer):
         if arguments is None:
             kwargs["args"] = arguments = LNLMTrainingArguments(output_dir="tmp_trainer")
         check_launch(arguments)
+        self._use_cache = UseCache(kwargs.get("model", args[0] if args else None))
         listens, arguments.enable_jit_checkpoint = arguments.enable_jit_checkpoint, False
         try:
             super().__init__(*args, **kwargs)
         finally:
             arguments.enable_jit_checkpoint = listens
+        realign(self.model)  # a stock model's, too, or a run that goes on from another file computes other bits
         self.objective: Any = objective
         self._name_pair_labels()
         self._signals = StopSignal()
@@ -73,18 +80,17 @@ class LNLMTrainer(Trainer):
         self._loss_rule: LossRule | None = None  # once measured
         self._current_rule: LossRule | None = None  # of this step; provisional until a step has labels
         self._takes_loss_kwargs = self.model_accepts_loss_kwargs
-        smoother: Any = getattr(self, "label_smoother", None)
-        if smoother is not None and self._loss_shifts_labels:
+        if self.label_smoother is not None and self._loss_shifts_labels:
             # transformers shifts for the causal models that it knows by name; others would learn to copy the input
-            self.label_smoother = partial(smoother, shift_labels=True)
+            self.label_smoother = partial(self.label_smoother, shift_labels=True)
         self._aside: dict[str, Any] = {}
         self.measured_sums: dict[str, torch.Tensor] = {}  # what the objective measured in the last evaluation
         self._carried: CarriedState | CarriedMemory | None = None
         self._training_totals = TrainingTotals()
         self._evaluation_totals: EvaluationTotals | None = None
         self.add_callback(Constraints())
-        if (patience := getattr(self.args, "early_stopping_patience", None)) is not None:
-            self.add_callback(EarlyStoppingCallback(patience, self.args.early_stopping_threshold))
+        if (patience := getattr(arguments, "early_stopping_patience", None)) is not None:
+            self.add_callback(EarlyStoppingCallback(patience, arguments.early_stopping_threshold))
         if listens:
             self.add_callback(self._signals)
         self._check_carry_state()
@@ -97,7 +103,7 @@ class LNLMTrainer(Trainer):
             raise ValueError(f"carry_state needs a stateful model, got {type(self.model).__name__}")
         if self.args.auto_find_batch_size:
             raise ValueError("carry_state needs a fixed number of rows a batch, got auto_find_batch_size=True")
-        fault = lane_fault(self.train_dataset, self._train_batch_size, self.args.world_size)
+        fault = stream_fault(self.train_dataset, self._train_batch_size, self.args.world_size)
         if self.train_dataset is not None and fault is not None:
             raise ValueError(fault)
         if self.args.train_sampling_strategy != "sequential":
@@ -121,13 +127,17 @@ class LNLMTrainer(Trainer):
     ) -> TrainOutput:
         """Train as the stock Trainer does; `resume_from_checkpoint=True` picks the newest *complete* checkpoint.
 
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or True.
+            trial, ignore_keys_for_eval: As in the stock Trainer.
+
         Raises:
             ValueError: If the named checkpoint is damaged, or if none in the output folder is complete.
-            SystemExit: With 143 or 130, after a checkpoint, when SIGTERM or SIGINT arrived.
+            SystemExit: With 143, 130 or 129, after a checkpoint, when SIGTERM, SIGINT or SIGHUP arrived.
             NonFiniteError: If the loss or the gradient norm isn't finite.
         """
         if self.args.should_save:
-            sweep(str(self.args.output_dir))
+            checkpoints.remove_staging(str(self.args.output_dir))
         self.accelerator.wait_for_everyone()
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         with self._listening(trial):
@@ -135,7 +145,7 @@ class LNLMTrainer(Trainer):
 
     @contextmanager
     def _listening(self, trial: Any) -> Iterator[None]:
-        """Turn SIGTERM and SIGINT into a checkpoint and an exit status while training runs."""
+        """Turn SIGTERM, SIGINT and SIGHUP into a checkpoint and an exit status while training runs."""
         if self.args.enable_jit_checkpoint:
             self._signals.install()
         try:
@@ -146,29 +156,7 @@ class LNLMTrainer(Trainer):
             raise SystemExit(self._signals.exit_status) from None
         finally:
             self._signals.uninstall()
-
-    def _checkpoint_to_resume(self, wanted: str | bool | None) -> str | None:
-        """Examine checkpoints on process 0 (every byte is read) and tell the others."""
-        if not wanted:
-            return None
-        if wanted is True:
-            folder = str(self.args.output_dir)
-            found, faults = self._told(newest_complete, folder)
-            self._damaged = set(faults)
-            if self.is_world_process_zero():
-                warn_of(faults, folder, found)
-            if found is None:
-                raise ValueError(f"no complete checkpoint found in output_dir {folder}")
-            return found
-        fault = self._told(find_fault, str(wanted))
-        if fault is not None:
-            raise ValueError(f"resume_from_checkpoint {wanted} can't be used: {fault}")
-        return str(wanted)
-
-    def _told(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return what a function gives on process 0."""
-        found = [function(*args) if self.is_world_process_zero() else None]
-        return (broadcast_object_list(found) if self.args.world_size > 1 else found)[0]
+            self._use_cache.restore()
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         if not (self.args.enable_jit_checkpoint and self._signals.agreed(self.args)):
@@ -213,7 +201,7 @@ class LNLMTrainer(Trainer):
         """Keep the signals of a process group from the loader's workers."""
         loader = super()._get_dataloader(*args, **kwargs)
         base = getattr(loader, "base_dataloader", loader)
-        base.worker_init_fn = partial(shelter_worker, then=base.worker_init_fn)
+        base.worker_init_fn = partial(ignore_signals_in_worker, then=base.worker_init_fn)
         return loader
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
@@ -375,7 +363,7 @@ class LNLMTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _with_state(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Hand the state of the lanes to the model."""
+        """Hand the state of the streams to the model."""
         if self._carried is None:
             return inputs
         inner, reset = self.accelerator.unwrap_model(self.model), self._aside.get("reset")
@@ -388,16 +376,14 @@ class LNLMTrainer(Trainer):
 
     def _measure(self, inputs: dict[str, Any], outputs: Any) -> None:
         """Add what is measured of a batch besides its loss."""
-        num_bytes = self._aside.get("num_bytes")
-        if self._evaluation_totals is None:
-            self._training_totals.add_batch(input_tokens(inputs), num_bytes)
-            if getattr(self.objective, "logs_metrics", False):
-                with torch.no_grad():
-                    batch = {**inputs, **self._aside}
-                    self._training_totals.add_measured(self.objective.sums(self._measured_logits(outputs), batch))
-        elif self.objective is not None and (logits := self._measured_logits(outputs)) is not None:
-            batch = {**inputs, **self._aside}
-            self._evaluation_totals.add_measured(self.objective.sums(logits, batch))
+        trains = self._evaluation_totals is None
+        if trains:
+            self._training_totals.add_batch(input_tokens(inputs), self._aside.get("num_bytes"))
+        if self.objective is None or (trains and not getattr(self.objective, "logs_metrics", False)):
+            return
+        if (logits := self._measured_logits(outputs)) is not None:
+            with torch.no_grad():
+                self._totals.add_measured(self.objective.sums(logits, {**inputs, **self._aside}))
 
     def _name_pair_labels(self) -> None:
         """Wait for the one label of pairs that the model was made for; transformers would wait for both."""
@@ -428,19 +414,19 @@ class LNLMTrainer(Trainer):
         self._carried = self._state_for_evaluation(getattr(dataloader, "dataset", None))
         self._evaluation_totals = totals = EvaluationTotals()
         try:
-            with kept_random_state(), self._training_totals.paused():
+            with preserve_rng_state(), self._training_totals.paused():
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
         finally:
             self._carried, self._evaluation_totals = held
-        output.metrics.update({f"{metric_key_prefix}_{name}": v for name, v in self._exact_metrics(totals).items()})
-        return output
+        exact = {f"{metric_key_prefix}_{name}": value for name, value in self._exact_metrics(totals).items()}
+        return output._replace(metrics={**(output.metrics or {}), **exact})
 
     def _state_for_evaluation(self, dataset: Any) -> CarriedState | CarriedMemory | None:
-        if not self._carries or not hasattr(dataset, "num_lanes"):
+        if not self._carries or not hasattr(dataset, "num_streams"):
             return None
-        fault = lane_fault(dataset, self.args.eval_batch_size, self.args.world_size)
+        fault = stream_fault(dataset, self.args.eval_batch_size, self.args.world_size)
         if fault is not None:
             raise ValueError(f"evaluation: {fault}")
         return self._nothing_carried()
@@ -457,12 +443,13 @@ class LNLMTrainer(Trainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
+        **generation: Any,
     ) -> tuple[Any, Any, Any]:
         """Evaluate a batch; rows that only fill up the last batch of several processes don't count."""
         keep = self._rows_that_count(inputs)
         if keep is not None:
             inputs = {name: _without_rows(name, value, keep) for name, value in inputs.items()}
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **generation)
 
     def _rows_that_count(self, inputs: dict[str, Any]) -> int | None:
         """Return how many rows of this process's last batch aren't repetitions, None if all count.
@@ -495,21 +482,31 @@ class LNLMTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save, without the Hub's token in `training_args.bin`."""
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            with self._use_cache:
+                super()._save(output_dir, state_dict)
+            give_umask_mode(str(output_dir or self.args.output_dir))
+        finally:
+            self.args.hub_token = token
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write a checkpoint into the staging folder, seal it, put it in its place, then delete surplus ones."""
+        """Write a checkpoint into the staging folder with its manifest, put it in its place, then delete surplus ones."""
         run = Path(super()._get_output_dir(trial))
-        staging, name = run / STAGING_NAME, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging, name = run / checkpoints.STAGING_NAME, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         failure = self._write_staged(model, trial, staging, run / name)
-        self._seal_or_stop(failure, staging)
+        self._finish_or_stop(failure, staging)
         if self.args.should_save:
-            publish(staging / name, run / name)
+            checkpoints.publish(staging / name, run / name)
             shutil.rmtree(staging, ignore_errors=True)
             self._damaged.discard(name)
             best = self.state.best_model_checkpoint
-            rotate(run, self.args.save_total_limit, self.state.global_step, best, self._damaged)
+            checkpoints.rotate(run, self.args.save_total_limit, self.state.global_step, best, self._damaged)
         self.accelerator.wait_for_everyone()
         if self._held_push:
             self._held_push = False
@@ -529,11 +526,11 @@ class LNLMTrainer(Trainer):
             self._staging = None
         return None
 
-    def _seal_or_stop(self, failure: Exception | None, staging: Path) -> None:
-        """Seal the staged folder if every process could write its part, else drop it and stop all of them."""
+    def _finish_or_stop(self, failure: Exception | None, staging: Path) -> None:
+        """Finish the staged folder if every process could write its part, else drop it and stop all of them."""
         if not self._any(failure) and self.args.should_save:
             try:
-                self._seal(staging)
+                self._finish(staging)
             except OSError as error:
                 failure = error
         if not self._any(failure):
@@ -547,13 +544,13 @@ class LNLMTrainer(Trainer):
         """Whether something failed on any process."""
         return bool(self._reduce(torch.tensor(float(failure is not None), device=self.args.device)))
 
-    def _seal(self, staging: Path) -> None:
-        """Correct the one path that the stock code derived from the staging folder, then seal the checkpoint."""
+    def _finish(self, staging: Path) -> None:
+        """Correct the one path that the stock code derived from the staging folder, then write the manifest."""
         staged = next(staging.iterdir())
         if self.state.best_model_checkpoint == str(staged):
             self.state.best_model_checkpoint = str(staging.parent / staged.name)
             self.state.save_to_json(os.path.join(staged, TRAINER_STATE_NAME))
-        seal(staged)
+        checkpoints.write_manifest(staged)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload only what has been published: the stock code would upload from the staging folder."""
@@ -573,7 +570,7 @@ def _without_rows(name: str, value: Any, keep: int) -> Any:
     labels = name in ("labels", "shift_labels") or name.endswith("_label")
     if not torch.is_tensor(value) or not value.dim() or value.is_floating_point():
         return value
-    fillers = {"num_bytes": 0, "example": -1}
+    fillers = {"num_bytes": 0, "example": -1, "strange": IGNORED}
     if not (labels or name in ("start_positions", "end_positions", *fillers)):
         return value
     value = value.clone()

@@ -1,7 +1,5 @@
 """Configuration of the character-level convolutional classifier."""
 
-# Copyright 2026 The hf_lnlm authors. Licensed under the Apache License, Version 2.0.
-
 from typing import Any, ClassVar
 
 from ..base import LNLMConfig, check_bound, check_choice, strict_config
@@ -72,7 +70,6 @@ class CharCNNConfig(LNLMConfig):
     def check_bounds(self) -> None:
         """Check ranges and choices; see the class for the fields."""
         super().check_bounds()
-        check_choice("backend", self.backend, ("auto", "eager"))
         check_choice("quantization", self.quantization, QUANTIZATIONS)
         if self.kernel_sizes is not None:
             layers = self.num_hidden_layers
@@ -113,3 +110,8 @@ class CharCNNConfig(LNLMConfig):
             field += (self.pool(layer) - 1) * step
             step *= self.pool(layer)
         return field, step
+
+    @property
+    def reads_both_ways(self) -> bool:
+        """Whether a position's output depends on what follows it."""
+        return True

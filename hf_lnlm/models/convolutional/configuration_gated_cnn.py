@@ -1,14 +1,11 @@
 """Configuration of the gated convolutional language model."""
 
-# Copyright 2026 The hf_lnlm authors. Licensed under the Apache License, Version 2.0.
-
 from typing import Any, ClassVar, NamedTuple
 
-from ..base import LNLMConfig, check_bound, check_choice, strict_config
-from ..heads import check_adaptive
+from ...ops.backend import Operation
+from ...ops.time_conv import TIME_CONV
+from ..base import LanguageModelConfig, check_bound, check_choice, strict_config
 
-LOSS_HEADS = ("full", "chunked", "adaptive")
-LOSS_DTYPES = ("float32", "bfloat16")
 POOLINGS = ("last", "mean", "max")
 Sizes = list[int] | tuple[int, ...]
 
@@ -30,7 +27,7 @@ class LayerShape(NamedTuple):
 
 
 @strict_config
-class GatedCNNConfig(LNLMConfig):
+class GatedCNNConfig(LanguageModelConfig):
     """Configuration of `GatedCNNModel` and its heads (Dauphin et al. 2017).
 
     Args:
@@ -42,11 +39,6 @@ class GatedCNNConfig(LNLMConfig):
         bottleneck_size: channels of the wide convolution in a bottleneck block (1, k, 1); None for plain blocks.
         weight_norm: learn the length and the direction of each filter apart (Salimans & Kingma 2016).
         dropout: dropout of every layer's input.
-        loss_head: `full` logits, `chunked` (never all logits while training) or `adaptive` softmax.
-        loss_chunk_size: tokens a chunk of the chunked head.
-        loss_dtype: `float32` or `bfloat16` products in the chunked head.
-        adaptive_cutoffs: where the adaptive softmax's clusters begin, ascending, below `vocab_size`.
-        adaptive_div_value: factor by which each cluster narrows.
         pooling: how sequence classification sums up a text: `last` real token, `mean` or `max`.
         classifier_dropout: dropout before the classifier.
 
@@ -56,11 +48,11 @@ class GatedCNNConfig(LNLMConfig):
 
     model_type = "lnlm_gated_cnn"
     base_model_fsdp_plan = {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight"}
+    _operations: ClassVar[tuple[Operation, ...]] = (TIME_CONV,)
     _bounds: ClassVar[dict[str, tuple[float, float]]] = {
         "kernel_width": (1, 4096),
         "layer_kernels": (1, 4096),
         "layer_channels": (1, 2**24),
-        "adaptive_div_value": (1.0, 1e6),
     }
 
     num_hidden_layers: int = 8
@@ -71,11 +63,6 @@ class GatedCNNConfig(LNLMConfig):
     bottleneck_size: int | None = None
     weight_norm: bool = True
     dropout: float | int = 0.0
-    loss_head: str = "full"
-    loss_chunk_size: int = 256
-    loss_dtype: str = "float32"
-    adaptive_cutoffs: Sizes | None = None
-    adaptive_div_value: float | int = 4.0
     pooling: str = "max"
     classifier_dropout: float | int = 0.0
 
@@ -87,16 +74,11 @@ class GatedCNNConfig(LNLMConfig):
     def check_bounds(self) -> None:
         """Check ranges and choices, and what they mean together; see the class for the fields."""
         super().check_bounds()
-        check_choice("backend", self.backend, ("auto", "reference", "eager"))
-        check_choice("loss_head", self.loss_head, LOSS_HEADS)
-        check_choice("loss_dtype", self.loss_dtype, LOSS_DTYPES)
         check_choice("pooling", self.pooling, POOLINGS)
         for name in ("layer_channels", "layer_kernels"):
             given = getattr(self, name)
             if given is not None:
                 check_bound(f"len({name})", len(given), (self.num_hidden_layers, self.num_hidden_layers))
-        if self.loss_head == "adaptive":
-            check_adaptive(self, self.output_size)
 
     def layer_shape(self, layer: int) -> LayerShape:
         """Return the shape of a layer, counted from 0."""
@@ -107,9 +89,19 @@ class GatedCNNConfig(LNLMConfig):
         )
 
     @property
+    def state_kind(self) -> str:
+        """What a cache's states must have been written by to be read."""
+        return "gated_cnn"
+
+    @property
+    def head_width(self) -> int:
+        """Width of the hidden states that reach the softmax."""
+        return self.output_size
+
+    @property
     def output_size(self) -> int:
         """Width of the base model's output."""
-        return self.layer_shape(self.num_hidden_layers - 1).size
+        return list(self.layer_channels or [self.hidden_size])[-1]
 
     @property
     def receptive_field(self) -> int:

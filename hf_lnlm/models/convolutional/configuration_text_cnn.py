@@ -1,7 +1,5 @@
 """Configuration of TextCNN."""
 
-# Copyright 2026 The hf_lnlm authors. Licensed under the Apache License, Version 2.0.
-
 from typing import ClassVar
 
 from ..base import LNLMConfig, check_bound, check_choice, strict_config
@@ -53,7 +51,6 @@ class TextCNNConfig(LNLMConfig):
     def check_bounds(self) -> None:
         """Check ranges and choices; see the class for the fields."""
         super().check_bounds()
-        check_choice("backend", self.backend, ("auto", "eager"))
         check_choice("variant", self.variant, VARIANTS)
         check_bound("len(filter_sizes)", len(self.filter_sizes), (1, 64))
 
@@ -61,3 +58,8 @@ class TextCNNConfig(LNLMConfig):
     def output_size(self) -> int:
         """Width of the pooled features."""
         return self.num_filters * len(self.filter_sizes)
+
+    @property
+    def reads_both_ways(self) -> bool:
+        """Whether a position's output depends on what follows it."""
+        return True

@@ -1,7 +1,5 @@
 """Configuration of the very deep convolutional network."""
 
-# Copyright 2026 The hf_lnlm authors. Licensed under the Apache License, Version 2.0.
-
 from typing import Any, ClassVar
 
 from ..base import LNLMConfig, check_bound, check_choice, strict_config
@@ -87,7 +85,6 @@ class VDCNNConfig(LNLMConfig):
     def check_bounds(self) -> None:
         """Check ranges and choices, and what they mean together; see the class for the fields."""
         super().check_bounds()
-        check_choice("backend", self.backend, ("auto", "eager"))
         check_choice("pooling", self.pooling, POOLINGS)
         check_choice("normalization", self.normalization, NORMALIZATIONS)
         check_bound("len(stage_channels)", len(self.stage_channels), (1, 16))
@@ -116,3 +113,8 @@ class VDCNNConfig(LNLMConfig):
         if self.stage_blocks is not None:
             return [stage for stage, blocks in enumerate(self.stage_blocks) for _ in range(blocks)]
         return [block * count // self.num_hidden_layers for block in range(self.num_hidden_layers)]
+
+    @property
+    def reads_both_ways(self) -> bool:
+        """Whether a position's output depends on what follows it."""
+        return True

@@ -24,15 +24,13 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...nn.convolution import TimeConvolution, init_centred, justify
+from ...nn.convolution import Justified, TimeConvolution, init_centred, justify
 from ..base import LNLMPreTrainedModel
 from .configuration_char_cnn import CharCNNConfig
-from .text_classifier import TextClassifier, embed_inputs, plan_rows
+from .text_classifier import TextClassifier, read_text
 
 
 class CharCNNLayer(GradientCheckpointingLayer):
@@ -117,13 +115,13 @@ class CharCNNModel(CharCNNPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode texts.
 
         Args:
             input_ids: `(batch, length)`; of longer texts the end is read (`backwards`) or the beginning.
-            attention_mask: `(batch, length)`, nonzero at real characters; the others are as if they were not there.
+            attention_mask: `(batch, length)`, 1 at real characters; the others are as if they were not there.
             inputs_embeds: `(batch, length, hidden_size)` instead of `input_ids`.
             kwargs: `output_hidden_states` and the like.
 
@@ -134,7 +132,7 @@ class CharCNNModel(CharCNNPreTrainedModel):
         Raises:
             ValueError: inputs and mask do not fit together.
         """
-        hidden = self._quantise(embed_inputs(self.embed_tokens, input_ids, inputs_embeds), attention_mask)
+        hidden = self._quantise(*read_text(self, input_ids, attention_mask, inputs_embeds, kwargs))
         if torch.is_grad_enabled() and (kwargs.get("output_hidden_states") or self.config.output_hidden_states):
             hidden = hidden.requires_grad_()  # one-hot vectors have no gradient, but which character matters is asked
         blanks = self._blanks(hidden.shape[1])
@@ -148,9 +146,8 @@ class CharCNNModel(CharCNNPreTrainedModel):
             pooled = self.dropout(dense(pooled).relu())
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
 
-    def _quantise(self, hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def _quantise(self, hidden: torch.Tensor, plan: Justified | None) -> torch.Tensor:
         """Put the characters in the order of reading, blanks last, and cut what is too long."""
-        plan = plan_rows(attention_mask, hidden)
         if plan is not None:
             hidden = justify(hidden, plan)
         if self.config.backwards:
@@ -176,12 +173,12 @@ class CharCNNForSequenceClassification(TextClassifier):
     """
 
     config: CharCNNConfig
+    body_class = CharCNNModel
     _no_split_modules = ["CharCNNLayer"]
     quiet_start = True
 
-    def __init__(self, config: CharCNNConfig) -> None:
-        super().__init__(config)
-        self.model = CharCNNModel(config)
+    def make_head(self, config: CharCNNConfig) -> None:
+        """Make dropout and classifier."""
         self.build_head(config.intermediate_size, 0.0, None)
 
 

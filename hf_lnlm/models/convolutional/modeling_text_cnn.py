@@ -22,8 +22,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -31,7 +29,7 @@ from ...nn.convolution import Justified, TimeConvolution, justify, restore, wind
 from ...nn.pooling import max_over_time
 from ..base import LNLMPreTrainedModel
 from .configuration_text_cnn import TextCNNConfig
-from .text_classifier import TextClassifier, embed_inputs, plan_rows
+from .text_classifier import TextClassifier, read_text
 
 
 class TextCNNEmbeddings(nn.Module):
@@ -162,6 +160,10 @@ class TextCNNModel(TextCNNPreTrainedModel):
             self.embeddings.static_tokens = self._get_resized_embeddings(static, value.num_embeddings)
         self.embeddings.freeze()
 
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of ids, all channels added up."""
+        return self.embeddings(input_ids)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -170,13 +172,13 @@ class TextCNNModel(TextCNNPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pooled_only: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode texts.
 
         Args:
             input_ids: `(batch, length)`.
-            attention_mask: `(batch, length)`, nonzero at real tokens; the others are as if they were not there.
+            attention_mask: `(batch, length)`, 1 at real tokens; the others are as if they were not there.
             inputs_embeds: `(batch, length, hidden_size)` instead of `input_ids`; of `multichannel`, the channels' sum.
             pooled_only: leave out `last_hidden_state`, which a classifier does not read.
             kwargs: `output_hidden_states` and the like.
@@ -188,8 +190,7 @@ class TextCNNModel(TextCNNPreTrainedModel):
         Raises:
             ValueError: inputs and mask do not fit together.
         """
-        hidden = embed_inputs(self.embeddings, input_ids, inputs_embeds)
-        plan = plan_rows(attention_mask, hidden)
+        hidden, plan = read_text(self, input_ids, attention_mask, inputs_embeds, kwargs)
         pooled = None
         for index, layer in enumerate(self.layers):
             hidden, pooled = layer(hidden, plan, not pooled_only or index + 1 < len(self.layers))
@@ -204,12 +205,12 @@ class TextCNNForSequenceClassification(TextClassifier):
     """
 
     config: TextCNNConfig
+    body_class = TextCNNModel
     reads_pooled_only = True
     _no_split_modules = ["TextCNNLayer"]
 
-    def __init__(self, config: TextCNNConfig) -> None:
-        super().__init__(config)
-        self.model = TextCNNModel(config)
+    def make_head(self, config: TextCNNConfig) -> None:
+        """Make dropout and classifier."""
         self.build_head(config.output_size, config.dropout, config.max_norm)
 
 

@@ -20,13 +20,13 @@ Complexity: O(length · k · channels²) multiplications a block; a stage has ha
 one before, so its cost is twice that.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -34,7 +34,7 @@ from ...nn.convolution import TimeConvolution, init_centred, justify, mask_frame
 from ...nn.pooling import MaskedBatchNorm, MaskedGroupNorm, k_max_over_time, local_max
 from ..base import LNLMPreTrainedModel
 from .configuration_vdcnn import VDCNNConfig
-from .text_classifier import TextClassifier, embed_inputs, plan_rows
+from .text_classifier import TextClassifier, read_text
 
 
 def make_norm(config: VDCNNConfig, channels: int) -> nn.Module:
@@ -155,13 +155,13 @@ class VDCNNModel(VDCNNPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode texts.
 
         Args:
             input_ids: `(batch, length)`; of longer texts the beginning is read.
-            attention_mask: `(batch, length)`, nonzero at real characters; the others are as if they were not there.
+            attention_mask: `(batch, length)`, 1 at real characters; the others are as if they were not there.
             inputs_embeds: `(batch, length, hidden_size)` instead of `input_ids`.
             kwargs: `output_hidden_states` and the like.
 
@@ -172,8 +172,7 @@ class VDCNNModel(VDCNNPreTrainedModel):
         Raises:
             ValueError: inputs and mask do not fit together.
         """
-        hidden = embed_inputs(self.embed_tokens, input_ids, inputs_embeds)
-        plan = plan_rows(attention_mask, hidden)
+        hidden, plan = read_text(self, input_ids, attention_mask, inputs_embeds, kwargs)
         if plan is not None:
             hidden = justify(hidden, plan)
         limit = self.config.max_position_embeddings
@@ -194,13 +193,13 @@ class VDCNNForSequenceClassification(TextClassifier):
     """
 
     config: VDCNNConfig
+    body_class = VDCNNModel
     _no_split_modules = ["VDCNNLayer"]
     quiet_start = True
     _no_weight_decay = VDCNNPreTrainedModel._no_weight_decay
 
-    def __init__(self, config: VDCNNConfig) -> None:
-        super().__init__(config)
-        self.model = VDCNNModel(config)
+    def make_head(self, config: VDCNNConfig) -> None:
+        """Make dropout and classifier."""
         self.build_head(config.intermediate_size, 0.0, None)
 
 

@@ -31,17 +31,17 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import can_return_tuple
 
-from ...nn.convolution import Justified, TimeConvolution, check_mask, left_justify, mask_frames, restore
-from ...nn.loss_heads import classification_loss
+from ...nn.convolution import Justified, TimeConvolution, left_justify, mask_frames, restore
+from ...nn.inputs import check_given, check_ids, check_keywords, take_cache
+from ...nn.masks import current_mask
 from ...nn.pooling import max_over_time
 from ..base import LNLMPreTrainedModel
+from ..heads import ClassificationHead, SequenceClassificationHead, TokenClassificationHead
+from ..parts import build_part, longest_input, part_class
 from .by_length import READ_PADDING, run_by_length
 from .configuration_encoder_cnn import EncoderCNNConfig
-from .own_encoder import CARRIED
 
 
 class Maps(NamedTuple):
@@ -56,27 +56,17 @@ class Maps(NamedTuple):
     pooled: torch.Tensor
 
 
-def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the model class of an encoder's config: the carried one, else what transformers builds for it.
+def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """Build an encoder; of a family with a decoder, its encoder alone.
 
     Raises:
         ValueError: there is none, or only one with a decoder.
     """
-    if CARRIED is not None and CARRIED[0].model_type == config.model_type:  # type: ignore[attr-defined]
-        return CARRIED[1]
-    for mapping in (MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING):
-        found: Any = mapping.get(type(config), None)
-        found = found[0] if isinstance(found, tuple) else found
-        if found is not None and (mapping is MODEL_FOR_TEXT_ENCODING_MAPPING or not config.is_encoder_decoder):
-            return found
-    raise ValueError(f"encoder: transformers has no encoder of its own for the model type {config.model_type!r}")
-
-
-def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
-    """Build an encoder without the pooling layer that nothing here would use."""
-    cls = encoder_class(config)
-    pools = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
-    return cls._from_config(config, **({"add_pooling_layer": False} if pools else {}))
+    if part_class(config, "AutoModelForTextEncoding") is not None:
+        return build_part("encoder", config, "AutoModelForTextEncoding")
+    if config.is_encoder_decoder:
+        raise ValueError(f"encoder: transformers has no encoder of its own for the model type {config.model_type!r}")
+    return build_part("encoder", config, "AutoModel")
 
 
 def encoder_given(encoder: str | os.PathLike | PreTrainedModel, options: dict[str, Any]) -> PreTrainedModel:
@@ -232,8 +222,8 @@ class EncoderCNNPreTrainedModel(LNLMPreTrainedModel):
         source = encoder_given(encoder, inner if dtype is None else {"dtype": dtype, **inner})
         fields = {**source.config.to_dict(), "attn_implementation": source.config._attn_implementation}
         model = cls(EncoderCNNConfig(encoder=fields, **kwargs))
-        target = model.base_model.encoder
-        model.to(source.dtype)
+        target: Any = model.base_model.encoder
+        nn.Module.to(model, source.dtype)
         missing = target.load_state_dict(source.state_dict(), strict=False).missing_keys
         missing = [name for name in missing if name not in source.all_tied_weights_keys]
         if missing:
@@ -244,16 +234,18 @@ class EncoderCNNPreTrainedModel(LNLMPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the encoder's token embeddings."""
-        return self.base_model.encoder.get_input_embeddings()
+        encoder: Any = self.base_model.encoder
+        return encoder.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the encoder's token embeddings."""
-        self.base_model.encoder.set_input_embeddings(value)
+        encoder: Any = self.base_model.encoder
+        encoder.set_input_embeddings(value)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize the encoder's token embeddings, as in transformers."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        self.config.mirror_encoder()
+        self.config.mirror()
         return embeddings
 
 
@@ -267,6 +259,7 @@ class EncoderCNNModel(EncoderCNNPreTrainedModel):
     def __init__(self, config: EncoderCNNConfig) -> None:
         super().__init__(config)
         self.encoder = build_encoder(config.get_text_config())
+        self.encoder_reads = frozenset(inspect.signature(self.encoder.forward).parameters)
         mixes = config.mode == "scalar_mix"
         self.layer_mix = LayerMix(config.num_hidden_layers) if mixes else None
         self.window_head = WindowHead(config)
@@ -279,13 +272,13 @@ class EncoderCNNModel(EncoderCNNPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode texts.
 
         Args:
             input_ids: `(batch, length)`.
-            attention_mask: `(batch, length)`, nonzero at real tokens.
+            attention_mask: `(batch, length)`, 1 at real tokens.
             inputs_embeds: `(batch, length, width)` instead of `input_ids`, for encoders that take them.
             token_type_ids: `(batch, length)`, for encoders that take them.
             kwargs: what else the encoder takes; `output_hidden_states`, `output_attentions`.
@@ -298,8 +291,13 @@ class EncoderCNNModel(EncoderCNNPreTrainedModel):
         Raises:
             ValueError: inputs do not fit together, or the encoder gives no hidden states.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given, got both or none")
+        if take_cache(kwargs.pop("past_key_values", None), kwargs) is not None:
+            raise ValueError("a model that reads both ways reads whole sequences: past_key_values must be None")
+        check_keywords(kwargs, self.encoder_reads)
+        width = getattr(self.get_input_embeddings(), "embedding_dim", None)
+        check_given(input_ids, inputs_embeds, width, self.dtype)
+        check_ids(input_ids, self.config.vocab_size)
+        self._check_length(input_ids if inputs_embeds is None else inputs_embeds)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, **kwargs}
         inputs, plan = self._left_justified(inputs, attention_mask)
         shown = inputs.pop("output_hidden_states", None)
@@ -313,6 +311,15 @@ class EncoderCNNModel(EncoderCNNPreTrainedModel):
             hidden_states=_selected(outputs.get("hidden_states"), shown),
             attentions=outputs.get("attentions"),
         )
+
+    def _check_length(self, given: Any) -> None:
+        """Refuse rows that the encoder has no positions for."""
+        limit = longest_input(self.config)
+        if limit is not None and given.shape[1] > limit:
+            raise ValueError(
+                f"max_position_embeddings of the encoder allows {limit} positions, the input has {given.shape[1]}: "
+                "cut it (truncation=True)"
+            )
 
     def _encode(self, inputs: dict[str, Any], plan: Justified | None) -> Any:
         reads_padding = self.config.get_text_config().model_type in READ_PADDING
@@ -328,13 +335,10 @@ class EncoderCNNModel(EncoderCNNPreTrainedModel):
         skipped = ("num_items_in_batch", "return_dict")
         given = {name: value for name, value in inputs.items() if value is not None and name not in skipped}
         given = {"output_attentions": self.config.output_attentions, **given}
-        shape = given["input_ids" if "input_ids" in given else "inputs_embeds"].shape[:2]
-        if shape[1] == 0:
-            raise ValueError(f"the input must be (batch, length) with length >= 1, got shape {tuple(shape)}")
-        if attention_mask is None or attention_mask.dim() != 2:
-            mask = check_mask(attention_mask, *shape)
-            return {**given, "attention_mask": mask}, None
-        plan = left_justify(check_mask(attention_mask, *shape))  # type: ignore[arg-type]
+        mask = current_mask(attention_mask, *given["input_ids" if "input_ids" in given else "inputs_embeds"].shape[:2])
+        if attention_mask is None or mask is None:
+            return {**given, "attention_mask": None}, None
+        plan = left_justify(mask)
         if plan.order is None:
             return {**given, "attention_mask": attention_mask}, plan
         moved = {name: _moved(value, plan.order) for name, value in given.items()}
@@ -369,22 +373,32 @@ class EncoderCNNModel(EncoderCNNPreTrainedModel):
         return first if plan is None else first.masked_fill((plan.lengths == 0)[:, None, None], 0.0)
 
 
-class EncoderCNNForSequenceClassification(EncoderCNNPreTrainedModel):
+class EncoderCNNHead(ClassificationHead, EncoderCNNPreTrainedModel):
+    """What both heads have: the encoder with its convolutions, and a linear map of the maps."""
+
+    body_class = EncoderCNNModel
+
+    def make_head(self, config: EncoderCNNConfig) -> None:
+        """Make `dropout` and `classifier`."""
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(config.output_size, config.num_labels)
+
+    def body_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return what the encoder is given: what it takes is its own affair."""
+        return given
+
+
+class EncoderCNNForSequenceClassification(EncoderCNNHead, SequenceClassificationHead):
     """EncoderCNN as a classifier or regressor of texts.
 
     Args:
         config: the model's configuration, with `num_labels` and `problem_type`.
     """
 
-    def __init__(self, config: EncoderCNNConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = EncoderCNNModel(config)
-        self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(config.output_size, config.num_labels)
-        self.post_init()
+    def pooled(self, outputs: Any, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Take the maps' maxima; see `SequenceClassificationHead`."""
+        return outputs.pooler_output
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -392,7 +406,7 @@ class EncoderCNNForSequenceClassification(EncoderCNNPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         labels: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Score texts; see `EncoderCNNModel.forward` for the other arguments.
 
@@ -402,17 +416,11 @@ class EncoderCNNForSequenceClassification(EncoderCNNPreTrainedModel):
         Returns:
             loss (with labels) and logits `(batch, num_labels)`, which do not depend on padding.
         """
-        outputs = self.model(input_ids, attention_mask, inputs_embeds, token_type_ids, **kwargs)
-        logits = self.classifier(self.dropout(outputs.pooler_output))
-        loss = None
-        if labels is not None:
-            loss = classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        kwargs["token_type_ids"] = token_type_ids
+        return super().forward(input_ids, attention_mask, inputs_embeds, labels, **kwargs)
 
 
-class EncoderCNNForTokenClassification(EncoderCNNPreTrainedModel):
+class EncoderCNNForTokenClassification(EncoderCNNHead, TokenClassificationHead):
     """EncoderCNN as a tagger: every token is classified from the windows around it.
 
     Args:
@@ -426,13 +434,7 @@ class EncoderCNNForTokenClassification(EncoderCNNPreTrainedModel):
         if config.mode == "all_cls":
             raise ValueError("mode must be last, last_n or scalar_mix to classify tokens, got 'all_cls'")
         super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = EncoderCNNModel(config)
-        self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(config.output_size, config.num_labels)
-        self.post_init()
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -440,7 +442,7 @@ class EncoderCNNForTokenClassification(EncoderCNNPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> TokenClassifierOutput:
         """Tag tokens; see `EncoderCNNModel.forward` for the other arguments.
 
@@ -450,14 +452,8 @@ class EncoderCNNForTokenClassification(EncoderCNNPreTrainedModel):
         Returns:
             loss (with labels) and logits `(batch, length, num_labels)`.
         """
-        outputs = self.model(input_ids, attention_mask, inputs_embeds, token_type_ids, **kwargs)
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=kwargs.get("num_items_in_batch"))
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        kwargs["token_type_ids"] = token_type_ids
+        return super().forward(input_ids, attention_mask, inputs_embeds, labels, **kwargs)
 
 
 __all__ = [

@@ -1,9 +1,9 @@
 """Configuration of the Differentiable Neural Computer."""
 
-# Copyright 2026 The hf_lnlm authors. Licensed under the Apache License, Version 2.0.
-
 from typing import ClassVar
 
+from ...ops.backend import Operation
+from ...ops.memory.dnc import DNC_MEMORY
 from ..base import strict_config
 from .memory_config import MAX_STATE, MemoryConfig
 
@@ -26,6 +26,7 @@ class DNCConfig(MemoryConfig):
     """
 
     model_type = "lnlm_dnc"
+    _operations: ClassVar[tuple[Operation, ...]] = (DNC_MEMORY,)
     _bounds: ClassVar[dict[str, tuple[float, float]]] = {"mask_min": (0.0, 1.0), "memory_size": (1, 4096)}
 
     use_temporal_links: bool = True
@@ -33,6 +34,10 @@ class DNCConfig(MemoryConfig):
     mask_min: float | int = 0.0
     use_deallocation: bool = False
     use_sharpness: bool = False
+
+    def unread(self) -> dict[str, str]:
+        """What is for lookups by masked words; see `LNLMConfig.unread`."""
+        return super().unread() | ({} if self.use_masking else {"mask_min": "use_masking=True"})
 
     def check_bounds(self) -> None:
         """Check ranges and choices, and what they mean together; see the class for the fields."""

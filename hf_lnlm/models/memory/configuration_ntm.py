@@ -1,9 +1,9 @@
 """Configuration of the Neural Turing Machine."""
 
-# Copyright 2026 The hf_lnlm authors. Licensed under the Apache License, Version 2.0.
-
 from typing import ClassVar
 
+from ...ops.backend import Operation
+from ...ops.memory.ntm import NTM_MEMORY
 from ..base import check_choice, strict_config
 from .memory_config import MemoryConfig
 
@@ -32,6 +32,7 @@ class NTMConfig(MemoryConfig):
     """
 
     model_type = "lnlm_ntm"
+    _operations: ClassVar[tuple[Operation, ...]] = (NTM_MEMORY,)
     _bounds: ClassVar[dict[str, tuple[float, float]]] = {
         "shift_range": (0, 1024),
         "memory_init_value": (-1e3, 1e3),
@@ -43,6 +44,12 @@ class NTMConfig(MemoryConfig):
     memory_init_value: float | int = 1e-6
     initial_weighting: str = "random"
     initial_addressing: str = "neutral"
+
+    def unread(self) -> dict[str, str]:
+        """What is for another beginning of the memory; see `LNLMConfig.unread`."""
+        return super().unread() | (
+            {} if self.memory_init == "constant" else {"memory_init_value": "memory_init='constant'"}
+        )
 
     def check_bounds(self) -> None:
         """Check ranges and choices, and what they mean together; see the class for the fields."""

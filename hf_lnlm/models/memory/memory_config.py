@@ -1,11 +1,9 @@
 """Configuration fields that the memory-augmented families share."""
 
-# Copyright 2026 The hf_lnlm authors. Licensed under the Apache License, Version 2.0.
-
 import math
 from typing import Any, ClassVar
 
-from ..base import LNLMConfig, check_choice, strict_config
+from ..base import LanguageModelConfig, check_choice, strict_config
 
 CONTROLLERS = ("lstm", "feedforward")
 MAX_SLOTS, MAX_WIDTH = 2**16, 2**16
@@ -13,7 +11,7 @@ MAX_STATE = 2**28  # numbers of one row's memory in one layer, a gigabyte
 
 
 @strict_config
-class MemoryConfig(LNLMConfig):
+class MemoryConfig(LanguageModelConfig):
     """Fields of `NTMConfig` and `DNCConfig`.
 
     Args:
@@ -87,6 +85,19 @@ class MemoryConfig(LNLMConfig):
                 f"memory_width must be at most {MAX_STATE // self.memory_size} for memory_size {self.memory_size}, "
                 f"got {self.memory_width}"
             )
+
+    def _backend_facts(self) -> tuple[Any, ...]:
+        return self.memory_size, self.memory_width, bool(getattr(self, "use_sharpness", False))
+
+    @property
+    def input_width(self) -> int:
+        """Width of `inputs_embeds`."""
+        return int(self.input_size or self.hidden_size)
+
+    @property
+    def reads_both_ways(self) -> bool:
+        """Whether a token's output depends on what follows it."""
+        return self.bidirectional
 
     def layer_sizes(self, layer: int, continuous: bool = False) -> tuple[int, int]:
         """Return `(input width, output width)` of a layer, counted from 0.

@@ -17,18 +17,20 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ...nn.loss_heads import check_labels, next_token_labels, normalised
+from ...nn.loss_heads import IGNORED, normalised
 from ...nn.masks import end_token
-from ..heads import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead, handed_on
+from ..heads import (
+    CausalLMHead,
+    QuestionAnsweringHead,
+    SequenceClassificationHead,
+    TokenClassificationHead,
+    passthrough_outputs,
+)
 from .memory_config import MemoryConfig
 from .memory_model import AddressingOutput, MemoryModel, MemoryPreTrainedModel
-
-IGNORED = -100.0
 
 
 @dataclass
@@ -63,7 +65,7 @@ class MemoryHead(MemoryPreTrainedModel):
     body_class: ClassVar[type[MemoryModel]]
 
 
-class MemoryForCausalLM(MemoryHead, GenerationMixin):
+class MemoryForCausalLM(CausalLMHead, MemoryHead, GenerationMixin):
     """Language model.
 
     Args:
@@ -73,7 +75,7 @@ class MemoryForCausalLM(MemoryHead, GenerationMixin):
         ValueError: the config is bidirectional, or its inputs are not tokens.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    output_class: ClassVar[Any] = MemoryCausalLMOutput
 
     def __init__(self, config: MemoryConfig) -> None:
         if config.bidirectional:
@@ -83,60 +85,6 @@ class MemoryForCausalLM(MemoryHead, GenerationMixin):
         if config.input_size is not None:
             raise ValueError(f"a language model reads tokens: input_size must be None, got {config.input_size}")
         super().__init__(config)
-        self.model = self.body_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        seq_idx: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MemoryCausalLMOutput:
-        """Run the model and, given labels, its loss; see `MemoryModel.forward` for the other arguments.
-
-        Args:
-            labels: `(batch, length)`, the input ids; shifted inside. -100 is ignored.
-            logits_to_keep: how many last positions (or which) get logits; 0 for all.
-            kwargs: `shift_labels` `(batch, length)`, labels already shifted, and `num_items_in_batch`, by which the
-                summed loss is divided, as Trainer gives them.
-
-        Returns:
-            loss in nats a token, logits `(batch, kept, vocab_size)`, the state and the addressing if wanted.
-
-        Raises:
-            ValueError: labels are no token ids, or of another shape.
-        """
-        shift_labels: Any = kwargs.pop("shift_labels", None)
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            seq_idx=seq_idx,
-            **kwargs,
-        )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        given = labels if shift_labels is None else shift_labels
-        if given is not None:
-            check_labels(given, self.config.vocab_size, tuple(outputs.last_hidden_state.shape[:2]))
-            targets = next_token_labels(given, shift_labels)
-            items = kwargs.get("num_items_in_batch")
-            loss = self.loss_function(
-                logits, None, self.config.vocab_size, shift_labels=targets, num_items_in_batch=items
-            )
-        return MemoryCausalLMOutput(loss=loss, logits=logits, **handed_on(outputs, MemoryCausalLMOutput))
 
 
 class MemoryForSequenceClassification(SequenceClassificationHead, MemoryHead):
@@ -147,14 +95,6 @@ class MemoryForSequenceClassification(SequenceClassificationHead, MemoryHead):
     """
 
     output_class: ClassVar[Any] = MemorySequenceClassifierOutput
-
-    def __init__(self, config: MemoryConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = self.body_class(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Take the last real token, plus the first if both directions are read; see `SequenceClassificationHead`."""
@@ -171,14 +111,6 @@ class MemoryForTokenClassification(TokenClassificationHead, MemoryHead):
 
     output_class: ClassVar[Any] = MemoryTokenClassifierOutput
 
-    def __init__(self, config: MemoryConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = self.body_class(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
 
 class MemoryForQuestionAnswering(QuestionAnsweringHead, MemoryHead):
     """Extractive question answering: first and last token of the answer.
@@ -188,13 +120,6 @@ class MemoryForQuestionAnswering(QuestionAnsweringHead, MemoryHead):
     """
 
     output_class: ClassVar[Any] = MemoryQuestionAnsweringOutput
-
-    def __init__(self, config: MemoryConfig) -> None:
-        super().__init__(config)
-        self.model = self.body_class(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.post_init()
 
 
 class MemoryForSequenceTransduction(MemoryHead):
@@ -227,7 +152,7 @@ class MemoryForSequenceTransduction(MemoryHead):
         labels: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         output_addressing: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> SequenceTransductionOutput:
         """Run the model and, given labels, its loss.
 
@@ -252,7 +177,7 @@ class MemoryForSequenceTransduction(MemoryHead):
         )
         logits = self.output(outputs.last_hidden_state)
         loss = None if labels is None else bit_loss(logits, labels, kwargs.get("num_items_in_batch"))
-        given = handed_on(outputs, SequenceTransductionOutput)
+        given = passthrough_outputs(outputs, SequenceTransductionOutput)
         return SequenceTransductionOutput(loss=loss, logits=logits, **given)
 
 

@@ -5,7 +5,7 @@ References:
     [2] Graves et al. 2016, Hybrid computing using a neural network with dynamic external memory, Nature 538
     [3] Franke, Niehues, Waibel 2018, Robust and Scalable Differentiable Neural Computer, arXiv 1807.02658
 
-Glossary: `looks` what the addressing did, for people to look at; x_t `inputs`; [h_t ; r_t] `outputs` of the operation.
+Glossary: `addressing` where heads read and wrote, without gradient; x_t `inputs`; [h_t ; r_t] `outputs` of the operation.
 
 With `recompute_states` training runs chunks of about √T steps, output projection included, keeps the state before each
 and runs a chunk again when its gradients are wanted (Chen et al. 2016, arXiv 1604.06174).
@@ -18,22 +18,23 @@ Complexity: that of the operation, O(T) steps a layer.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...nn.effective_weight import effective_weight
-from ...nn.masks import SequenceMarks
+from ...nn.masks import SegmentInfo
 from ...nn.ragged import RowLayout, batch_state, gather_rows, rows_state, scatter_rows
-from ...nn.recompute import recomputed
+from ...ops.backend import own_precision
+from ...ops.memory.layer import MemoryWeights
+from ...ops.recompute import recomputed
 from .memory_config import MemoryConfig
 
 States = tuple[torch.Tensor, ...]
-Looks = tuple[torch.Tensor, ...]
+Addressing = tuple[torch.Tensor, ...]
 
 
 class Run(NamedTuple):
@@ -41,20 +42,10 @@ class Run(NamedTuple):
 
     outputs: torch.Tensor  # `(B, T, controller + reads)`
     states: States
-    looks: Looks  # `(B, T, ...)` each
+    addressing: Addressing  # `(B, T, ...)` each
 
 
 Operate = Callable[..., Run]  # inputs, gates, states, mask, backend
-
-
-class Gates(NamedTuple):
-    """Effective weights that every operation takes, in the order of its own weights."""
-
-    inputs: torch.Tensor
-    inputs_bias: torch.Tensor
-    recurrent: torch.Tensor
-    interface: torch.Tensor
-    interface_bias: torch.Tensor
 
 
 def core_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -64,11 +55,6 @@ def core_dtype(dtype: torch.dtype) -> torch.dtype:
         dtype: of the inputs.
     """
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _own_precision(device: torch.device) -> Any:
-    """Context in which autocast changes no type; entering one costs more than asking whether it is needed."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 class MemoryCell(nn.Module):
@@ -110,7 +96,7 @@ class MemoryCell(nn.Module):
         raise NotImplementedError
 
     def operate(
-        self, inputs: torch.Tensor, gates: Gates, states: States, mask: torch.Tensor | None, backend: str
+        self, inputs: torch.Tensor, gates: MemoryWeights, states: States, mask: torch.Tensor | None, backend: str
     ) -> Run:
         """Run the family's operation.
 
@@ -123,7 +109,7 @@ class MemoryCell(nn.Module):
         """
         raise NotImplementedError
 
-    def gates(self, inputs: torch.Tensor) -> Gates:
+    def gates(self, inputs: torch.Tensor) -> MemoryWeights:
         """Return the effective weights, adapters included, in the core's type.
 
         Args:
@@ -139,45 +125,53 @@ class MemoryCell(nn.Module):
             found.append(weight)
             if module is not self.recurrent_proj:
                 found.append(weight.new_zeros(weight.shape[0]) if bias is None else bias)
-        return Gates(*[tensor.to(core_dtype(inputs.dtype)) for tensor in found])
+        return MemoryWeights(*[tensor.to(core_dtype(inputs.dtype)) for tensor in found])
 
     def forward(
         self,
         inputs: torch.Tensor,
         states: States | None,
-        marks: SequenceMarks,
+        segments: SegmentInfo,
         reverse: bool = False,
-        look: bool = True,
-    ) -> tuple[torch.Tensor, States, Looks]:
+        keep_addressing: bool = True,
+    ) -> tuple[torch.Tensor, States, Addressing]:
         """Run over a batch.
 
         Args:
             inputs: `(B, T, D)`.
             states: carried state, or None for the initial one.
-            marks: which positions are real and where documents begin.
+            segments: which positions are real and where documents begin.
             reverse: whether to read from the last position to the first.
-            look: whether anybody wants the addressing; without it recomputed chunks drop theirs.
+            keep_addressing: whether anybody wants the addressing; without it recomputed chunks drop theirs.
 
         Returns:
             outputs `(B, T, output width)`, final state, addressing `(B, T, ...)`.
         """
-        with _own_precision(inputs.device):
+        with own_precision(inputs.device):
             core = inputs.to(core_dtype(inputs.dtype))
             initial = self.initial_states(inputs.shape[0], core)
             states = initial if states is None else tuple(s.to(core.dtype) for s in states)
             gates = self.gates(inputs)
-        operate: Operate = self._operate
-        chunked = self.recompute and torch.is_grad_enabled() and not marks.traced
+        operate: Operate = self.operate
+        chunked = self.recompute and torch.is_grad_enabled() and not segments.traced
         if chunked:
-            operate = partial(self._operate_chunks, dtype=inputs.dtype, look=look)
-        run = self._run(operate, core, gates, states, initial, marks, reverse)
+            operate = partial(self._operate_chunks, dtype=inputs.dtype, keep_addressing=keep_addressing)
+        if segments.layout is not None:
+            run = self._run_rows(operate, core, gates, states, initial, segments.layout, reverse)
+        elif segments.traced:
+            run = self._run_traced(core, gates, states, initial, segments, reverse)
+        else:
+            run = operate(core.flip(1) if reverse else core, gates, states, None, self.backend)
+            run = _flip(run) if reverse else run
         if not chunked:
-            return self._project(run.outputs, inputs.dtype), run.states, run.looks
+            return self._project(run.outputs, inputs.dtype), run.states, run.addressing
         outputs = run.outputs
-        if marks.layout is not None:  # scattered chunks are zero at masked positions, where projections of zero belong
+        if (
+            segments.layout is not None
+        ):  # scattered chunks are zero at masked positions, where projections of zero belong
             nothing = core.new_zeros(1, 1, self.output_features)
-            outputs = torch.where(marks.layout.mask[..., None], outputs, self._project(nothing, inputs.dtype))
-        return outputs, run.states, run.looks
+            outputs = torch.where(segments.layout.mask[..., None], outputs, self._project(nothing, inputs.dtype))
+        return outputs, run.states, run.addressing
 
     def _project(self, outputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """From [h ; r] in the core's type to the layer's output."""
@@ -189,30 +183,23 @@ class MemoryCell(nn.Module):
             outputs = torch.cat([self.bypass_dropout(hidden), reads], -1)
         return self.output_proj(outputs)
 
-    def _operate(
-        self, inputs: torch.Tensor, gates: Gates, states: States, mask: torch.Tensor | None, backend: str
-    ) -> Run:
-        """`operate`, in the core's type whatever surrounds it."""
-        with _own_precision(inputs.device):
-            return self.operate(inputs, gates, states, mask, backend)
-
     def _operate_chunks(
         self,
         inputs: torch.Tensor,
-        gates: Gates,
+        gates: MemoryWeights,
         states: States,
         mask: torch.Tensor | None,
         backend: str,
         dtype: torch.dtype,
-        look: bool,
+        keep_addressing: bool,
     ) -> Run:
-        """`_operate` and `_project` in chunks that keep nothing but the state before them."""
+        """`operate` and `_project` in chunks that keep nothing but the state before them."""
         count = len(gates)
 
         def chunk(inputs: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             state, real = (tensors[count:], None) if mask is None else (tensors[count:-1], tensors[-1])
-            run = self._operate(inputs, Gates(*tensors[:count]), state, real, backend)
-            return self._project(run.outputs, dtype), *run.states, *(run.looks if look else ())
+            run = self.operate(inputs, MemoryWeights(*tensors[:count]), state, real, backend)
+            return self._project(run.outputs, dtype), *run.states, *(run.addressing if keep_addressing else ())
 
         size = math.ceil(math.sqrt(8 * inputs.shape[1]))  # shorter ones would need less, but cost a call each
         parts = inputs.split(size, 1)
@@ -221,80 +208,68 @@ class MemoryCell(nn.Module):
             *self.output_proj.parameters(),
             *([] if self.output_norm is None else self.output_norm.parameters()),
         ]
-        outputs, looks = [], []
+        outputs, addressing = [], []
         for part, real in zip(parts, masks, strict=True):
             results = recomputed(chunk, [part, *gates, *states, *real], parameters, 1 + len(states))
             outputs.append(results[0])
-            looks.append(results[1 + len(states) :])
+            addressing.append(results[1 + len(states) :])
             states = results[1 : 1 + len(states)]
-        return Run(torch.cat(outputs, 1), states, tuple(torch.cat(seen, 1) for seen in zip(*looks, strict=True)))
-
-    def _run(
-        self,
-        operate: Operate,
-        inputs: torch.Tensor,
-        gates: Gates,
-        states: States,
-        initial: States,
-        marks: SequenceMarks,
-        reverse: bool,
-    ) -> Run:
-        if marks.layout is not None:
-            return self._run_rows(operate, inputs, gates, states, initial, marks.layout, reverse)
-        if marks.traced:
-            return self._run_traced(inputs, gates, states, initial, marks, reverse)
-        run = operate(inputs.flip(1) if reverse else inputs, gates, states, None, self.backend)
-        return _flip(run) if reverse else run
+        return Run(torch.cat(outputs, 1), states, tuple(torch.cat(seen, 1) for seen in zip(*addressing, strict=True)))
 
     def _run_rows(
         self,
         operate: Operate,
         inputs: torch.Tensor,
-        gates: Gates,
+        gates: MemoryWeights,
         states: States,
         initial: States,
         layout: RowLayout,
         reverse: bool,
     ) -> Run:
         """Every document in a row of its own, its real tokens first."""
-        index = layout.reversed_index if reverse else layout.index
-        place = layout.reversed_place if reverse else layout.place
+        index = layout.reversed_gather_index if reverse else layout.gather_index
+        place = layout.reversed_scatter_index if reverse else layout.scatter_index
         if index.shape[0] == 0:
             return self._run_nothing(operate, inputs, gates, states)
         mask = torch.arange(index.shape[1], device=inputs.device) < layout.lengths[:, None]
         begin = tuple(rows_state(s, first[:1], layout) for s, first in zip(states, initial, strict=True))
         run = operate(gather_rows(inputs, index), gates, begin, mask, self.backend)
         final = tuple(batch_state(new, old, layout) for new, old in zip(run.states, states, strict=True))
-        return Run(scatter_rows(run.outputs, place, layout.mask), final, tuple(_scatter(run.looks, place, layout.mask)))
+        addressing = tuple(_scatter(run.addressing, place, layout.mask))
+        return Run(scatter_rows(run.outputs, place, layout.mask), final, addressing)
 
-    def _run_nothing(self, operate: Operate, inputs: torch.Tensor, gates: Gates, states: States) -> Run:
+    def _run_nothing(self, operate: Operate, inputs: torch.Tensor, gates: MemoryWeights, states: States) -> Run:
         """A batch without any real token: outputs of zero, the state as it was."""
         run = operate(inputs[:, :1], gates, states, torch.zeros_like(inputs[:, :1, 0], dtype=torch.bool), "eager")
-        shapes = [(inputs.shape[0], inputs.shape[1], *look.shape[2:]) for look in run.looks]
+        shapes = [(*inputs.shape[:2], *part.shape[2:]) for part in run.addressing]
         outputs = run.outputs.expand(-1, inputs.shape[1], -1)
         return Run(outputs, states, tuple(inputs.new_zeros(shape) for shape in shapes))
 
     def _run_traced(
-        self, inputs: torch.Tensor, gates: Gates, states: States, initial: States, marks: SequenceMarks, reverse: bool
+        self,
+        inputs: torch.Tensor,
+        gates: MemoryWeights,
+        states: States,
+        initial: States,
+        segments: SegmentInfo,
+        reverse: bool,
     ) -> Run:
         """Plain torch, step by step where documents begin inside."""
-        mask = marks.mask
-        starts = marks.reversed_starts() if reverse else marks.starts
-        if reverse:
-            inputs, mask = inputs.flip(1), None if mask is None else mask.flip(1)
+        inputs, segments = (inputs.flip(1), segments.reversed()) if reverse else (inputs, segments)
+        mask, starts = segments.mask, segments.starts
         if starts is None:
-            run = self._operate(inputs, gates, states, mask, "eager")
+            run = self.operate(inputs, gates, states, mask, "eager")
             return _flip(run) if reverse else run
         steps = []
         for t in range(inputs.shape[1]):
             states = _restart(states, initial, starts[:, t])
-            step = self._operate(
+            step = self.operate(
                 inputs[:, t : t + 1], gates, states, mask[:, t : t + 1] if mask is not None else None, "eager"
             )
             states = step.states
-            steps.append((step.outputs, *step.looks))
-        outputs, *looks = [torch.cat(parts, 1) for parts in zip(*steps, strict=True)]
-        run = Run(outputs, states, tuple(looks))
+            steps.append((step.outputs, *step.addressing))
+        outputs, *addressing = [torch.cat(parts, 1) for parts in zip(*steps, strict=True)]
+        run = Run(outputs, states, tuple(addressing))
         return _flip(run) if reverse else run
 
 
@@ -306,13 +281,13 @@ def _restart(states: States, initial: States, starts: torch.Tensor) -> States:
 
 def _flip(run: Run) -> Run:
     """The results in the order of the input."""
-    return Run(run.outputs.flip(1), run.states, tuple(look.flip(1) for look in run.looks))
+    return Run(run.outputs.flip(1), run.states, tuple(part.flip(1) for part in run.addressing))
 
 
-def _scatter(looks: Looks, place: torch.Tensor, mask: torch.Tensor) -> Iterator[torch.Tensor]:
+def _scatter(addressing: Addressing, place: torch.Tensor, mask: torch.Tensor) -> Iterator[torch.Tensor]:
     """Addressing of rows back to the batch's positions; zero where masked."""
-    for look in looks:
-        yield scatter_rows(look.flatten(2), place, mask).unflatten(2, look.shape[2:])
+    for part in addressing:
+        yield scatter_rows(part.flatten(2), place, mask).unflatten(2, part.shape[2:])
 
 
 class MemoryLayer(GradientCheckpointingLayer):
@@ -334,12 +309,12 @@ class MemoryLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
-        self, hidden_states: torch.Tensor, states: States | None, marks: SequenceMarks, look: bool = True
-    ) -> tuple[torch.Tensor, States, Looks]:
+        self, hidden_states: torch.Tensor, states: States | None, segments: SegmentInfo, keep_addressing: bool = True
+    ) -> tuple[torch.Tensor, States, Addressing]:
         """Run the layer; see `MemoryCell.forward`. The state and addressing are those of the forward direction."""
         inputs = hidden_states if self.norm is None else self.norm(hidden_states)
-        outputs, states, looks = self.forwards(inputs, states, marks, look=look)
+        outputs, states, addressing = self.forwards(inputs, states, segments, keep_addressing=keep_addressing)
         if self.backwards is not None:
-            outputs = outputs + self.backwards(inputs, None, marks, reverse=True, look=False)[0]
+            outputs = outputs + self.backwards(inputs, None, segments, reverse=True, keep_addressing=False)[0]
         outputs = self.dropout(outputs)
-        return outputs if self.norm is None else hidden_states + outputs, states, looks
+        return outputs if self.norm is None else hidden_states + outputs, states, addressing

@@ -1,6 +1,6 @@
 """The memory-augmented model without a head, for any kind of cell.
 
-Glossary: `looks` what the addressing did; `marks` which positions are real and where documents begin.
+Glossary: `addressing` where heads read and wrote; `segments` which positions are real and where documents begin.
 
 Complexity: O(T) steps a layer; O(1) time and memory a generated token, whatever came before.
 """
@@ -11,17 +11,16 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...nn.masks import sequence_marks
+from ...nn.assign import assign, plain_like
+from ...nn.inputs import CACHE_FIELD, Batch, prepare
 from ..base import LNLMPreTrainedModel
 from .memory_config import MemoryConfig
-from .memory_layers import Looks, MemoryCell, MemoryLayer, States, core_dtype
+from .memory_layers import Addressing, MemoryCell, MemoryLayer, States, core_dtype
 
 
 @dataclass
@@ -73,7 +72,7 @@ class MemoryPreTrainedModel(LNLMPreTrainedModel):
         if isinstance(module, MemoryCell):
             _init_cell(module)
         elif isinstance(module, nn.Embedding) and not self.config.residual:
-            init.normal_(module.weight)  # without normalisation the controller hardly hears smaller embeddings
+            init.normal_(module.weight)  # without normalisation smaller embeddings hardly move the controller
 
 
 def _init_cell(cell: MemoryCell) -> None:
@@ -83,9 +82,9 @@ def _init_cell(cell: MemoryCell) -> None:
         if linear.bias is not None:
             init.zeros_(linear.bias)
     if cell.lstm:
-        bias = torch.zeros_like(cell.input_proj.bias)
+        bias = plain_like(cell.input_proj.bias).zero_()
         bias[cell.controller_size : 2 * cell.controller_size] = 1.0
-        init.copy_(cell.input_proj.bias, bias)
+        assign(cell.input_proj.bias, bias)
 
 
 class MemoryModel(MemoryPreTrainedModel):
@@ -98,7 +97,7 @@ class MemoryModel(MemoryPreTrainedModel):
 
     cell_class: ClassVar[Any]
     state_names: ClassVar[tuple[str, ...]]
-    look_names: ClassVar[tuple[str, ...]]
+    addressing_names: ClassVar[tuple[str, ...]]
 
     def __init__(self, config: MemoryConfig, continuous: bool = False) -> None:
         super().__init__(config)
@@ -110,14 +109,13 @@ class MemoryModel(MemoryPreTrainedModel):
         self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(config.hidden_size) if config.residual else None
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.input_width, self.bidirectional = int(config.input_size or config.hidden_size), config.bidirectional
         self.gradient_checkpointing = False
         self.post_init()
 
     def _layer(self, config: MemoryConfig, index: int, continuous: bool) -> MemoryLayer:
         return MemoryLayer(config, lambda sizes: self.cell_class(config, sizes), config.layer_sizes(index, continuous))
 
-    def get_input_embeddings(self) -> nn.Module | None:
+    def get_input_embeddings(self) -> Any:
         """Return the token embeddings; None if the inputs are continuous."""
         return self.embed_tokens
 
@@ -141,7 +139,7 @@ class MemoryModel(MemoryPreTrainedModel):
         use_cache: bool | None = None,
         seq_idx: torch.Tensor | None = None,
         output_addressing: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> MemoryModelOutput:
         """Run the model.
 
@@ -153,6 +151,7 @@ class MemoryModel(MemoryPreTrainedModel):
             use_cache: whether to return the state.
             seq_idx: `(batch, length)` document numbers of packed rows.
             output_addressing: whether to return weightings and gates; as the config says if None.
+            kwargs: `cu_seq_lens_q` `(documents + 1,)`, offsets of the documents of a single packed row.
 
         Returns:
             last hidden state `(batch, length, hidden_size)`, the state, and the addressing if wanted.
@@ -160,68 +159,44 @@ class MemoryModel(MemoryPreTrainedModel):
         Raises:
             ValueError: inputs, mask or state do not fit each other or the config.
         """
-        hidden_states = self._embed(input_ids, inputs_embeds)
-        cache = self._cache(past_key_values, use_cache)
-        marks = sequence_marks(hidden_states, attention_mask, position_ids, seq_idx, cache)
+        places = (attention_mask, position_ids, seq_idx)
+        batch = prepare(self, input_ids, inputs_embeds, places, past_key_values, use_cache, kwargs)
+        hidden_states = batch.hidden if self.input_projection is None else self.input_projection(batch.hidden)
+        hidden_states = self.dropout(hidden_states)
+        segments = batch.segments.in_rows()
         wanted = bool(self.config.output_addressing if output_addressing is None else output_addressing)
-        looks: list[Looks] = []
+        addressing: list[Addressing] = []
         for index, layer in enumerate(self.layers):
-            states = self._read(cache, index, hidden_states)
-            hidden_states, states, look = layer(hidden_states, states, marks, wanted)
-            looks.append(look)
-            if cache is not None:
-                parts = dict(zip(self.state_names, states, strict=True))
-                cache.layers[index].write(self.config.model_type, parts, hidden_states.shape[1])
+            states = self._read(batch, index)
+            hidden_states, states, seen = layer(hidden_states, states, segments, wanted)
+            addressing.append(seen)
+            batch.write(index, dict(zip(self.state_names, states, strict=True)))
         return MemoryModelOutput(
             last_hidden_state=hidden_states if self.norm is None else self.norm(hidden_states),
-            past_key_values=cache if use_cache else None,
-            **(dict(zip(self.look_names, zip(*looks, strict=True), strict=True)) if wanted else {}),
+            **{CACHE_FIELD: batch.cache if use_cache else None},
+            **(
+                dict[str, Any](zip(self.addressing_names, zip(*addressing, strict=True), strict=True)) if wanted else {}
+            ),
         )
 
-    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(
-                "give exactly one of input_ids and inputs_embeds, got " + ("neither", "both")[input_ids is not None]
-            )
-        if inputs_embeds is None:
-            if self.embed_tokens is None:
-                raise ValueError(
-                    "the model reads continuous inputs (input_size is set): give inputs_embeds, not input_ids"
-                )
-            _check_positions("input_ids", input_ids, 2, "(batch, length)")
-            inputs_embeds = self.embed_tokens(input_ids)
-        width = self.input_width
-        _check_positions("inputs_embeds", inputs_embeds, 3, f"(batch, length, {width})", width)
-        if self.input_projection is not None:
-            inputs_embeds = self.input_projection(inputs_embeds)
-        return self.dropout(inputs_embeds)
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of ids.
 
-    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
-        if self.bidirectional:
-            if past_key_values is not None:
-                raise ValueError("a bidirectional model reads whole sequences: past_key_values must be None")
-            return None
-        if past_key_values is None:
-            return DynamicCache(config=self.config) if use_cache else None
-        layers = getattr(past_key_values, "layers", [])
-        if len(layers) != len(self.layers) or not all(hasattr(layer, "read") for layer in layers):
-            raise ValueError(
-                f"past_key_values must hold {len(self.layers)} recurrent states, as DynamicCache(config=model.config) "
-                f"makes them, got {past_key_values!r}"
-            )
-        return past_key_values
+        Raises:
+            ValueError: the model reads continuous inputs.
+        """
+        if self.embed_tokens is None:
+            raise ValueError("the model reads continuous inputs (input_size is set): give inputs_embeds, not input_ids")
+        return self.embed_tokens(input_ids)
 
-    def _read(self, cache: Cache | None, index: int, hidden_states: torch.Tensor) -> States | None:
-        if cache is None:
-            return None
+    def _read(self, batch: Batch, index: int) -> States | None:
         cell: Any = self.layers[index].forwards
-        shapes = cell.state_shapes()
-        found: dict[str, Any] | None = cache.layers[index].read(self.config.model_type, len(hidden_states), shapes)
+        found = batch.read(index, cell.state_shapes()) if batch.cache is not None else None
         if found is None:
             return None
         place = next(cell.parameters()).device
         for name in self.state_names:
-            _check_state(name, found[name], core_dtype(hidden_states.dtype), place)
+            _check_state(name, found[name], core_dtype(batch.hidden.dtype), place)
         return tuple(found[name] for name in self.state_names)
 
 
@@ -231,12 +206,3 @@ def _check_state(name: str, state: torch.Tensor, dtype: torch.dtype, place: torc
         raise ValueError(f"past_key_values: state {name!r} must be {dtype}, as the memory computes, got {state.dtype}")
     if place.type != "meta" and state.device != place:
         raise ValueError(f"past_key_values: state {name!r} must lie on {place}, as its layer does, got {state.device}")
-
-
-def _check_positions(name: str, inputs: Any, dims: int, wanted: str, width: int | None = None) -> None:
-    """Refuse inputs that have another shape than is wanted, or no rows or positions."""
-    shape = tuple(inputs.shape)
-    if len(shape) != dims or (width is not None and shape[-1] != width):
-        raise ValueError(f"{name} must have shape {wanted}, got {shape}")
-    if 0 in shape[:2]:
-        raise ValueError(f"the input has no {'rows' if shape[0] == 0 else 'positions'}: {name} has shape {shape}")

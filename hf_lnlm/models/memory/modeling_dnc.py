@@ -7,9 +7,9 @@ References:
 
 Glossary (paper symbol: variable): M_t: `memory`, u_t: `usage`, L_t: `link`, p_t: `precedence`; ξ_t: `interface_proj`.
 
-Deliberate deviations: w^w_{t-1} in the usage is differentiated. See ops/dnc_memory for the equations and the layout of ξ_t.
+Deliberate deviations: w^w_{t-1} in the usage is differentiated. See ops/memory/dnc for the equations and the layout of ξ_t.
 
-Complexity: see ops/dnc_memory; the state of a row holds memory_size² numbers a write head for the links.
+Complexity: see ops/memory/dnc; the state of a row holds memory_size² numbers a write head for the links.
 """
 
 from typing import ClassVar
@@ -17,8 +17,9 @@ from typing import ClassVar
 import torch
 from transformers.generation import GenerationMixin
 
-from ...ops.dnc_memory import dnc_memory
-from ...ops.dnc_memory.layout import DNCAddressing, DNCOptions, DNCState, DNCWeights, num_interface
+from ...ops.memory.dnc import dnc_memory
+from ...ops.memory.dnc.layout import DNCAddressing, DNCOptions, DNCState, num_interface
+from ...ops.memory.layer import MemoryWeights
 from .configuration_dnc import DNCConfig
 from .memory_heads import (
     MemoryForCausalLM,
@@ -27,7 +28,7 @@ from .memory_heads import (
     MemoryForSequenceTransduction,
     MemoryForTokenClassification,
 )
-from .memory_layers import Gates, MemoryCell, Run, States
+from .memory_layers import MemoryCell, Run, States
 from .memory_model import MemoryModel, MemoryPreTrainedModel
 
 
@@ -69,11 +70,10 @@ class DNCCell(MemoryCell):
         return DNCState(*[like.new_zeros(batch_size, *shape) for shape in self.state_shapes().values()])
 
     def operate(
-        self, inputs: torch.Tensor, gates: Gates, states: States, mask: torch.Tensor | None, backend: str
+        self, inputs: torch.Tensor, gates: MemoryWeights, states: States, mask: torch.Tensor | None, backend: str
     ) -> Run:
         """Run the neural computer; see `MemoryCell.operate`."""
-        weights = DNCWeights(*gates)
-        result = dnc_memory(inputs, weights, DNCState(*states), self.options, mask, backend)
+        result = dnc_memory(inputs, gates, DNCState(*states), self.options, mask, backend)
         return Run(result.outputs, result.state, tuple(result.addressing))
 
 
@@ -86,44 +86,38 @@ class DNCPreTrainedModel(MemoryPreTrainedModel):
 class DNCModel(DNCPreTrainedModel, MemoryModel):
     """Embeddings and stacked neural computers, without a head; see `MemoryModel`."""
 
-    config: DNCConfig
     cell_class: ClassVar[type[DNCCell]] = DNCCell
     state_names: ClassVar[tuple[str, ...]] = DNCState._fields
-    look_names: ClassVar[tuple[str, ...]] = DNCAddressing._fields
+    addressing_names: ClassVar[tuple[str, ...]] = DNCAddressing._fields
 
 
 class DNCForCausalLM(DNCPreTrainedModel, MemoryForCausalLM, GenerationMixin):
     """Language model over neural computers; see `MemoryForCausalLM`."""
 
-    config: DNCConfig
     body_class = DNCModel
 
 
 class DNCForSequenceClassification(DNCPreTrainedModel, MemoryForSequenceClassification):
     """Text classifier over neural computers; see `MemoryForSequenceClassification`."""
 
-    config: DNCConfig
     body_class = DNCModel
 
 
 class DNCForTokenClassification(DNCPreTrainedModel, MemoryForTokenClassification):
     """Tagger over neural computers; see `MemoryForTokenClassification`."""
 
-    config: DNCConfig
     body_class = DNCModel
 
 
 class DNCForQuestionAnswering(DNCPreTrainedModel, MemoryForQuestionAnswering):
     """Extractive question answering over neural computers; see `MemoryForQuestionAnswering`."""
 
-    config: DNCConfig
     body_class = DNCModel
 
 
 class DNCForSequenceTransduction(DNCPreTrainedModel, MemoryForSequenceTransduction):
     """The paper's algorithmic tasks; see `MemoryForSequenceTransduction`."""
 
-    config: DNCConfig
     body_class = DNCModel
 
 

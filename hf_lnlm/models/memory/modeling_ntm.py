@@ -8,9 +8,9 @@ Glossary (paper symbol: variable): M_t: `memory`, w_t: `weightings`, r_t: `reads
 
 Deliberate deviations: initial weightings, reads and controller state are learned [2]; heads may begin as on a tape
 (`initial_addressing`), which is ours; sharpening is computed in log space; several write heads erase before any adds.
-See ops/ntm_memory for the equations.
+See ops/memory/ntm for the equations.
 
-Complexity: see ops/ntm_memory.
+Complexity: see ops/memory/ntm.
 """
 
 from typing import ClassVar
@@ -20,8 +20,10 @@ from torch import nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 
-from ...ops.ntm_memory import ntm_memory
-from ...ops.ntm_memory.layout import NTMOptions, NTMState, NTMWeights, head_size, num_interface
+from ...nn.assign import assign, plain_like
+from ...ops.memory.layer import MemoryWeights
+from ...ops.memory.ntm import ntm_memory
+from ...ops.memory.ntm.layout import NTMOptions, NTMState, head_size, num_interface
 from .configuration_ntm import NTMConfig
 from .memory_heads import (
     MemoryForCausalLM,
@@ -30,12 +32,12 @@ from .memory_heads import (
     MemoryForSequenceTransduction,
     MemoryForTokenClassification,
 )
-from .memory_layers import Gates, MemoryCell, Run, States
+from .memory_layers import MemoryCell, Run, States
 from .memory_model import MemoryModel, MemoryPreTrainedModel
 
 _PEAK = 10.0  # logit of the first slot in a peaked initial weighting
-_QUIET = 0.1  # gain of a tape's interface: at first it hardly listens to the controller
-_TAPE = 2.0  # how far a tape's gate lies below, and its sharpening above, the neutral one, as raw orders
+_TAPE_GAIN = 0.1  # gain of a tape's interface: at first the controller hardly moves it
+_TAPE = 2.0  # how far a tape's gate lies below, and its sharpening above, the neutral one, as interface parameters
 
 
 class NTMCell(MemoryCell):
@@ -92,11 +94,10 @@ class NTMCell(MemoryCell):
         return NTMState(*rows)
 
     def operate(
-        self, inputs: torch.Tensor, gates: Gates, states: States, mask: torch.Tensor | None, backend: str
+        self, inputs: torch.Tensor, gates: MemoryWeights, states: States, mask: torch.Tensor | None, backend: str
     ) -> Run:
         """Run the Turing machine; see `MemoryCell.operate`."""
-        weights = NTMWeights(*gates)
-        result = ntm_memory(inputs, weights, NTMState(*states), self.options, mask, backend)
+        result = ntm_memory(inputs, gates, NTMState(*states), self.options, mask, backend)
         reads = self.options.num_read_heads
         return Run(result.outputs, result.state, (result.weightings[:, :, :reads], result.weightings[:, :, reads:]))
 
@@ -118,12 +119,12 @@ def _init_state(cell: NTMCell) -> None:
     if cell.initial_weighting == "random":
         init.normal_(cell.initial_weightings, std=0.5)
     else:
-        logits = torch.zeros_like(cell.initial_weightings)
+        logits = plain_like(cell.initial_weightings).zero_()
         logits[:, 0] = _PEAK if cell.initial_weighting == "peaked" else 0.0
-        init.copy_(cell.initial_weightings, logits)
+        assign(cell.initial_weightings, logits)
     if cell.initial_addressing == "tape":
-        init.xavier_uniform_(cell.interface_proj.weight, gain=_QUIET)
-        init.copy_(cell.interface_proj.bias, _tape_orders(cell))
+        init.xavier_uniform_(cell.interface_proj.weight, gain=_TAPE_GAIN)
+        assign(cell.interface_proj.bias, _tape_interface_bias(cell))
     for parameter in (cell.initial_reads, cell.initial_hidden, cell.initial_cells):
         if parameter is not None:
             init.normal_(parameter, std=0.1)
@@ -132,60 +133,54 @@ def _init_state(cell: NTMCell) -> None:
         init.uniform_(cell.initial_memory, -bound, bound)
 
 
-def _tape_orders(cell: NTMCell) -> torch.Tensor:
+def _tape_interface_bias(cell: NTMCell) -> torch.Tensor:
     """Biases of the interface: heads keep their weighting sharp rather than look up; readers wait, writers walk on."""
-    orders, width = torch.zeros_like(cell.interface_proj.bias), cell.memory_shape[1]
+    bias, width = plain_like(cell.interface_proj.bias).zero_(), cell.memory_shape[1]
     heads, size = cell.initial_weightings.shape[0], head_size(cell.options, width)
-    head = orders[: heads * size].view(heads, size)
+    head = bias[: heads * size].view(heads, size)
     head[:, width + 1], head[:, width + 2] = -_TAPE, _TAPE
     shifts = head[:, width + 3 :]
-    ahead = torch.arange(shifts.shape[1], device=orders.device) - cell.options.shift_range
-    shifts[cell.options.num_read_heads :] = ahead.clamp(-1, 1).to(orders.dtype)
+    ahead = torch.arange(shifts.shape[1], device=bias.device) - cell.options.shift_range
+    shifts[cell.options.num_read_heads :] = ahead.clamp(-1, 1).to(bias.dtype)
     shifts[: cell.options.num_read_heads] = torch.where(ahead == 0, 1.0, torch.where(ahead < 0, -1.0, 0.0))
-    return orders
+    return bias
 
 
 class NTMModel(NTMPreTrainedModel, MemoryModel):
     """Embeddings and stacked Turing machines, without a head; see `MemoryModel`."""
 
-    config: NTMConfig
     cell_class: ClassVar[type[NTMCell]] = NTMCell
     state_names: ClassVar[tuple[str, ...]] = NTMState._fields
-    look_names: ClassVar[tuple[str, ...]] = ("read_weightings", "write_weightings")
+    addressing_names: ClassVar[tuple[str, ...]] = ("read_weightings", "write_weightings")
 
 
 class NTMForCausalLM(NTMPreTrainedModel, MemoryForCausalLM, GenerationMixin):
     """Language model over Turing machines; see `MemoryForCausalLM`."""
 
-    config: NTMConfig
     body_class = NTMModel
 
 
 class NTMForSequenceClassification(NTMPreTrainedModel, MemoryForSequenceClassification):
     """Text classifier over Turing machines; see `MemoryForSequenceClassification`."""
 
-    config: NTMConfig
     body_class = NTMModel
 
 
 class NTMForTokenClassification(NTMPreTrainedModel, MemoryForTokenClassification):
     """Tagger over Turing machines; see `MemoryForTokenClassification`."""
 
-    config: NTMConfig
     body_class = NTMModel
 
 
 class NTMForQuestionAnswering(NTMPreTrainedModel, MemoryForQuestionAnswering):
     """Extractive question answering over Turing machines; see `MemoryForQuestionAnswering`."""
 
-    config: NTMConfig
     body_class = NTMModel
 
 
 class NTMForSequenceTransduction(NTMPreTrainedModel, MemoryForSequenceTransduction):
     """The paper's algorithmic tasks; see `MemoryForSequenceTransduction`."""
 
-    config: NTMConfig
     body_class = NTMModel
 
 

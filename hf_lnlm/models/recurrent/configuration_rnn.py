@@ -1,20 +1,15 @@
 """Configuration of LSTM and GRU models."""
 
-# Copyright 2026 The hf_lnlm authors. Licensed under the Apache License, Version 2.0.
-
 from typing import Any, ClassVar
 
-from ..base import LNLMConfig, check_choice, strict_config
-from ..heads import check_adaptive
-
-CELL_TYPES = ("lstm", "gru")
-LOSS_HEADS = ("full", "chunked", "adaptive")
-LOSS_DTYPES = ("float32", "bfloat16")
-POOLINGS = ("last", "mean", "max")
+from ...ops.backend import Operation
+from ...ops.recurrence import RECURRENCE
+from ..base import LanguageModelConfig, check_choice, strict_config
+from .layers import CELL_TYPES, POOLINGS
 
 
 @strict_config
-class RNNConfig(LNLMConfig):
+class RNNConfig(LanguageModelConfig):
     """Configuration of `RNNModel` and its heads.
 
     Args:
@@ -32,11 +27,6 @@ class RNNConfig(LNLMConfig):
         activation_penalty: AR, weight of the mean square of the dropped output (Merity 2017, section 4.5).
         temporal_penalty: TAR, weight of the mean square of the change of the raw output.
         forget_bias: initial bias of an LSTM's forget gate.
-        loss_head: `full` logits, `chunked` (never all logits while training) or `adaptive` softmax.
-        loss_chunk_size: tokens a chunk of the chunked head.
-        loss_dtype: `float32` or `bfloat16` products in the chunked head.
-        adaptive_cutoffs: where the adaptive softmax's clusters begin, ascending, below `vocab_size`.
-        adaptive_div_value: factor by which each cluster narrows.
         initializer_range: standard deviation of the initial classifier and untied LM head. Embeddings start with
             standard deviation 1 (LSTM) or 0.25 (GRU), gates Glorot-uniform (inputs) and orthogonal (recurrence).
         pooling: how sequence classification sums up a text: `last` real token (of the backward direction: the
@@ -49,11 +39,11 @@ class RNNConfig(LNLMConfig):
 
     model_type = "lnlm_rnn"
     base_model_fsdp_plan = {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight"}
+    _operations: ClassVar[tuple[Operation, ...]] = (RECURRENCE,)
     _bounds: ClassVar[dict[str, tuple[float, float]]] = {
         "activation_penalty": (0.0, 1e6),
         "temporal_penalty": (0.0, 1e6),
         "forget_bias": (-100.0, 100.0),
-        "adaptive_div_value": (1.0, 1e6),
     }
 
     cell_type: str = "lstm"
@@ -69,11 +59,6 @@ class RNNConfig(LNLMConfig):
     activation_penalty: float | int = 0.0
     temporal_penalty: float | int = 0.0
     forget_bias: float | int = 1.0
-    loss_head: str = "full"
-    loss_chunk_size: int = 256
-    loss_dtype: str = "float32"
-    adaptive_cutoffs: list[int] | tuple[int, ...] | None = None
-    adaptive_div_value: float | int = 4.0
     pooling: str = "last"
     classifier_dropout: float | int = 0.0
 
@@ -88,12 +73,12 @@ class RNNConfig(LNLMConfig):
         """Check ranges and choices, and what they mean together; see the class for the fields."""
         super().check_bounds()
         check_choice("cell_type", self.cell_type, CELL_TYPES)
-        check_choice("loss_head", self.loss_head, LOSS_HEADS)
-        check_choice("loss_dtype", self.loss_dtype, LOSS_DTYPES)
         check_choice("pooling", self.pooling, POOLINGS)
-        if self.loss_head == "adaptive":
-            check_adaptive(self, self.last_hidden_size or self.hidden_size)
         self._check_tying()
+
+    def unread(self) -> dict[str, str]:
+        """A GRU has no forget gate; see `LNLMConfig.unread`."""
+        return super().unread() | ({"forget_bias": "cell_type='lstm'"} if self.cell_type == "gru" else {})
 
     def _check_tying(self) -> None:
         if self.bidirectional or not self.tie_word_embeddings or self.project_embeddings:
@@ -109,6 +94,16 @@ class RNNConfig(LNLMConfig):
     def reads_both_ways(self) -> bool:
         """Whether a token's output depends on what follows it."""
         return bool(self.bidirectional)
+
+    @property
+    def state_kind(self) -> str:
+        """What a cache's states must have been written by to be read."""
+        return self.cell_type
+
+    @property
+    def head_width(self) -> int:
+        """Width of the hidden states that reach the softmax."""
+        return self.output_size
 
     @property
     def output_size(self) -> int:

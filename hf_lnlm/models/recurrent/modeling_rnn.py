@@ -22,51 +22,36 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import dropout
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    MaskedLMOutput,
-)
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...nn.assign import assign
 from ...nn.dropout import EmbeddingDropout, LockedDropout
-from ...nn.effective_weight import effective_weight
+from ...nn.inputs import CACHE_FIELD, prepare
 from ...nn.loss_heads import (
     IGNORED,
     normalised,
 )
-from ...nn.masks import SequenceMarks, end_token, sequence_marks
-from ...nn.pooling import max_over_time, mean_over_time
-from ...nn.ragged import RowBlocks, batch_state, gather_blocks, row_blocks, rows_state, scatter_blocks
-from ...ops.recurrence import NUM_GATES, STATES, recurrence, recurrence_blocks
-from ...ops.recurrence.reference import recurrence_reference
+from ...nn.masks import SegmentInfo
+from ...nn.ragged import RowBlocks, row_blocks
+from ...ops.recurrence import STATES
 from ..base import LNLMPreTrainedModel
 from ..heads import (
+    CausalLMHead,
+    MaskedLMHead,
     QuestionAnsweringHead,
     SequenceClassificationHead,
     TokenClassificationHead,
-    VocabularyHead,
-    targets_of,
 )
 from .configuration_rnn import RNNConfig
+from .layers import RNNDirection, init_embedding, init_gates, summed_up
 
 logger = logging.get_logger(__name__)
-
-States = tuple[torch.Tensor, ...]
-
-EMBEDDING_STD = {"lstm": 1.0, "gru": 0.25}
-"""Standard deviation of initial embeddings. Smaller ones leave an LSTM's gates blind to their input for a long time
-(after 120 steps on Python sources, 160 wide, tied: 4.78 nats a token at 1.0, 5.07 at 0.25, 5.60 at 0.1); a GRU's output
-has no gate to shrink it, so that tied logits start too large (5.15 at 1.0, 4.35 at 0.25, 4.44 at 0.1)."""
 
 
 @dataclass
@@ -79,97 +64,6 @@ class RNNModelOutput(BaseModelOutputWithPast):
     """
 
     raw_hidden_state: torch.Tensor | None = None
-
-
-class RNNDirection(nn.Module):
-    """One direction of one layer: the gates' weights and the recurrence over them.
-
-    Args:
-        config: the model's configuration.
-        input_size, hidden_size: widths of its input and state.
-        reverse: whether it reads from the last token to the first.
-    """
-
-    def __init__(self, config: RNNConfig, input_size: int, hidden_size: int, reverse: bool = False) -> None:
-        super().__init__()
-        self.cell_type = config.cell_type
-        self.backend = config.backend
-        self.weight_dropout = config.weight_dropout
-        self.forget_bias = config.forget_bias
-        self.input_size, self.hidden_size, self.reverse = input_size, hidden_size, reverse
-        gates = NUM_GATES[config.cell_type] * hidden_size
-        self.input_gates = nn.Linear(input_size, gates)
-        self.recurrent_gates = nn.Linear(hidden_size, gates)
-
-    def weights(self, inputs: torch.Tensor) -> tuple[Any, ...]:
-        """Return input weight, recurrent weight and their biases, with adapters and weight drop applied."""
-        w_ih, b_ih = effective_weight(self.input_gates, self.input_size, inputs.dtype, inputs.device)
-        w_hh, b_hh = effective_weight(self.recurrent_gates, self.hidden_size, inputs.dtype, inputs.device)
-        if self.training and self.weight_dropout:
-            w_hh = dropout(w_hh, self.weight_dropout)
-        return w_ih, w_hh, b_ih, b_hh
-
-    def initial_states(self, inputs: torch.Tensor) -> States:
-        """Return zero states `(batch, hidden_size)`, one for each of the cell's state tensors."""
-        zeros = inputs.new_zeros(inputs.shape[0], self.hidden_size)
-        return (zeros,) * len(STATES[self.cell_type])
-
-    def forward(
-        self, inputs: torch.Tensor, states: States | None, marks: SequenceMarks, blocks: RowBlocks | None = None
-    ) -> tuple[torch.Tensor, States]:
-        """Run over a batch.
-
-        Args:
-            inputs: `(batch, length, input_size)`.
-            states: carried states `(batch, hidden_size)`, or None for zeros.
-            marks: which positions are real and where documents begin.
-            blocks: the rows of a ragged batch, or None if it is full.
-
-        Returns:
-            outputs `(batch, length, hidden_size)` and final states, which in a ragged batch are those after each row's
-            last real token if the blocks are exact.
-        """
-        states = self.initial_states(inputs) if states is None else states
-        weights = self.weights(inputs)
-        if blocks is not None:
-            return self._run_blocks(inputs, states, weights, blocks)
-        if marks.traced:
-            return self._run_traced(inputs, states, weights, marks)
-        if not self.reverse:
-            return recurrence(self.cell_type, inputs, states, weights, backend=self.backend)
-        outputs, states = recurrence(self.cell_type, inputs.flip(1), states, weights, backend=self.backend)
-        return outputs.flip(1), states
-
-    def _run_blocks(
-        self, inputs: torch.Tensor, states: States, weights: Any, blocks: RowBlocks
-    ) -> tuple[torch.Tensor, States]:
-        index = blocks.reversed_index if self.reverse else blocks.index
-        place = blocks.reversed_place if self.reverse else blocks.place
-        layout, order = blocks.layout, blocks.order
-        begin = tuple(rows_state(state, state.new_zeros(1), layout)[order] for state in states)
-        tokens = gather_blocks(inputs, index)
-        outputs, ended = recurrence_blocks(
-            self.cell_type, tokens, blocks.sizes, blocks.batch_sizes, begin, weights, self.backend
-        )
-        final = tuple(torch.empty_like(state).index_copy(0, order, state) for state in ended)
-        final = tuple(batch_state(new, old, layout) for new, old in zip(final, states, strict=True))
-        return scatter_blocks(outputs, place), final
-
-    def _run_traced(
-        self, inputs: torch.Tensor, states: States, weights: Any, marks: SequenceMarks
-    ) -> tuple[torch.Tensor, States]:
-        mask, starts = marks.mask, marks.starts
-        if not self.reverse:
-            return recurrence_reference(self.cell_type, inputs, states, weights, mask=mask, starts=starts)
-        outputs, states = recurrence_reference(
-            self.cell_type,
-            inputs.flip(1),
-            states,
-            weights,
-            mask=None if mask is None else mask.flip(1),
-            starts=marks.reversed_starts(),
-        )
-        return outputs.flip(1), states
 
 
 class RNNLayer(GradientCheckpointingLayer):
@@ -187,15 +81,15 @@ class RNNLayer(GradientCheckpointingLayer):
         self.backwards = RNNDirection(config, *sizes, reverse=True) if config.bidirectional else None
 
     def forward(
-        self, hidden_states: torch.Tensor, marks: SequenceMarks, blocks: RowBlocks | None, *states: torch.Tensor
+        self, hidden_states: torch.Tensor, segments: SegmentInfo, blocks: RowBlocks | None, *states: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Run the layer; see `RNNDirection.forward`. Two directions are concatenated in the last dimension.
 
         States come and go one by one: reentrant checkpointing gives no gradients to tensors inside tuples.
         """
-        outputs, final = self.forwards(hidden_states, states or None, marks, blocks)
+        outputs, final = self.forwards(hidden_states, states or None, segments, blocks)
         if self.backwards is not None:
-            outputs = torch.cat([outputs, self.backwards(hidden_states, None, marks, blocks)[0]], dim=-1)
+            outputs = torch.cat([outputs, self.backwards(hidden_states, None, segments, blocks)[0]], dim=-1)
         return outputs, *final
 
 
@@ -211,34 +105,13 @@ class RNNPreTrainedModel(LNLMPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, RNNDirection):
-            _init_gates(module)
+            init_gates(module)
         elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=EMBEDDING_STD[self.config.cell_type])
-            # The slice loses the flag by which init spares loaded weights, so it is asked for here.
-            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
-                init.zeros_(module.weight[module.padding_idx])
+            init_embedding(module, self.config.cell_type)
         for name in ("embedding_projection", "output_projection"):
             projection = getattr(module, name, None)
             if projection is not None:
                 init.xavier_uniform_(projection.weight)
-
-
-def _init_gates(direction: RNNDirection) -> None:
-    """Glorot-uniform input weights, orthogonal recurrent weights, gate by gate; zero biases but the forget gate's.
-
-    Drawn in float32: orthogonalisation has no half precision.
-    """
-    size, gates = direction.hidden_size, NUM_GATES[direction.cell_type]
-    drawn: Any = {"device": direction.input_gates.weight.device, "dtype": torch.float32}
-    wide = [torch.empty(size, direction.input_size, **drawn) for _ in range(gates)]
-    square = [torch.empty(size, size, **drawn) for _ in range(gates)]
-    assign(direction.input_gates.weight, torch.cat([init.xavier_uniform_(block) for block in wide]))
-    assign(direction.recurrent_gates.weight, torch.cat([init.orthogonal_(block) for block in square]))
-    bias = torch.zeros(gates * size, **drawn)
-    if direction.cell_type == "lstm":
-        bias[size : 2 * size] = direction.forget_bias
-    assign(direction.input_gates.bias, bias)
-    init.zeros_(direction.recurrent_gates.bias)
 
 
 class RNNModel(RNNPreTrainedModel):
@@ -260,6 +133,8 @@ class RNNModel(RNNPreTrainedModel):
         self.input_dropout = LockedDropout(config.input_dropout)
         self.hidden_dropout = LockedDropout(config.hidden_dropout)
         self.output_dropout = LockedDropout(config.output_dropout)
+        names, sizes = STATES[config.cell_type], [config.layer_sizes(i)[1] for i in range(config.num_hidden_layers)]
+        self.state_shapes = [dict.fromkeys(names, (size,)) for size in sizes]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -274,7 +149,7 @@ class RNNModel(RNNPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         seq_idx: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> RNNModelOutput:
         """Run the model.
 
@@ -285,6 +160,7 @@ class RNNModel(RNNPreTrainedModel):
             past_key_values: state so far, a `DynamicCache(config=model.config)`; updated and returned.
             use_cache: whether to return the state.
             seq_idx: `(batch, length)` document numbers of packed rows.
+            kwargs: `cu_seq_lens_q` `(documents + 1,)`, offsets of the documents of a single packed row.
 
         Returns:
             last hidden state `(batch, length, output_size)` and the state.
@@ -292,63 +168,32 @@ class RNNModel(RNNPreTrainedModel):
         Raises:
             ValueError: inputs, mask or state do not fit each other or the config.
         """
-        hidden_states = self._embed(input_ids, inputs_embeds)
-        cache = self._cache(past_key_values, use_cache)
-        marks = sequence_marks(hidden_states, attention_mask, position_ids, seq_idx, cache)
-        blocks = None if marks.layout is None else row_blocks(marks.layout, exact=cache is not None)
+        places = (attention_mask, position_ids, seq_idx)
+        batch = prepare(self, input_ids, inputs_embeds, places, past_key_values, use_cache, kwargs)
+        hidden_states = self.input_dropout(batch.hidden)
+        if self.embedding_projection is not None:
+            hidden_states = self.embedding_projection(hidden_states)
+        segments = batch.segments.in_rows()
+        blocks = None if segments.layout is None else row_blocks(segments.layout, exact=batch.cache is not None)
         for index, layer in enumerate(self.layers):
-            states = self._read(cache, index, hidden_states.shape[0])
-            hidden_states, *states = layer(hidden_states, marks, blocks, *states)
-            if cache is not None:
-                named = dict(zip(STATES[self.config.cell_type], states, strict=True))
-                cache.layers[index].write(self.config.cell_type, named, hidden_states.shape[1])
+            states = batch.read(index, self.state_shapes[index]) or {}
+            hidden_states, *ended = layer(hidden_states, segments, blocks, *states.values())
+            batch.write(index, dict(zip(self.state_shapes[index], ended, strict=True)))
             if index + 1 < len(self.layers):
                 hidden_states = self.hidden_dropout(hidden_states)
         wants_raw = self.training and self.config.temporal_penalty
         return RNNModelOutput(
             last_hidden_state=self.output_dropout(hidden_states),
-            past_key_values=cache if use_cache else None,
             raw_hidden_state=hidden_states if wants_raw else None,
+            **{CACHE_FIELD: batch.cache if use_cache else None},
         )
 
-    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(
-                "give exactly one of input_ids and inputs_embeds, got " + ("neither", "both")[input_ids is not None]
-            )
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-            inputs_embeds = self.embedding_dropout(inputs_embeds, input_ids, self.config.vocab_size)
-        if inputs_embeds.shape[1] == 0:
-            raise ValueError(f"the input has no positions: shape {tuple(inputs_embeds.shape[:2])}")
-        embeddings = self.input_dropout(inputs_embeds)
-        return embeddings if self.embedding_projection is None else self.embedding_projection(embeddings)
-
-    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
-        if self.config.bidirectional:
-            if past_key_values is not None:
-                raise ValueError("a bidirectional model reads whole sequences: past_key_values must be None")
-            return None
-        if past_key_values is None:
-            return DynamicCache(config=self.config) if use_cache else None
-        layers = getattr(past_key_values, "layers", [])
-        if len(layers) != len(self.layers) or not all(hasattr(layer, "read") for layer in layers):
-            raise ValueError(
-                f"past_key_values must hold {len(self.layers)} recurrent states, as DynamicCache(config=model.config) "
-                f"makes them, got {past_key_values!r}"
-            )
-        return past_key_values
-
-    def _read(self, cache: Cache | None, index: int, batch_size: int) -> States:
-        if cache is None:
-            return ()
-        size = self.config.layer_sizes(index)[1]
-        names = STATES[self.config.cell_type]
-        states = cache.layers[index].read(self.config.cell_type, batch_size, dict.fromkeys(names, (size,)))
-        return () if states is None else tuple(states[name] for name in names)
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of ids, with whole words dropped while training."""
+        return self.embedding_dropout(self.embed_tokens(input_ids), input_ids, self.config.vocab_size)
 
 
-class RNNForCausalLM(VocabularyHead, RNNPreTrainedModel, GenerationMixin):
+class RNNForCausalLM(CausalLMHead, RNNPreTrainedModel, GenerationMixin):
     """LSTM or GRU language model with a full, chunked or adaptive softmax.
 
     Args:
@@ -358,7 +203,8 @@ class RNNForCausalLM(VocabularyHead, RNNPreTrainedModel, GenerationMixin):
         ValueError: the config is bidirectional: the backward direction would read the tokens to be predicted.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    body_class = RNNModel
+    untied_bias = True
 
     def __init__(self, config: RNNConfig) -> None:
         if config.bidirectional:
@@ -366,61 +212,8 @@ class RNNForCausalLM(VocabularyHead, RNNPreTrainedModel, GenerationMixin):
                 "a causal language model cannot be bidirectional: config.bidirectional must be False, got True"
             )
         super().__init__(config)
-        self.model = RNNModel(config)
-        self.make_vocabulary_head()
-        self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        seq_idx: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
-        """Run the model and, given labels, its loss; see `RNNModel.forward` for the other arguments.
-
-        Args:
-            labels: `(batch, length)`, the input ids; shifted inside. -100 is ignored.
-            logits_to_keep: how many last positions (or which) get logits; 0 for all.
-            kwargs: `shift_labels` `(batch, length)`, labels already shifted, used in place of `labels`, and
-                `num_items_in_batch`, by which the summed loss is divided, as Trainer gives them.
-
-        Returns:
-            loss in nats a token, logits `(batch, kept, vocab_size)` and the state. While training with a chunked or
-            adaptive head the logits are None: they are never computed.
-        """
-        shift_labels = kwargs.pop(
-            "shift_labels", None
-        )  # in the signature, Trainer would take it for a column of labels
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            seq_idx=seq_idx,
-            **kwargs,
-        )
-        targets, items = targets_of(labels, shift_labels), kwargs.get("num_items_in_batch")
-        loss, logits = self.loss_and_logits(outputs.last_hidden_state, targets, logits_to_keep, items)
-        if loss is not None and targets is not None:
-            loss = loss + self._penalties(outputs, targets, items)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
-
-    def _penalties(self, outputs: Any, targets: torch.Tensor, items: Any) -> torch.Tensor | float:
+    def penalty(self, outputs: Any, targets: torch.Tensor, items: Any) -> torch.Tensor | float:
         """AR and TAR of [2], section 4.5, per labelled token; 0 in evaluation, so that losses stay comparable."""
         config = self.config
         if not self.training or not (config.activation_penalty or config.temporal_penalty):
@@ -434,7 +227,7 @@ class RNNForCausalLM(VocabularyHead, RNNPreTrainedModel, GenerationMixin):
         return normalised(total / width, labelled.sum(), items)
 
 
-class RNNForMaskedLM(VocabularyHead, RNNPreTrainedModel):
+class RNNForMaskedLM(MaskedLMHead, RNNPreTrainedModel):
     """Bidirectional LSTM or GRU that fills masks, with a full, chunked or adaptive softmax.
 
     Args:
@@ -442,47 +235,14 @@ class RNNForMaskedLM(VocabularyHead, RNNPreTrainedModel):
             to read one way, is taken with a warning: a mask's right-hand side is not seen.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    body_class = RNNModel
+    untied_bias = True
 
     def __init__(self, config: RNNConfig) -> None:
         config.bidirectional = config.bidirectional is not False
         if not config.bidirectional:
             logger.warning("RNNForMaskedLM with bidirectional=False does not see what follows a mask")
         super().__init__(config)
-        self.model = RNNModel(config)
-        self.make_vocabulary_head()
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        seq_idx: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
-        """Fill masks; see `RNNModel.forward` for the other arguments.
-
-        Args:
-            labels: `(batch, length)`, the ids to be found; -100 is ignored.
-
-        Returns:
-            loss in nats a labelled token and logits `(batch, length, vocab_size)`, None while training with a chunked
-            or adaptive head.
-        """
-        kwargs["use_cache"] = False
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, seq_idx=seq_idx, **kwargs
-        )
-        loss, logits = self.loss_and_logits(outputs.last_hidden_state, labels, 0, kwargs.get("num_items_in_batch"))
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
-
-    def vocabulary_loss(self, logits: torch.Tensor, targets: torch.Tensor, items: Any) -> torch.Tensor:
-        """Return the mean loss in nats a labelled token, by the loss that transformers gives a masked model."""
-        return self.loss_function(logits, targets, self.config.vocab_size, num_items_in_batch=items)
 
 
 class RNNForSequenceClassification(SequenceClassificationHead, RNNPreTrainedModel):
@@ -492,55 +252,24 @@ class RNNForSequenceClassification(SequenceClassificationHead, RNNPreTrainedMode
         config: the model's configuration; `pooling` says how a text is summed up.
     """
 
-    def __init__(self, config: RNNConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = RNNModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.output_size, config.num_labels)
-        self.post_init()
+    body_class = RNNModel
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Sum up a text as `config.pooling` says; see `SequenceClassificationHead.pool`."""
-        if self.config.pooling == "mean":
-            return mean_over_time(hidden.mT, mask)
-        if self.config.pooling == "max":
-            return max_over_time(hidden.mT, mask)
-        if not self.config.bidirectional:
-            return end_token(hidden, mask)
-        forwards, backwards = hidden.chunk(2, dim=-1)
-        return torch.cat([end_token(forwards, mask), end_token(backwards, mask, first=True)], dim=-1)
+        reading = "both" if self.config.bidirectional else "forwards"
+        return summed_up(hidden, mask, self.config.pooling, reading)
 
 
 class RNNForTokenClassification(TokenClassificationHead, RNNPreTrainedModel):
-    """Tagger over a (bidirectional) LSTM or GRU.
+    """Tagger over a (bidirectional) LSTM or GRU."""
 
-    Args:
-        config: the model's configuration.
-    """
-
-    def __init__(self, config: RNNConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = RNNModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.output_size, config.num_labels)
-        self.post_init()
+    body_class = RNNModel
 
 
 class RNNForQuestionAnswering(QuestionAnsweringHead, RNNPreTrainedModel):
-    """Reader over a (bidirectional) LSTM or GRU that marks an answer's first and last token.
+    """Reader over a (bidirectional) LSTM or GRU that segments an answer's first and last token."""
 
-    Args:
-        config: the model's configuration.
-    """
-
-    def __init__(self, config: RNNConfig) -> None:
-        super().__init__(config)
-        self.model = RNNModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.qa_outputs = nn.Linear(config.output_size, 2)
-        self.post_init()
+    body_class = RNNModel
 
 
 __all__ = [

@@ -9,17 +9,18 @@ A forward pass works out once where the real tokens are (`AttentionPlan`), and e
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import dropout as drop
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.utils.import_utils import is_torchdynamo_compiling
+from transformers.cache_utils import Cache
 
-from ...nn.masks import SequenceMarks, sequence_marks
+from ...nn.inputs import Batch
+from ...nn.masks import SegmentInfo
 from ...nn.ragged import RowLayout, gather_rows, scatter_rows
 from ...ops.sparse_attention.attention import sparse_attention
-from ...ops.sparse_attention.pattern import SparsePattern, logical_positions
+from ...ops.sparse_attention.pattern import SparsePattern, Tokens, logical_positions
 from ...ops.sparse_attention.reference import masked_attention_weights
 from ...ops.sparse_attention.step import attend_cached_heads, repeat_heads
 from .cache import Extended, SparseAttentionCacheLayer
@@ -29,7 +30,7 @@ class AttentionPlan(NamedTuple):
     """What every layer of one forward pass needs to know about the batch.
 
     Attributes:
-        marks: rows of real tokens.
+        segments: rows of real tokens.
         real: `(batch, length)` true at real tokens of the present step; None if all are.
         documents: `(batch, length)` number of each token's document in its row; None if each row is one.
         positions: `(batch, length)` position of each token in its document, for position embeddings; 0 at padding.
@@ -37,7 +38,7 @@ class AttentionPlan(NamedTuple):
         weights: attention weights are wanted.
     """
 
-    marks: SequenceMarks
+    segments: SegmentInfo
     real: torch.Tensor | None
     documents: torch.Tensor | None
     positions: torch.Tensor
@@ -45,65 +46,29 @@ class AttentionPlan(NamedTuple):
     weights: bool
 
 
-def plan_attention(
-    hidden: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    seq_idx: torch.Tensor | None,
-    cache: Cache | None,
-    dense: bool,
-    weights: bool,
-) -> AttentionPlan:
+def plan_attention(batch: Batch, position_ids: torch.Tensor | None, dense: bool, weights: bool) -> AttentionPlan:
     """Work out the plan of one forward pass.
 
     Args:
-        hidden: `(batch, length, width)`.
-        attention_mask: `(batch, past + length)`, zero at padding; None for no padding.
-        position_ids: `(batch, length)`; a real token at position 0 begins a document.
-        seq_idx: `(batch, length)` document numbers of packed rows.
-        cache: the past, or None.
+        batch: the inputs.
+        position_ids: `(batch, length)` as given, for position embeddings; counted over real tokens if None.
         dense: whether to compute under a dense mask.
         weights: whether attention weights are wanted.
 
     Raises:
-        ValueError: the mask is no 2-D mask of zeros and ones that fits the input, or a document begins inside a cached
-            sequence.
+        ValueError: a document begins inside a cached sequence.
     """
-    check_mask_values(attention_mask)
-    marks = sequence_marks(hidden, attention_mask, position_ids, seq_idx, cache)
-    real = None if attention_mask is None else attention_mask[:, -hidden.shape[1] :].bool()
-    documents = _documents(marks, hidden)
-    if documents is not None and cache is not None and cache.get_seq_length():
-        raise ValueError("a document cannot begin inside a cached sequence: start it with empty past_key_values")
-    positions = _positions(hidden, real, documents, position_ids, cache)
-    return AttentionPlan(marks, real, documents, positions, dense or marks.traced, weights)
-
-
-def check_mask_values(attention_mask: torch.Tensor | None) -> None:
-    """Raise unless a mask is None or 2-D and holds only zeros and ones.
-
-    Raises:
-        ValueError: for any other mask; a 4-D mask cannot say which pattern it means.
-    """
-    if attention_mask is None:
-        return
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-        shape = tuple(getattr(attention_mask, "shape", ()))
-        raise ValueError(f"attention_mask must have shape (batch, length) and hold 0 and 1, got shape {shape}")
-    if attention_mask.dtype == torch.bool or is_torchdynamo_compiling():
-        return
-    if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
-        raise ValueError(f"attention_mask must hold only 0 and 1, got values up to {attention_mask.abs().max().item()}")
-
-
-def _documents(marks: SequenceMarks, hidden: torch.Tensor) -> torch.Tensor | None:
-    if marks.traced:
-        return None if marks.starts is None else marks.starts.long().cumsum(1)
-    layout = marks.layout
-    if layout is None or layout.lengths.numel() <= int(layout.mask.any(1).sum()):
-        return None
-    row = layout.place // layout.index.shape[1]
-    return row.masked_fill(~layout.mask, 0).cummax(1).values
+    segments = batch.segments
+    starts, counts = segments.starts, cached_counts(batch.cache)
+    if starts is not None and counts is not None and not segments.traced:
+        real = torch.ones_like(starts) if segments.mask is None else segments.mask
+        starts = starts & ((real.cumsum(1) > 1) | (counts > 0).unsqueeze(1))  # an empty row has nothing to begin after
+        if bool(starts.any()):
+            raise ValueError("a document cannot begin inside a cached sequence: start it with empty past_key_values")
+        segments, starts = segments._replace(starts=None), None
+    documents = None if starts is None else starts.long().cumsum(1)
+    positions = _positions(batch.hidden, segments.mask, documents, position_ids, counts)
+    return AttentionPlan(segments.in_rows(), segments.mask, documents, positions, dense or segments.traced, weights)
 
 
 def _positions(
@@ -111,13 +76,12 @@ def _positions(
     real: torch.Tensor | None,
     documents: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    cache: Cache | None,
+    counts: torch.Tensor | None,
 ) -> torch.Tensor:
     """Position of each token in its document: as given, else counted over real tokens, cached ones included."""
     if position_ids is not None:
         return position_ids.expand(hidden.shape[:2])
     batch, length = hidden.shape[:2]
-    counts = cached_counts(cache)
     counted = hidden.new_ones(batch, length, dtype=torch.long) if real is None else real.long()
     positions = counted.cumsum(1) - 1
     if counts is not None:
@@ -135,26 +99,6 @@ def cached_counts(cache: Cache | None) -> torch.Tensor | None:
         return None
     first: Any = cache.layers[0]
     return first.counts
-
-
-def own_cache(past_key_values: Cache | None, use_cache: bool | None, config: Any, batch_size: int) -> Cache | None:
-    """Return the cache to use, made if wanted.
-
-    Raises:
-        ValueError: `past_key_values` is not of this family and depth, or holds another number of rows.
-    """
-    if past_key_values is None:
-        return DynamicCache(config=config) if use_cache else None
-    layers = getattr(past_key_values, "layers", [])
-    if len(layers) != config.num_hidden_layers or not all(hasattr(layer, "prune") for layer in layers):
-        raise ValueError(
-            f"past_key_values must hold {config.num_hidden_layers} sparse-attention layers, as "
-            f"DynamicCache(config=model.config) makes them, got {past_key_values!r}"
-        )
-    first: Any = layers[0]
-    if first.batch_size not in (None, batch_size):
-        raise ValueError(f"past_key_values holds {first.batch_size} rows, the input has {batch_size}")
-    return past_key_values
 
 
 def attend(
@@ -191,13 +135,18 @@ def attend(
     extended = None if layer is None else layer.extend(key, value, kept)
     weights = None
     if plan.dense:
-        out, weights = _dense(query, key, value, patterns, plan, extended if past else None, scale, dropout)
+        seen = extended if past else None
+        held = (query, key, value) if seen is None else (query, seen.key, seen.value)
+        visible = _dense_visible(patterns, plan, seen, query)
+        out, weights = _dense(held, visible, scale, dropout)
     elif past and extended is not None:
         at = (extended.query_positions, extended.key_positions)
         out = attend_cached_heads(query, extended.key, extended.value, patterns, *at, scale, dropout)
     else:
-        out = _rows(query, key, value, patterns, plan, scale, dropout, backend)
-    if layer is not None and not plan.marks.traced:
+        options: Any = {"scale": scale, "dropout": dropout, "backend": backend}
+        run = partial(sparse_attention, patterns=patterns, **options)
+        out = in_rows(run, (query, key, value), plan.segments.layout)
+    if layer is not None and not plan.segments.traced:
         layer.prune(patterns)
     return out.transpose(1, 2).flatten(2), weights if plan.weights else None
 
@@ -209,24 +158,6 @@ def continuing_tokens(plan: AttentionPlan) -> torch.Tensor | None:
     real = torch.ones_like(plan.documents, dtype=torch.bool) if plan.real is None else plan.real
     last = plan.documents.masked_fill(~real, -1).amax(1, keepdim=True)
     return real & (plan.documents == last)
-
-
-def _rows(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    patterns: tuple[SparsePattern, ...],
-    plan: AttentionPlan,
-    scale: float,
-    dropout: float,
-    backend: str,
-) -> torch.Tensor:
-    def run(*rows: torch.Tensor) -> torch.Tensor:
-        return sparse_attention(
-            rows[0], rows[1], rows[2], patterns, scale=scale, dropout=dropout, backend=backend
-        )  # fmt: skip
-
-    return in_rows(run, (query, key, value), plan.marks.layout)
 
 
 def in_rows(
@@ -246,8 +177,8 @@ def in_rows(
         return function(*states)
     if layout.lengths.numel() == 0:
         return torch.zeros_like(states[0])
-    out = function(*(_gather_heads(x, layout.index) for x in states))
-    out = scatter_rows(out.transpose(1, 2).flatten(2), layout.place, layout.mask)
+    out = function(*(_gather_heads(x, layout.gather_index) for x in states))
+    out = scatter_rows(out.transpose(1, 2).flatten(2), layout.scatter_index, layout.mask)
     return out.unflatten(2, states[0].shape[1::2]).transpose(1, 2)
 
 
@@ -257,20 +188,9 @@ def _gather_heads(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return flat.unflatten(2, states.shape[1::2]).transpose(1, 2)
 
 
-def _dense(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    patterns: tuple[SparsePattern, ...],
-    plan: AttentionPlan,
-    extended: Extended | None,
-    scale: float,
-    dropout: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention and its weights `(batch, heads, queries, keys)` under the patterns' dense masks."""
-    if extended is not None:
-        key, value = extended.key, extended.value
-    visible = _dense_visible(patterns, plan, extended, query)
+def _dense(tokens: Tokens, visible: torch.Tensor, scale: float, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and its weights `(batch, heads, queries, keys)` under a dense mask."""
+    query, key, value = tokens
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     weights = masked_attention_weights(query, key, visible, scale)
     return drop(weights, dropout, training=dropout > 0.0) @ value, weights

@@ -10,21 +10,23 @@ same thing: padding is never stored. After every step the layer drops what no la
     summary                 at most c * (floor(n / l) + 1)
     column, strided, full   n (every residue comes back; a step gathers only the keys that it sees)
 
-The layer type carries a hash of this file, so that checkpoints with different revisions of the code can live in one
-process.
+The layer type carries a hash of this file and of its base class's, so that checkpoints with different revisions of the
+code can live in one process.
 """
 
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
 
+from ...nn.state import RECURRENT_LAYER_TYPE, StateLayer
 from ...ops.sparse_attention.pattern import SparsePattern
 from ...ops.sparse_attention.step import compact_slots, take_slots
 
-SPARSE_LAYER_TYPE = "lnlm_sparse_attention_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+_CODE = Path(__file__).read_bytes() + RECURRENT_LAYER_TYPE.encode()
+SPARSE_LAYER_TYPE = "lnlm_sparse_attention_" + hashlib.sha256(_CODE).hexdigest()[:12]
 
 
 class Extended(NamedTuple):
@@ -43,35 +45,36 @@ class Extended(NamedTuple):
     query_positions: torch.Tensor
 
 
-class SparseAttentionCacheLayer(CacheLayerMixin):
+class SparseAttentionCacheLayer(StateLayer):
     """One layer's keys and values, bounded by what its patterns can still see.
 
     Attributes:
         keys, values: `(batch, heads, entries, head_dim)`, or None while empty.
         positions: `(batch, entries)` logical positions, -1 in unused slots, or None while empty.
         counts: `(batch,)` real tokens so far, or None while empty.
-        seen_tokens: positions (masked ones included) that have passed.
         patterns: those that the entries were dropped by, or None before the first step.
     """
 
-    is_compileable = False
-    is_sliding = False
-    is_croppable = False
-    supports_early_init = False
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__()
-        self.reset()
+    lnlm_layer_type = SPARSE_LAYER_TYPE
 
     def reset(self) -> None:
         """Forget everything."""
+        super().reset()
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None
         self.counts: torch.Tensor | None = None
-        self.seen_tokens = 0
         self.patterns: tuple[SparsePattern, ...] | None = None
-        self.is_initialized = False
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return keys, values, positions and counts, if there are any."""
+        held = {name: getattr(self, name) for name in ("keys", "values", "positions", "counts")}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def keep(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Hold `tensors` in place of the present ones."""
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
 
     def extend(self, key: torch.Tensor, value: torch.Tensor, real: torch.Tensor | None) -> Extended:
         """Append the tokens of one step.
@@ -139,72 +142,6 @@ class SparseAttentionCacheLayer(CacheLayerMixin):
                 f"past_key_values holds {self.keys.shape[1]} heads of {self.keys.shape[3]}, this layer has "
                 f"{key.shape[1]} of {key.shape[3]}"
             )
-
-    def update(self, key_states: Any = None, value_states: Any = None, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Do nothing: `extend` and `prune` fill this layer. Present because `DynamicCache` may call it with None."""
-        return key_states, value_states
-
-    def lazy_initialization(self, key_states: Any = None, value_states: Any = None) -> None:
-        """Do nothing: an empty layer needs no tensors."""
-
-    def get_seq_length(self) -> int:
-        """Return the number of positions seen."""
-        return self.seen_tokens
-
-    def get_max_length(self) -> int:
-        """Return -1: the sequence has no longest length."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return (length of the mask that covers past and present, its offset)."""
-        return self.seen_tokens + query_length, 0
-
-    def _map(self, function: Any) -> None:
-        for name in ("keys", "values", "positions", "counts"):
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else function(tensor))
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Give row i the entries of row `beam_idx[i]`; `beam_idx` is `(batch,)`."""
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row `repeats` times."""
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, a `(rows,)` tensor of indices or booleans."""
-        self._map(lambda tensor: tensor[indices.to(tensor.device)])
-
-    def detach_(self) -> None:
-        """Cut the graph of keys and values."""
-        self._map(lambda tensor: tensor.detach())
-
-    def crop(self, max_length: int) -> None:
-        """Refuse to shorten: dropped entries cannot come back.
-
-        Raises:
-            ValueError: unless there is nothing to remove.
-        """
-        if max_length not in (0, self.seen_tokens):
-            raise ValueError(f"a pruned cache cannot be cropped to {max_length} of {self.seen_tokens} tokens")
-
-    def offload(self) -> None:
-        """Move the entries to the CPU, remembering where they were."""
-        if self.keys is not None:
-            self.device = self.keys.device
-        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Move the entries back to where they were before `offload`."""
-        device = getattr(self, "device", None)
-        if device is not None:
-            self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    @property
-    def batch_size(self) -> int | None:
-        """Rows of the cache, or None while it is empty."""
-        return None if self.keys is None else self.keys.shape[0]
 
 
 DYNAMIC_LAYER_TYPE_MAPPING.setdefault(SPARSE_LAYER_TYPE, SparseAttentionCacheLayer)

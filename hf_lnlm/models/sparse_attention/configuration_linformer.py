@@ -1,13 +1,11 @@
 """Configuration of Linformer models."""
 
-# Copyright 2026 The hf_lnlm authors. Licensed under the Apache License, Version 2.0.
-
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers.activations import ACT2FN
 
-from ..base import LNLMConfig, check_bound, check_choice, strict_config
-from .cache import SPARSE_LAYER_TYPE
+from ..base import check_bound, check_choice, strict_config
+from .sparse_config import SparseConfig
 
 SHARINGS = ("none", "headwise", "key_value", "layerwise")
 PROJECTIONS = ("learned", "mean_pool", "convolution")
@@ -16,12 +14,10 @@ CAUSAL_VARIANTS = ("segment",)
 
 
 @strict_config
-class LinformerConfig(LNLMConfig):
-    """Configuration of `LinformerModel` and its heads.
+class LinformerConfig(SparseConfig):
+    """Configuration of `LinformerModel` and its heads. Fields without a word here are `SparseConfig`\'s.
 
     Args:
-        num_attention_heads: heads of a layer; must divide `hidden_size`.
-        intermediate_size: width of the MLP; `4 * hidden_size` if None.
         max_position_embeddings: n, the longest input, in tokens, at least 16; shorter ones use the first rows of E and F.
         type_vocab_size: number of segment types.
         projected_size: k, the slots that keys and values are projected to: one number, or one for each layer; at most
@@ -47,15 +43,11 @@ class LinformerConfig(LNLMConfig):
     model_type = "lnlm_linformer"
     base_model_fsdp_plan = {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight"}
     _bounds: ClassVar[dict[str, tuple[float, float]]] = {
-        "layer_norm_epsilon": (0.0, 1.0),
         "projected_size": (1, 2**24),
         "segment_size": (1, 2**24),
         "segment_summaries": (1, 2**24),
-        "max_position_embeddings": (16, 2**24),
     }
 
-    num_attention_heads: int = 4
-    intermediate_size: int | None = None
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     projected_size: int | list[int] | tuple[int, ...] | None = None
@@ -73,11 +65,6 @@ class LinformerConfig(LNLMConfig):
     classifier_dropout: float | int = 0.1
     layer_norm_epsilon: float | int = 1e-12
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-
     def check_bounds(self) -> None:
         """Check ranges and choices, and what they mean together; see the class for the fields."""
         super().check_bounds()
@@ -87,12 +74,13 @@ class LinformerConfig(LNLMConfig):
         check_choice("bias_order", self.bias_order, BIAS_ORDERS)
         if self.causal_variant is not None:
             check_choice("causal_variant", self.causal_variant, CAUSAL_VARIANTS)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads must divide hidden_size ({self.hidden_size}), got {self.num_attention_heads}"
-            )
         self._check_causality()
         self._check_projection()
+
+    def unread(self) -> dict[str, str]:
+        """What the causal variant has summaries of its own for; see `LNLMConfig.unread`."""
+        encoder = ("projection", "bias_order") if self.is_decoder else ()
+        return super().unread() | dict.fromkeys(encoder, "a bidirectional Linformer, not the causal variant")
 
     def _check_causality(self) -> None:
         if not self.is_decoder:
@@ -137,6 +125,6 @@ class LinformerConfig(LNLMConfig):
         return size, max(1, size // 4) if self.segment_summaries is None else self.segment_summaries
 
     @property
-    def layer_types(self) -> list[str]:
-        """Cache layer type of each layer; only the causal variant has a cache."""
-        return [SPARSE_LAYER_TYPE] * self.num_hidden_layers
+    def reads_both_ways(self) -> bool:
+        """Whether a token's output depends on what follows it."""
+        return not self.is_decoder

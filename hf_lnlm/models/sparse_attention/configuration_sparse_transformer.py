@@ -1,24 +1,21 @@
 """Configuration of Sparse Transformer models."""
 
-# Copyright 2026 The hf_lnlm authors. Licensed under the Apache License, Version 2.0.
-
 import math
 from typing import Any, ClassVar
 
+from ...ops.backend import Operation
+from ...ops.sparse_attention.attention import SPARSE_ATTENTION
 from ...ops.sparse_attention.pattern import COMBINATIONS, FACTORS, SparsePattern, patterns_for_layer
-from ..base import LNLMConfig, check_choice, strict_config
-from .cache import SPARSE_LAYER_TYPE
+from ..base import check_choice, strict_config
+from .sparse_config import SparseConfig
 
 
 @strict_config
-class SparseTransformerConfig(LNLMConfig):
-    """Configuration of `SparseTransformerModel` and its heads.
+class SparseTransformerConfig(SparseConfig):
+    """Configuration of `SparseTransformerModel` and its heads. Fields without a word here are `SparseConfig`\'s.
 
     Args:
-        num_attention_heads: heads of a layer; must divide `hidden_size`.
         num_key_value_heads: key and value heads, a divisor of `num_attention_heads`; as many if None.
-        intermediate_size: width of the MLP; `4 * hidden_size` if None.
-        max_position_embeddings: longest sequence, in tokens, at least 16.
         attention_pattern: `strided` (for data with a period, such as images), `fixed` (text), `local` or `full`.
         combination: `merged` (one softmax over the union), `interleaved` (a step a layer in turn) or `per_head`.
         stride: l of the paper, in tokens; longer than the input makes attention dense.
@@ -26,11 +23,7 @@ class SparseTransformerConfig(LNLMConfig):
         position_shape: extents whose mixed-radix digits index the learned position embeddings, slowest first, such as
             rows, columns and channels of an image; their product is at least `max_position_embeddings`. If None:
             (blocks, `stride`), the paper's embeddings for attention over text.
-        embedding_dropout: dropout of the embeddings.
         residual_dropout: dropout at the end of each residual branch; the paper has no other.
-        attention_dropout: dropout of attention weights; takes a slower path.
-        classifier_dropout: dropout before the classifier.
-        layer_norm_epsilon: added to the variance in layer norms.
         initializer_range: standard deviation of initial weights times the square root of their input width; 0.125 in the
             paper, whose models are wide and train long.
         zero_initial_logits: whether an untied head starts at zero, as in the paper: the first step then trains the
@@ -41,35 +34,25 @@ class SparseTransformerConfig(LNLMConfig):
     """
 
     model_type = "lnlm_sparse_transformer"
+    _operations: ClassVar[tuple[Operation, ...]] = (SPARSE_ATTENTION,)
     _bounds: ClassVar[dict[str, tuple[float, float]]] = {
         "stride": (1, 2**24),
-        "layer_norm_epsilon": (0.0, 1.0),
         "position_shape": (1, 2**24),
-        "max_position_embeddings": (16, 2**24),
     }
 
     tie_word_embeddings: bool = False
     initializer_range: float | int = 0.125
-    num_attention_heads: int = 4
     num_key_value_heads: int | None = None
-    intermediate_size: int | None = None
-    max_position_embeddings: int = 2048
     attention_pattern: str = "fixed"
     combination: str = "merged"
     stride: int = 128
     summary_size: int = 16
     position_shape: list[int] | tuple[int, ...] | None = None
-    embedding_dropout: float | int = 0.0
     residual_dropout: float | int = 0.0
-    attention_dropout: float | int = 0.0
-    classifier_dropout: float | int = 0.0
-    layer_norm_epsilon: float | int = 1e-5
     zero_initial_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
 
@@ -81,6 +64,10 @@ class SparseTransformerConfig(LNLMConfig):
         self._check_heads()
         if self.attention_pattern == "fixed" and self.summary_size > self.stride:
             raise ValueError(f"summary_size must be at most stride ({self.stride}), got {self.summary_size}")
+        if self.zero_initial_logits and self.loss_head == "adaptive":
+            raise ValueError("zero_initial_logits is for loss_head='full' or 'chunked', got it with 'adaptive'")
+        if self.zero_initial_logits and self.tie_word_embeddings:
+            raise ValueError("zero_initial_logits is for an untied head: tie_word_embeddings must be false, got true")
         if self.position_shape is None:
             return
         if not self.position_shape or math.prod(self.position_shape) < self.max_position_embeddings:
@@ -91,8 +78,6 @@ class SparseTransformerConfig(LNLMConfig):
 
     def _check_heads(self) -> None:
         heads, shared = self.num_attention_heads, self.num_key_value_heads
-        if self.hidden_size % heads:
-            raise ValueError(f"num_attention_heads must divide hidden_size ({self.hidden_size}), got {heads}")
         if shared is not None and heads % shared:
             raise ValueError(f"num_key_value_heads must divide num_attention_heads ({heads}), got {shared}")
         steps = len(FACTORS[self.attention_pattern])
@@ -116,13 +101,3 @@ class SparseTransformerConfig(LNLMConfig):
         if self.position_shape is not None:
             return tuple(self.position_shape)
         return (-(-self.max_position_embeddings // self.stride), min(self.stride, self.max_position_embeddings))
-
-    @property
-    def attention_scale(self) -> float:
-        """Factor of the attention scores."""
-        return (self.hidden_size // self.num_attention_heads) ** -0.5
-
-    @property
-    def layer_types(self) -> list[str]:
-        """Cache layer type of each layer, for `DynamicCache(config=...)`."""
-        return [SPARSE_LAYER_TYPE] * self.num_hidden_layers

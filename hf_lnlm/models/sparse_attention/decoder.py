@@ -5,21 +5,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    SequenceClassifierOutput,
-)
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple
+from transformers.modeling_outputs import BaseModelOutputWithPast, SequenceClassifierOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 from transformers.utils.output_capturing import capture_outputs
 
-from ...nn.loss_heads import classification_loss, next_token_labels
+from ...nn.inputs import CACHE_FIELD, prepare
 from ...nn.masks import end_token
 from ..base import LNLMPreTrainedModel
-from .attention import AttentionPlan, attend, cached_counts, own_cache, plan_attention
+from ..heads import SequenceClassificationHead
+from .attention import AttentionPlan, attend, cached_counts, plan_attention
 
 
 class SparseSelfAttention(nn.Module):
@@ -99,6 +94,7 @@ class SparseDecoderModel(SparseDecoderPreTrainedModel):
             past_key_values: past keys and values, a `DynamicCache(config=model.config)`; updated and returned.
             use_cache: whether to return the cache.
             seq_idx: `(batch, length)` document numbers of packed rows.
+            kwargs: `cu_seq_lens_q` `(documents + 1,)`, offsets of the documents of a single packed row.
 
         Returns:
             last hidden state `(batch, length, hidden_size)` and the cache.
@@ -106,27 +102,19 @@ class SparseDecoderModel(SparseDecoderPreTrainedModel):
         Raises:
             ValueError: inputs, mask or cache do not fit each other or the config.
         """
-        hidden_states = self._embed(input_ids, inputs_embeds)
-        cache = own_cache(past_key_values, use_cache, self.config, hidden_states.shape[0])
+        places = (attention_mask, position_ids, seq_idx)
+        batch = prepare(self, input_ids, inputs_embeds, places, past_key_values, use_cache, kwargs)
+        hidden_states, cache = batch.hidden, batch.cache
         weights = bool(kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)))
         dense = weights or self.config._attn_implementation == "eager"
-        plan = plan_attention(hidden_states, attention_mask, position_ids, seq_idx, cache, dense, weights)
+        plan = plan_attention(batch, position_ids, dense, weights)
         self._check_positions(plan, cache)
         hidden_states = self.embedding_dropout(hidden_states + self.position_embeddings(plan.positions))
         for layer in self.layers:
             hidden_states = layer(hidden_states, plan=plan, past_key_values=cache)
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=cache if use_cache else None
+            last_hidden_state=self.norm(hidden_states), **{CACHE_FIELD: cache if use_cache else None}
         )
-
-    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            found = "neither" if input_ids is None else "both"
-            raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {found}")
-        embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if embeddings.shape[1] == 0:
-            raise ValueError(f"the input has no positions: shape {tuple(embeddings.shape[:2])}")
-        return embeddings
 
     def _check_positions(self, plan: AttentionPlan, cache: Cache | None) -> None:
         if is_torchdynamo_compiling():
@@ -140,102 +128,38 @@ class SparseDecoderModel(SparseDecoderPreTrainedModel):
             )
 
 
-class SparseDecoderForCausalLM(SparseDecoderPreTrainedModel):
-    """Language-model head; a subclass makes `model` and `lm_head`."""
+class SparseDecoderForSequenceClassification(SequenceClassificationHead, SparseDecoderPreTrainedModel):
+    """Classifier over the last real token."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    model: SparseDecoderModel
-    lm_head: nn.Linear
+    def make_head(self, config: Any) -> None:
+        """Make `dropout` and `score`, which has no bias."""
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.head_width, config.num_labels, bias=False)
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        seq_idx: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Run the model and, given labels, its loss; see `SparseDecoderModel.forward` for the other arguments.
+    @property
+    def classifier(self) -> nn.Module:
+        """The last layer, by the name that other families have for it."""
+        return self.score
 
-        Args:
-            labels: `(batch, length)`, the input ids; shifted inside. -100 is ignored.
-            logits_to_keep: how many last positions (or which) get logits; 0 for all.
-            kwargs: `shift_labels` `(batch, length)`, labels already shifted, used in place of `labels`, and
-                `num_items_in_batch`, by which the summed loss is divided, as Trainer gives them.
+    def pool(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Take the last real token; see `SequenceClassificationHead.pool`."""
+        return end_token(hidden, mask)
 
-        Returns:
-            loss in nats a token, logits `(batch, kept, vocab_size)` and the cache.
-        """
-        shift_labels = kwargs.pop(
-            "shift_labels", None
-        )  # in the signature, Trainer would take it for a column of labels
-        items = kwargs.pop("num_items_in_batch", None)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            seq_idx=seq_idx,
-            **kwargs,
-        )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        given = shift_labels if labels is None else labels
-        if given is not None:
-            targets = next_token_labels(given, shift_labels)
-            loss = self.loss_function(
-                logits, None, self.config.vocab_size, shift_labels=targets, num_items_in_batch=items
-            )  # fmt: skip
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-
-class SparseDecoderForSequenceClassification(SparseDecoderPreTrainedModel):
-    """Classifier over the last real token; a subclass makes `model`, `dropout` and `score`."""
-
-    model: SparseDecoderModel
-    dropout: nn.Module
-    score: nn.Linear
-
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Classify texts.
+        """Classify texts; see `SequenceClassificationHead.forward` for the other arguments.
 
         Args:
-            input_ids: `(batch, length)`.
-            attention_mask: `(batch, length)`, zero at padding, which may lie anywhere.
-            inputs_embeds: `(batch, length, hidden_size)` instead of `input_ids`.
-            labels: `(batch,)` class ids, or values as `config.problem_type` wants them.
-
-        Returns:
-            loss and logits `(batch, num_labels)`. A row without any real token is classified from zeros.
+            attention_mask: `(batch, past + length)`, zero at padding, which may lie anywhere.
+            past_key_values: keys and values of what comes before the text, such as a learnt prefix.
         """
-        kwargs["use_cache"] = False
-        items = kwargs.pop("num_items_in_batch", None)
-        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        mask = None if attention_mask is None else attention_mask.bool()
-        logits = self.score(self.dropout(end_token(outputs.last_hidden_state, mask)))
-        loss = None if labels is None else classification_loss(logits, labels, self.config, items)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return super().forward(
+            input_ids, attention_mask, inputs_embeds, labels, past_key_values=past_key_values, **kwargs
         )

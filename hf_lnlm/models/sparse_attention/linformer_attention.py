@@ -265,7 +265,7 @@ class LinformerSegmentAttention(LinformerAttention):
             out, weights = self._masked(heads[0], extended.key, extended.value, *at, dropout, plan)
         else:
             states = heads[0], heads[1], heads[2]
-            rows = in_rows(lambda q, k, v: self._by_segment(q, k, v, dropout), states, plan.marks.layout)
+            rows = in_rows(lambda q, k, v: self._by_segment(q, k, v, dropout), states, plan.segments.layout)
             out, weights = rows.transpose(1, 2).flatten(2), None
         return self.norm(hidden_states + self.dropout(self.dense(out))), weights if plan.weights else None
 

@@ -1,42 +1,33 @@
-"""What several heads of Linformer share: their inputs, losses and the pooler."""
+"""What several heads of Linformer share: losses and the pooler."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...nn.loss_heads import IGNORED, normalised
+from ...nn.loss_heads import IGNORED, check_labels, normalised
 from ...nn.masks import end_token
 from .configuration_linformer import LinformerConfig
 
 
-def encoder_inputs(
-    input_ids: Any, attention_mask: Any, token_type_ids: Any, position_ids: Any, inputs_embeds: Any
-) -> dict[str, Any]:
-    """Collect the arguments of `LinformerModel.forward` that every head passes on."""
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "token_type_ids": token_type_ids,
-        "position_ids": position_ids,
-        "inputs_embeds": inputs_embeds,
-    }
+def label_loss(logits: torch.Tensor, labels: torch.Tensor | None, items: Any) -> Any:
+    """Return the cross-entropy over the labelled positions, None without labels.
 
+    Args:
+        logits: `(..., classes)`.
+        labels: `(...)` class ids; -100 is ignored.
+        items: number of labels of the whole accumulated batch, or None.
 
-def label_loss(logits: torch.Tensor, labels: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    """Cross-entropy over the labelled positions, divided by the items of the accumulated batch."""
+    Raises:
+        ValueError: labels are no classes, or of another shape.
+    """
+    if labels is None:
+        return None
+    check_labels(labels, logits.shape[-1], logits.shape[:-1])
     flat = labels.reshape(-1).to(logits.device)
-    total = nn.functional.cross_entropy(
-        logits.float().reshape(-1, logits.shape[-1]), flat, ignore_index=IGNORED, reduction="sum"
-    )
-    return normalised(total, (flat != IGNORED).sum(), kwargs.get("num_items_in_batch"))
-
-
-def position_loss(logits: torch.Tensor, columns: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    """Cross-entropy of columns `(batch,)` under logits `(batch, length)`; columns outside are ignored."""
-    labels = columns.view(-1).to(logits.device)
-    labels = labels.masked_fill((labels < 0) | (labels >= logits.shape[1]), IGNORED)
-    return label_loss(logits, labels, kwargs)
+    scores = logits.float().reshape(-1, logits.shape[-1])
+    total = nn.functional.cross_entropy(scores, flat, ignore_index=IGNORED, reduction="sum")
+    return normalised(total, (flat != IGNORED).sum(), items)
 
 
 class LinformerPooler(nn.Module):

@@ -49,7 +49,7 @@ class TokenPlan(NamedTuple):
 
 def plan_tokens(
     hidden: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    real: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     longest: int,
     dense: bool,
@@ -59,23 +59,18 @@ def plan_tokens(
 
     Args:
         hidden: `(batch, length, width)`.
-        attention_mask: `(batch, length)` of zeros and ones; None for no padding.
+        real: `(batch, length)` true at real tokens; None if all are.
         position_ids: `(batch, length)`; counted over real tokens if None.
         longest: n, the model's longest input.
         dense: compute attention by the eager implementation.
         weights: attention weights are wanted.
 
     Raises:
-        ValueError: the input is longer than the model, the mask does not fit it, or two tokens of a row share a
+        ValueError: the input is longer than the model, or two tokens of a row share a
             position.
     """
     batch, length = hidden.shape[:2]
-    if attention_mask is not None and tuple(attention_mask.shape) != (batch, length):
-        raise ValueError(f"attention_mask must have shape {(batch, length)}, got {tuple(attention_mask.shape)}")
-    real = None if attention_mask is None else attention_mask.bool()
     traced = is_torchdynamo_compiling()
-    if real is not None and not traced and bool(real.all()):
-        real = None
     columns = torch.arange(length, device=hidden.device).expand(batch, length)
     if position_ids is None:
         positions = columns if real is None else (real.long().cumsum(1) - 1).clamp(min=0)

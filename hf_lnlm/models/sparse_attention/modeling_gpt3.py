@@ -25,10 +25,10 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..heads import CausalLMHead
 from .attention import AttentionPlan
 from .configuration_gpt3 import GPT3Config
 from .decoder import (
-    SparseDecoderForCausalLM,
     SparseDecoderForSequenceClassification,
     SparseDecoderModel,
     SparseDecoderPreTrainedModel,
@@ -139,34 +139,16 @@ class GPT3Model(GPT3PreTrainedModel, SparseDecoderModel):
         return self.embed_positions(positions)
 
 
-class GPT3ForCausalLM(GPT3PreTrainedModel, SparseDecoderForCausalLM, GenerationMixin):
-    """GPT-3 language model.
+class GPT3ForCausalLM(CausalLMHead, GPT3PreTrainedModel, GenerationMixin):
+    """GPT-3 language model."""
 
-    Args:
-        config: the model's configuration.
-    """
-
-    def __init__(self, config: GPT3Config) -> None:
-        super().__init__(config)
-        self.model = GPT3Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    body_class = GPT3Model
 
 
 class GPT3ForSequenceClassification(GPT3PreTrainedModel, SparseDecoderForSequenceClassification):
-    """GPT-3 text classifier or regressor.
+    """GPT-3 text classifier or regressor."""
 
-    Args:
-        config: the model's configuration.
-    """
-
-    def __init__(self, config: GPT3Config) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = GPT3Model(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, int(config.num_labels or 0), bias=False)
-        self.post_init()
+    body_class = GPT3Model
 
 
 __all__ = ["GPT3ForCausalLM", "GPT3ForSequenceClassification", "GPT3Model", "GPT3PreTrainedModel"]

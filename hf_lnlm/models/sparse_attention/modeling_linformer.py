@@ -19,7 +19,7 @@ which stores no scores either; it is far below that of eager attention.
 """
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -37,17 +37,18 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ...nn.loss_heads import IGNORED, classification_loss, next_token_labels, normalised
+from ...nn.inputs import CACHE_FIELD, Batch, prepare
+from ...nn.loss_heads import IGNORED, check_labels, classification_loss, normalised
 from ..base import LNLMPreTrainedModel
-from .attention import AttentionPlan, check_mask_values, own_cache, plan_attention
+from ..heads import CausalLMHead, Head, QuestionAnsweringHead, VocabularyHead, passthrough_outputs
+from .attention import AttentionPlan, plan_attention
 from .configuration_linformer import LinformerConfig
 from .linformer_attention import LinformerAttention, LinformerLayer
-from .linformer_heads import LinformerPooler, encoder_inputs, label_loss, position_loss
+from .linformer_heads import LinformerPooler, label_loss
 from .linformer_projection import (
     LearnedProjection,
     TokenPlan,
@@ -96,7 +97,7 @@ class LinformerPreTrainedModel(LNLMPreTrainedModel):
         for name in ("projected_size", "segment_size", "segment_summaries", "max_position_embeddings"):
             setattr(self.config, name, getattr(config, name))
 
-    def get_position_embeddings(self) -> nn.Embedding:
+    def get_position_embeddings(self) -> Any:
         """Return the position embeddings."""
         return self.base_model.embed_positions
 
@@ -153,53 +154,47 @@ class LinformerModel(LinformerPreTrainedModel):
         Raises:
             ValueError: inputs do not fit each other or the config, or are longer than the model.
         """
-        hidden = self._embed_tokens(input_ids, inputs_embeds)
+        places = (attention_mask, position_ids, seq_idx)
+        batch = prepare(self, input_ids, inputs_embeds, places, past_key_values, use_cache, kwargs)
+        hidden, cache = batch.hidden, batch.cache
         dense = self.config._attn_implementation == "eager"
         weights = bool(kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)))
-        check_mask_values(attention_mask)
-        cache, plan = self._plan(
-            hidden, attention_mask, (position_ids, seq_idx), past_key_values, use_cache, dense, weights
-        )
-        types = torch.zeros_like(plan.positions) if token_type_ids is None else token_type_ids
-        hidden = hidden + self.embed_positions(plan.positions) + self.embed_types(types)
+        packed = "seq_idx" if seq_idx is not None else "cu_seq_lens_q"
+        if not self.config.is_decoder and (seq_idx is not None or kwargs.get(packed) is not None):
+            raise ValueError(f"a bidirectional Linformer reads one text a row: {packed} must be None")
+        plan = self._plan(batch, position_ids, dense, weights)
+        hidden = hidden + self.embed_positions(plan.positions) + self._types(token_type_ids, plan.positions)
         hidden = self.embedding_dropout(self.embedding_norm(hidden))
         for layer in self.layers:
             hidden = layer(hidden, plan=plan, shared=self.shared_projection, past_key_values=cache)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache if use_cache else None)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE_FIELD: cache if use_cache else None})
 
-    def _embed_tokens(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            found = "neither" if input_ids is None else "both"
-            raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {found}")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if hidden.shape[1] == 0:
-            raise ValueError(f"the input has no positions: shape {tuple(hidden.shape[:2])}")
-        return hidden
+    def _types(self, token_type_ids: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+        """Embeddings of the segment types, those of type 0 if none are given."""
+        if token_type_ids is None:
+            return self.embed_types(torch.zeros_like(positions))
+        batch, length = positions.shape
+        if tuple(token_type_ids.shape) not in ((batch, length), (1, length)):
+            raise ValueError(f"token_type_ids must have shape ({batch}, {length}), got {tuple(token_type_ids.shape)}")
+        try:
+            return self.embed_types(token_type_ids)
+        except IndexError as error:  # torch names neither the argument nor its value
+            last = self.config.type_vocab_size - 1
+            low, high = (int(value) for value in token_type_ids.aminmax())
+            raise ValueError(f"token_type_ids must be between 0 and {last}, got {low} to {high}") from error
 
     def _plan(
-        self,
-        hidden: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        markers: tuple[torch.Tensor | None, torch.Tensor | None],
-        past_key_values: Cache | None,
-        use_cache: bool | None,
-        dense: bool,
-        weights: bool,
-    ) -> tuple[Cache | None, AttentionPlan | TokenPlan]:
-        longest, (position_ids, seq_idx) = self.config.max_position_embeddings, markers
+        self, batch: Batch, position_ids: torch.Tensor | None, dense: bool, weights: bool
+    ) -> AttentionPlan | TokenPlan:
+        longest = self.config.max_position_embeddings
         if not self.config.is_decoder:
-            if past_key_values is not None:
-                raise ValueError("a bidirectional Linformer reads whole sequences: past_key_values must be None")
-            if seq_idx is not None:
-                raise ValueError("a bidirectional Linformer reads one text a row: seq_idx must be None")
-            return None, plan_tokens(hidden, attention_mask, position_ids, longest, dense, weights)
-        cache = own_cache(past_key_values, use_cache, self.config, hidden.shape[0])
-        plan = plan_attention(hidden, attention_mask, position_ids, seq_idx, cache, dense or weights, weights)
-        if not plan.marks.traced and int(plan.positions.max()) >= longest:
+            return plan_tokens(batch.hidden, batch.segments.mask, position_ids, longest, dense, weights)
+        plan = plan_attention(batch, position_ids, dense or weights, weights)
+        if not plan.segments.traced and int(plan.positions.max()) >= longest:
             raise ValueError(
                 f"max_position_embeddings is {longest}, the input needs position {int(plan.positions.max())}"
             )
-        return cache, plan
+        return plan
 
     def resize_to(self, longest: int) -> None:
         """Interpolate position embeddings and projections to `longest` positions; `resize_position_embeddings`
@@ -212,7 +207,7 @@ class LinformerModel(LinformerPreTrainedModel):
                 module.resize(longest)
 
 
-class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
+class LinformerForCausalLM(CausalLMHead, LinformerPreTrainedModel, GenerationMixin):
     """Language model on the segment-causal variant: exact within a segment, summaries of the completed ones.
 
     Args:
@@ -222,18 +217,15 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
         ValueError: `causal_variant` is None: a plain Linformer cannot be causal.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _keys_to_ignore_on_load_unexpected = [r"(key|value|shared)_projection"]
+
+    body_class = LinformerModel
 
     def __init__(self, config: LinformerConfig) -> None:
         config.is_decoder = True
         config.check_bounds()
         super().__init__(config)
-        self.model = LinformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -248,123 +240,39 @@ class LinformerForCausalLM(LinformerPreTrainedModel, GenerationMixin):
         seq_idx: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Run the model and, given labels, its loss; see `LinformerModel.forward` for the other arguments.
+        """Run the model and, given labels, its loss; see `CausalLMHead.forward` for the other arguments.
 
         Args:
-            labels: `(batch, length)`, the input ids; shifted inside. -100 is ignored.
-            logits_to_keep: how many last positions (or which) get logits; 0 for all.
-
-        Returns:
-            loss in nats a token, logits `(batch, kept, vocab_size)` and the cache.
+            token_type_ids: `(batch, length)` segment types; 0 if None.
         """
-        shift_labels = kwargs.pop("shift_labels", None)
-        items = kwargs.pop("num_items_in_batch", None)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            seq_idx=seq_idx,
-            **kwargs,
-        )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss, given = None, shift_labels if labels is None else labels
-        if given is not None:
-            targets = next_token_labels(given, shift_labels)
-            loss = self.loss_function(
-                logits, None, self.config.vocab_size, shift_labels=targets, num_items_in_batch=items
-            )  # fmt: skip
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache)
+        return super().forward(*inputs, logits_to_keep, seq_idx, token_type_ids=token_type_ids, **kwargs)
 
 
-class LinformerEncoderHead(LinformerPreTrainedModel):
-    """Base of the bidirectional heads: makes the encoder and runs it.
+class LinformerEncoderHead(Head, LinformerPreTrainedModel):
+    """Base of the bidirectional heads: makes the encoder and runs it; a head adds `make_head` and `read`.
 
     Args:
         config: the model's configuration; the head unsets its `is_decoder`.
     """
 
+    body_class = LinformerModel
+    output_class: ClassVar[Any]
+
     def __init__(self, config: LinformerConfig) -> None:
         config.is_decoder = False
         super().__init__(config)
-        self.num_labels = int(config.num_labels or 0)
-        self.model = LinformerModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
 
-    def encode(self, inputs: dict[str, Any], kwargs: dict[str, Any]) -> BaseModelOutputWithPast:
-        """Run the encoder on `inputs` of `forward`, leaving what only losses read to the head."""
-        kept = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
-        return self.model(**inputs, **{**kept, "use_cache": False})
-
-
-class LinformerForMaskedLM(LinformerEncoderHead):
-    """Linformer with a masked-language-model head.
-
-    Args:
-        config: the model's configuration.
-    """
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: LinformerConfig) -> None:
-        super().__init__(config)
-        self.transform = nn.Sequential(
-            nn.Linear(config.hidden_size, config.hidden_size),
-            ACT2FN[config.hidden_act],
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon),
-        )
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Any,
-    ) -> MaskedLMOutput:
-        """Predict masked tokens; see `LinformerModel.forward` for the other arguments.
+    def read(self, hidden: torch.Tensor, mask: Any, labels: Any, items: Any) -> tuple[Any, torch.Tensor | None]:
+        """Return loss (None without labels) and logits.
 
         Args:
-            labels: `(batch, length)`, the right ids at masked positions, -100 elsewhere.
-
-        Returns:
-            loss in nats a masked token and logits `(batch, length, vocab_size)`.
+            hidden: `(batch, length, hidden_size)` the encoder's output.
+            mask: `(batch, length)` zero at padding; None for none.
+            labels: as in `forward`.
+            items: number of labels of the whole accumulated batch, or None.
         """
-        inputs = encoder_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        outputs = self.encode(inputs, kwargs)
-        logits = self.lm_head(self.transform(outputs.last_hidden_state))
-        loss = None if labels is None else label_loss(logits, labels, kwargs)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-
-class LinformerForSequenceClassification(LinformerEncoderHead):
-    """Linformer text classifier or regressor.
-
-    Args:
-        config: the model's configuration.
-    """
-
-    def __init__(self, config: LinformerConfig) -> None:
-        super().__init__(config)
-        self.pooler = LinformerPooler(config)
-        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
-        self.post_init()
+        raise NotImplementedError(f"{type(self).__name__} must say what it reads")
 
     @can_return_tuple
     def forward(
@@ -376,81 +284,104 @@ class LinformerForSequenceClassification(LinformerEncoderHead):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutput:
-        """Classify texts; see `LinformerModel.forward` for the other arguments.
+    ) -> Any:
+        """Run the encoder and the head; see `LinformerModel.forward` for the other arguments.
 
         Args:
-            labels: `(batch,)` class ids, or values as `config.problem_type` wants them.
+            labels: what the head is to find, as its class says.
 
         Returns:
-            loss and logits `(batch, num_labels)`.
+            loss and logits, of the shape that the class says.
         """
-        inputs = encoder_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        outputs = self.encode(inputs, kwargs)
-        logits = self.classifier(self.dropout(self.pooler(outputs.last_hidden_state, attention_mask)))
-        loss = (
-            None
-            if labels is None
-            else classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids)
+        outputs = self.model(*inputs, inputs_embeds=inputs_embeds, **{**kwargs, "use_cache": False})
+        items = kwargs.get("num_items_in_batch")
+        loss, logits = self.read(outputs.last_hidden_state, attention_mask, labels, items)
+        return self.output_class(loss=loss, logits=logits, **passthrough_outputs(outputs, self.output_class))
+
+
+class LinformerForMaskedLM(VocabularyHead, LinformerEncoderHead):
+    """Linformer with a masked-language-model head.
+
+    Labels are `(batch, length)`, the right ids at masked positions and -100 elsewhere; logits `(batch, length,
+    vocab_size)`, None while training with a chunked or adaptive head.
+    """
+
+    output_class: ClassVar[Any] = MaskedLMOutput
+
+    def make_head(self, config: LinformerConfig) -> None:
+        """Make what comes before the softmax, and the softmax."""
+        self.transform = nn.Sequential(
+            nn.Linear(config.hidden_size, config.hidden_size),
+            ACT2FN[config.hidden_act],
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon),
         )
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        self.make_vocabulary_head(bias=True)
+
+    def read(self, hidden: torch.Tensor, mask: Any, labels: Any, items: Any) -> tuple[Any, torch.Tensor | None]:
+        """Score the vocabulary; see `LinformerEncoderHead.read`."""
+        if labels is not None:
+            check_labels(labels, self.config.vocab_size, hidden.shape[:2])
+        return self.loss_and_logits(self.transform(hidden), labels, 0, items)
+
+    def vocabulary_loss(self, logits: torch.Tensor, targets: torch.Tensor, items: Any) -> torch.Tensor:
+        """Return the mean loss in nats a labelled token."""
+        return label_loss(logits, targets, items)
+
+
+class LinformerForSequenceClassification(LinformerEncoderHead):
+    """Linformer text classifier or regressor.
+
+    Labels are `(batch,)` class ids, or values as `config.problem_type` wants them; logits `(batch, num_labels)`.
+    """
+
+    output_class: ClassVar[Any] = SequenceClassifierOutput
+
+    def make_head(self, config: LinformerConfig) -> None:
+        """Make pooler and classifier."""
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.pooler = LinformerPooler(config)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+
+    def read(self, hidden: torch.Tensor, mask: Any, labels: Any, items: Any) -> tuple[Any, torch.Tensor | None]:
+        """Classify texts; see `LinformerEncoderHead.read`."""
+        logits = self.classifier(self.dropout(self.pooler(hidden, mask)))
+        return None if labels is None else classification_loss(logits, labels, self.config, items), logits
 
 
 class LinformerForTokenClassification(LinformerEncoderHead):
     """Linformer tagger.
 
-    Args:
-        config: the model's configuration.
+    Labels are `(batch, length)` class ids, -100 is ignored; logits `(batch, length, num_labels)`.
     """
 
-    def __init__(self, config: LinformerConfig) -> None:
-        super().__init__(config)
+    output_class: ClassVar[Any] = TokenClassifierOutput
+
+    def make_head(self, config: LinformerConfig) -> None:
+        """Make the classifier."""
+        self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
-        self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Any,
-    ) -> TokenClassifierOutput:
-        """Tag tokens; see `LinformerModel.forward` for the other arguments.
-
-        Args:
-            labels: `(batch, length)` class ids; -100 is ignored.
-
-        Returns:
-            loss and logits `(batch, length, num_labels)`.
-        """
-        inputs = encoder_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        outputs = self.encode(inputs, kwargs)
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else label_loss(logits, labels, kwargs)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    def read(self, hidden: torch.Tensor, mask: Any, labels: Any, items: Any) -> tuple[Any, torch.Tensor | None]:
+        """Tag tokens; see `LinformerEncoderHead.read`."""
+        logits = self.classifier(self.dropout(hidden))
+        return label_loss(logits, labels, items), logits
 
 
-class LinformerForQuestionAnswering(LinformerEncoderHead):
+class LinformerForQuestionAnswering(QuestionAnsweringHead, LinformerPreTrainedModel):
     """Linformer with span start and end logits.
 
     Args:
-        config: the model's configuration.
+        config: the model's configuration; the head unsets its `is_decoder`.
     """
 
-    def __init__(self, config: LinformerConfig) -> None:
-        super().__init__(config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.post_init()
+    body_class = LinformerModel
+    drops = False
 
-    @can_return_tuple
+    def __init__(self, config: LinformerConfig) -> None:
+        config.is_decoder = False
+        super().__init__(config)
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -462,42 +393,26 @@ class LinformerForQuestionAnswering(LinformerEncoderHead):
         end_positions: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
-        """Score where an answer begins and ends; see `LinformerModel.forward` for the other arguments.
-
-        Args:
-            start_positions: `(batch,)` column of the first token of the answer; columns outside the text are ignored.
-            end_positions: `(batch,)` that of the last.
-
-        Returns:
-            loss (the mean of both ends') and logits `(batch, length)` for each end.
-        """
-        inputs = encoder_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        outputs = self.encode(inputs, kwargs)
-        start, end = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = (position_loss(start, start_positions, kwargs) + position_loss(end, end_positions, kwargs)) / 2
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start,
-            end_logits=end,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        """Score where an answer begins and ends; see `QuestionAnsweringHead` and `LinformerModel.forward`."""
+        places: Any = {"token_type_ids": token_type_ids, "position_ids": position_ids}
+        inputs = (input_ids, attention_mask, inputs_embeds, start_positions, end_positions)
+        return super().forward(*inputs, **places, **kwargs)
 
 
 class LinformerForMultipleChoice(LinformerEncoderHead):
     """Linformer that chooses between continuations.
 
-    Args:
-        config: the model's configuration.
+    Every argument of `forward` has a dimension of choices after the batch: ids `(batch, choices, length)`, embeddings
+    `(batch, choices, length, hidden_size)`. Labels are `(batch,)`, the right choice; logits `(batch, choices)`.
     """
 
-    def __init__(self, config: LinformerConfig) -> None:
-        super().__init__(config)
+    output_class: ClassVar[Any] = MultipleChoiceModelOutput
+
+    def make_head(self, config: LinformerConfig) -> None:
+        """Make pooler and the score of a choice."""
+        self.dropout = nn.Dropout(config.classifier_dropout)
         self.pooler = LinformerPooler(config)
         self.choice = nn.Linear(config.hidden_size, 1)
-        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -510,87 +425,44 @@ class LinformerForMultipleChoice(LinformerEncoderHead):
         labels: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> MultipleChoiceModelOutput:
-        """Score choices; every argument has a dimension of choices after the batch.
+        """Score choices; see the class for the shapes and `LinformerModel.forward` for the arguments."""
+        inputs: Any = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        flat = [None if value is None else value.flatten(0, 1) for value in inputs]
+        outputs = super().forward(*flat, **{**kwargs, "return_dict": True})
+        logits = outputs.logits.view(inputs[0 if inputs_embeds is None else 4].shape[:2])
+        loss = label_loss(logits, labels, kwargs.get("num_items_in_batch"))
+        return MultipleChoiceModelOutput(**{**outputs, "loss": loss, "logits": logits})
 
-        Args:
-            input_ids: `(batch, choices, length)`; or give `inputs_embeds`.
-            attention_mask: `(batch, choices, length)`, zero at padding.
-            token_type_ids: `(batch, choices, length)` segment types.
-            position_ids: `(batch, choices, length)`.
-            inputs_embeds: `(batch, choices, length, hidden_size)`.
-            labels: `(batch,)` the right choice.
-
-        Returns:
-            loss and logits `(batch, choices)`.
-
-        Raises:
-            ValueError: neither `input_ids` nor `inputs_embeds` is given.
-        """
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is None:
-            raise ValueError("give exactly one of input_ids and inputs_embeds, got neither")
-        flat = {
-            name: None if value is None else value.flatten(0, 1)
-            for name, value in encoder_inputs(
-                input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-            ).items()
-        }
-        outputs = self.encode(flat, kwargs)
-        pooled = self.pooler(outputs.last_hidden_state, flat["attention_mask"])
-        logits = self.choice(self.dropout(pooled)).view(given.shape[0], given.shape[1])
-        loss = None if labels is None else label_loss(logits, labels, kwargs)
-        return MultipleChoiceModelOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    def read(self, hidden: torch.Tensor, mask: Any, labels: Any, items: Any) -> tuple[Any, torch.Tensor | None]:
+        """Score each text by itself, without a loss; see `LinformerEncoderHead.read`."""
+        return None, self.choice(self.dropout(self.pooler(hidden, mask)))
 
 
 class LinformerForPreTraining(LinformerEncoderHead):
     """ELECTRA-style discriminator [3]: was each token replaced?
 
-    Args:
-        config: the model's configuration.
+    Labels are `(batch, length)`, 1 where the token was replaced and 0 where it is original; -100 and padding are
+    ignored. Logits `(batch, length)` are positive for replaced.
     """
 
-    def __init__(self, config: LinformerConfig) -> None:
-        super().__init__(config)
+    output_class: ClassVar[Any] = TokenClassifierOutput
+
+    def make_head(self, config: LinformerConfig) -> None:
+        """Make the discriminator."""
         self.transform = nn.Linear(config.hidden_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
         self.discriminator = nn.Linear(config.hidden_size, 1)
-        self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Any,
-    ) -> TokenClassifierOutput:
-        """Score tokens; see `LinformerModel.forward` for the other arguments.
-
-        Args:
-            labels: `(batch, length)`, 1 where the token was replaced, 0 where it is original; -100 and padding are
-                ignored.
-
-        Returns:
-            loss in nats a token and logits `(batch, length)`, positive for replaced.
-        """
-        inputs = encoder_inputs(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        outputs = self.encode(inputs, kwargs)
-        logits = self.discriminator(self.activation(self.transform(outputs.last_hidden_state))).squeeze(-1)
-        loss = None
-        if labels is not None:
-            counted = labels != IGNORED if attention_mask is None else (labels != IGNORED) & attention_mask.bool()
-            wanted = labels.clamp(min=0).to(logits)
-            each = binary_cross_entropy_with_logits(logits.float(), wanted.float(), reduction="none")
-            total = (each * counted).sum()
-            loss = normalised(total, counted.sum(), kwargs.get("num_items_in_batch"))
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    def read(self, hidden: torch.Tensor, mask: Any, labels: Any, items: Any) -> tuple[Any, torch.Tensor | None]:
+        """Score tokens; see `LinformerEncoderHead.read`."""
+        logits = self.discriminator(self.activation(self.transform(hidden))).squeeze(-1)
+        if labels is None:
+            return None, logits
+        check_labels(labels, 2, logits.shape)
+        counted = labels != IGNORED if mask is None else (labels != IGNORED) & mask.bool()
+        wanted = labels.clamp(min=0).to(logits)
+        each = binary_cross_entropy_with_logits(logits.float(), wanted.float(), reduction="none")
+        return normalised((each * counted).sum(), counted.sum(), items), logits
 
 
 __all__ = [

@@ -24,10 +24,10 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..heads import CausalLMHead
 from .attention import AttentionPlan
 from .configuration_sparse_transformer import SparseTransformerConfig
 from .decoder import (
-    SparseDecoderForCausalLM,
     SparseDecoderForSequenceClassification,
     SparseDecoderModel,
     SparseDecoderPreTrainedModel,
@@ -177,36 +177,18 @@ class SparseTransformerModel(SparseTransformerPreTrainedModel, SparseDecoderMode
         return self.embed_coordinates(positions)
 
 
-class SparseTransformerForCausalLM(SparseTransformerPreTrainedModel, SparseDecoderForCausalLM, GenerationMixin):
-    """Sparse Transformer language model.
+class SparseTransformerForCausalLM(CausalLMHead, SparseTransformerPreTrainedModel, GenerationMixin):
+    """Sparse Transformer language model."""
 
-    Args:
-        config: the model's configuration.
-    """
-
-    def __init__(self, config: SparseTransformerConfig) -> None:
-        super().__init__(config)
-        self.model = SparseTransformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    body_class = SparseTransformerModel
 
 
 class SparseTransformerForSequenceClassification(
     SparseTransformerPreTrainedModel, SparseDecoderForSequenceClassification
 ):
-    """Sparse Transformer text classifier or regressor.
+    """Sparse Transformer text classifier or regressor."""
 
-    Args:
-        config: the model's configuration.
-    """
-
-    def __init__(self, config: SparseTransformerConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = SparseTransformerModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, int(config.num_labels or 0), bias=False)
-        self.post_init()
+    body_class = SparseTransformerModel
 
 
 __all__ = [

@@ -9,8 +9,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ...nn.masks import SegmentInfo
 from .configuration_ssm import SelectiveSSMConfig
-from .marks import ScanMarks
 
 
 def eager_attention(
@@ -96,34 +96,36 @@ class SSMSelfAttention(nn.Module):
 
 
 def attention_scores_mask(
-    inputs: torch.Tensor, attention_mask: torch.Tensor | None, marks: ScanMarks, past: int, causal: bool
+    inputs: torch.Tensor, attention_mask: torch.Tensor | None, segments: SegmentInfo, past: int, keys: int, causal: bool
 ) -> torch.Tensor:
     """Return what is added to the scores: 0 where a query may look, the lowest number elsewhere.
 
     Args:
         inputs: `(batch, length, width)`.
         attention_mask: `(batch, length)` or `(batch, past + length)`, or None.
-        marks: the batch's marks.
+        segments: what is known of the batch's positions.
         past: number of cached keys.
+        keys: how many the attention is given: `past + length`, or all places of a static cache.
         causal: whether only earlier keys count.
 
     Returns:
-        `(batch, 1, length, past + length)`.
+        `(batch, 1, length, keys)`.
 
     Raises:
         ValueError: a document begins inside a cached sequence, whose keys it could not tell apart.
     """
     batch, length = inputs.shape[:2]
-    keys = past + length
     allowed = torch.ones(batch, length, keys, dtype=torch.bool, device=inputs.device)
     allowed = allowed.tril(past) if causal else allowed
     if attention_mask is not None:
-        whole = F.pad(attention_mask.to(torch.bool), (keys - attention_mask.shape[1], 0), value=True)
+        seen = past + length
+        whole = F.pad(attention_mask.to(torch.bool), (seen - attention_mask.shape[1], keys - seen), value=True)
         allowed = allowed & whole.unsqueeze(1)
-    if marks.starts is not None:
+    if segments.starts is not None:
         if past:
             raise ValueError("a document cannot begin inside a cached sequence of a model with attention layers")
-        document = marks.starts.cumsum(1)
-        allowed = allowed & (document.unsqueeze(2) == document.unsqueeze(1))
+        document = segments.starts.cumsum(1)
+        same = document.unsqueeze(2) == document.unsqueeze(1)
+        allowed = allowed & F.pad(same, (0, keys - length), value=False)
     lowest = torch.finfo(inputs.dtype).min
     return torch.zeros_like(allowed, dtype=inputs.dtype).masked_fill(~allowed, lowest).unsqueeze(1)

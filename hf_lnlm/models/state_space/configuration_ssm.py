@@ -1,22 +1,33 @@
 """Configuration of selective state space models."""
 
-# Copyright 2026 The hf_lnlm authors. Licensed under the Apache License, Version 2.0.
-
 import math
 from typing import Any, ClassVar
 
 from ...nn.state import RECURRENT_LAYER_TYPE
-from ..base import LNLMConfig, check_choice, strict_config
+from ...ops.backend import Operation
+from ...ops.causal_conv import CAUSAL_CONV
+from ...ops.rms_norm import RMS_NORM
+from ...ops.selective_scan import SELECTIVE_SCAN
+from ...ops.ssd import SSD
+from ..base import LanguageModelConfig, check_choice, strict_config
 
 MIXERS = ("mamba1", "mamba2", "mamba3")
 DIRECTIONS = ("none", "add", "tied")
 POOLINGS = ("last", "mean", "max", "first")
 INIT_SCHEMES = ("random", "constant")
 ATTENTION = "full_attention"
+_OF_MIXERS = {
+    ("mamba1",): ("time_step_scale", "time_step_init_scheme", "mixer_rms_norm", "mixer_rms_eps"),
+    ("mamba1", "mamba2"): ("conv_kernel", "use_conv_bias"),
+    ("mamba2",): ("time_step_limit",),
+    ("mamba2", "mamba3"): ("n_groups", "num_heads"),
+    ("mamba3",): ("rope_fraction",),
+}
+"""Mixers → fields that no other mixer reads."""
 
 
 @strict_config
-class SelectiveSSMConfig(LNLMConfig):
+class SelectiveSSMConfig(LanguageModelConfig):
     """Configuration of `SelectiveSSMModel` and its heads.
 
     Args:
@@ -54,6 +65,8 @@ class SelectiveSSMConfig(LNLMConfig):
     """
 
     model_type = "lnlm_ssm"
+    _operations: ClassVar[tuple[Operation, ...]] = (CAUSAL_CONV, RMS_NORM, SELECTIVE_SCAN, SSD)
+    _compiled_variants: ClassVar[tuple[dict[str, str], ...]] = tuple({"mixer": mixer} for mixer in MIXERS)
     _bounds: ClassVar[dict[str, tuple[float, float]]] = {
         "expand": (1, 64),
         "conv_kernel": (1, 1024),
@@ -127,14 +140,25 @@ class SelectiveSSMConfig(LNLMConfig):
         if self.attn_layer_indices:
             self._check_attention()
 
+    def unread(self) -> dict[str, str]:
+        """Fields of the other mixers, and of attention layers where there are none; see `LNLMConfig.unread`.
+
+        Sizes that change nothing (`head_dim`, `time_step_rank`, `chunk_size`, numbers of heads) may stay for all mixers.
+        """
+        found: dict[str, str] = {}
+        for mixers, names in _OF_MIXERS.items():
+            if self.mixer not in mixers:
+                found |= dict.fromkeys(names, "mixer=" + " or ".join(map(repr, mixers)))
+        if not self.attn_layer_indices:
+            found["attention_dropout"] = "attn_layer_indices"
+        return super().unread() | found
+
     def _check_time_steps(self) -> None:
         if self.time_step_min > self.time_step_max:
             raise ValueError(
                 f"time_step_min must be at most time_step_max ({self.time_step_max}), got {self.time_step_min}"
             )
         limit = self.time_step_limit
-        if limit is not None and self.mixer != "mamba2":
-            raise ValueError(f"time_step_limit is for mixer='mamba2', got it with mixer={self.mixer!r}")
         if limit is not None and (len(limit) != 2 or not 0 <= limit[0] <= limit[1]):
             raise ValueError(f"time_step_limit must be two numbers, 0 <= low <= high, got {limit}")
 
@@ -185,6 +209,11 @@ class SelectiveSSMConfig(LNLMConfig):
     def reads_both_ways(self) -> bool:
         """Whether every layer also reads backwards."""
         return self.bidirectional not in (None, "none")
+
+    @property
+    def state_kind(self) -> str:
+        """What a cache's states must have been written by to be read."""
+        return self.mixer
 
     @property
     def layer_types(self) -> list[str]:

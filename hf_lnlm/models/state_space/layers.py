@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from ...ops.rms_norm import rms_norm
+from ...nn.effective_weight import has_hooks, has_plain_weights
+from ...ops.rms_norm import RMS_NORM, rms_norm
 
 
 class SSMRMSNorm(nn.Module):
@@ -18,7 +19,7 @@ class SSMRMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, backend: str = "auto") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps, self.backend = eps, backend
+        self.eps, self.backend = eps, RMS_NORM.own(backend)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalise the last dimension."""
@@ -38,7 +39,7 @@ class GatedRMSNorm(nn.Module):
     def __init__(self, size: int, groups: int, eps: float, backend: str = "auto") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.groups, self.eps, self.backend = groups, eps, backend
+        self.groups, self.eps, self.backend = groups, eps, RMS_NORM.own(backend)
 
     def forward(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Gate and normalise `(batch, length, size)`."""
@@ -48,16 +49,12 @@ class GatedRMSNorm(nn.Module):
 _PLAIN = {nn.Conv1d, nn.Linear, SSMRMSNorm, GatedRMSNorm}
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Tell whether hooks hang on a module or something has replaced its forward."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    own = vars(module)
-    return bool(hooked) or "forward" in own or "_hf_hook" in own  # accelerate puts both there
-
-
-def are_plain(*modules: nn.Module) -> bool:
+def is_unwrapped(*modules: nn.Module) -> bool:
     """Tell whether the weights are all there is to convolutions, linear layers and norms: nothing wraps or watches them."""
-    return all(type(module) in _PLAIN and not is_watched(module) for module in modules)
+    for module in modules:  # noqa: SIM110 (a generator would be a frame more in every step)
+        if type(module) not in _PLAIN or has_hooks(module) or not has_plain_weights(module):
+            return False
+    return True
 
 
 def conv_filter(module: nn.Module, channels: int, kernel: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -69,7 +66,7 @@ def conv_filter(module: nn.Module, channels: int, kernel: int) -> tuple[torch.Te
         channels: number of channels.
         kernel: width of the filter.
     """
-    if are_plain(module):
+    if is_unwrapped(module):
         return module.weight.squeeze(1), module.bias  # type: ignore[operator, return-value]
     like = next(module.parameters())
     probe = torch.zeros(2, channels, 1, dtype=like.dtype, device=like.device if like.device.type != "meta" else None)

@@ -28,18 +28,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...nn.effective_weight import effective_weight
+from ...nn.effective_weight import effective_weight, has_hooks
+from ...nn.masks import SegmentInfo
 from ...ops.causal_conv import causal_conv
-from ...ops.one_token import MOST_ROWS, s6_token, ssd_token, token_backend, token_ends
-from ...ops.s6_core import s6_core, s6_core_backend
+from ...ops.decode_step import MOST_ROWS, decode_step
+from ...ops.mamba_inner import MambaWeights, mamba_inner
 from ...ops.selective_scan import selective_scan
 from ...ops.ssd import ssd
 from .configuration_ssm import SelectiveSSMConfig
-from .layers import GatedRMSNorm, SSMRMSNorm, are_plain, conv_filter, is_watched
-from .marks import ScanMarks
+from .layers import GatedRMSNorm, SSMRMSNorm, conv_filter, is_unwrapped
 
 States = dict[str, torch.Tensor]
-Fused = tuple[str, tuple[torch.Tensor | None, ...]]  # backend and weights of a fused operation
+Fused = tuple[Any, tuple[torch.Tensor | None, ...]]  # what runs a fused operation, and its weights
 
 
 class Mixer(nn.Module):
@@ -80,57 +80,61 @@ class Mixer(nn.Module):
         """Shape of each state tensor of one row."""
         raise NotImplementedError
 
-    def scan(self, projected: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, States]:
+    def scan(
+        self, projected: torch.Tensor, states: States | None, segments: SegmentInfo
+    ) -> tuple[torch.Tensor, States]:
         """Mix along the sequence.
 
         Args:
             projected: `(batch, length, projection_size)`.
             states: what the last call returned, or None for zeros.
-            marks: real tokens and documents.
+            segments: real tokens and documents.
 
         Returns:
             `(batch, length, intermediate_size)` and the new states.
         """
         raise NotImplementedError
 
-    def forward(self, hidden: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, States]:
+    def forward(
+        self, hidden: torch.Tensor, states: States | None, segments: SegmentInfo
+    ) -> tuple[torch.Tensor, States]:
         """Project, scan, project back.
 
         Args:
             hidden: `(batch, length, hidden_size)`; what is already projected for a mixer without projections.
             states: what the last call returned, or None for zeros.
-            marks: real tokens and documents.
+            segments: real tokens and documents.
 
         Returns:
             `(batch, length, hidden_size)`, or `intermediate_size` without projections, and the new states.
         """
         if not self.projections:
-            return self.scan(hidden, states, marks)
+            return self.scan(hidden, states, segments)
         projected = self.in_proj(hidden)
-        mixed, states = self.scan(projected, states, marks)
+        mixed, states = self.scan(projected, states, segments)
         if self.reverse is not None:
-            mixed = mixed + self.reverse(projected.flip(1), None, marks.reversed())[0].flip(1)
+            mixed = mixed + self.reverse(projected.flip(1), None, segments.reversed())[0].flip(1)
         return self.out_proj(mixed.to(hidden.dtype)), states
 
-    def _conv(self, x: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, torch.Tensor]:
-        weight, bias = conv_filter(self.conv1d, x.shape[2], self.kernel)
-        carried = None if states is None else states["conv"]
-        return causal_conv(x, weight, bias, carried, marks.taps, backend=self.backend)
-
     def _decodes(
-        self, projected: torch.Tensor, states: States | None, marks: ScanMarks, *more: torch.Tensor | None
+        self, projected: torch.Tensor, states: States | None, segments: SegmentInfo, *more: torch.Tensor | None
     ) -> Fused | None:
-        """Backend and weights of a single token, without gradients, when nothing is wrapped, masked or begun."""
-        if projected.shape[1] != 1 or torch.is_grad_enabled() or marks.mask is not None or marks.starts is not None:
+        """What runs a single token, and its weights, without gradients, when nothing is wrapped, masked or begun."""
+        if (
+            projected.shape[1] != 1
+            or torch.is_grad_enabled()
+            or segments.mask is not None
+            or segments.starts is not None
+        ):
             return None
-        if not self.fuses or not are_plain(*self.fused_modules()):
+        if not self.fuses or not is_unwrapped(*self.fused_modules()):
             return None
         carried, weights = () if states is None else states.values(), self.fused_weights()
-        backend = token_backend(self.backend, projected, *carried, *weights, *more)
-        return None if backend is None else (backend, weights)
+        step = decode_step(self.backend, projected, *carried, *weights, *more)
+        return None if step is None else (step, weights)
 
     def token(
-        self, hidden: torch.Tensor, norm: Any, states: States | None, marks: ScanMarks
+        self, hidden: torch.Tensor, norm: Any, states: States | None, segments: SegmentInfo
     ) -> tuple[torch.Tensor, States] | None:
         """Run the whole layer for one decoded token, if nothing in it is wrapped, masked or begun.
 
@@ -138,22 +142,21 @@ class Mixer(nn.Module):
             hidden: `(batch, 1, hidden_size)`.
             norm: the layer's norm.
             states: what the last call returned, or None for zeros.
-            marks: real tokens and documents.
+            segments: real tokens and documents.
 
         Returns:
             the layer's output and the new states, or None when it must run as it is composed.
         """
         first, last = self.in_proj, self.out_proj
-        if hidden.shape[0] > MOST_ROWS or is_watched(self) or not are_plain(norm, first, last):
+        if hidden.shape[0] > MOST_ROWS or has_hooks(self) or not is_unwrapped(norm, first, last):
             return None
         weights = (norm.weight, first.weight, first.bias, last.weight, last.bias)
-        fused = self._decodes(hidden, states, marks, *weights)
+        fused = self._decodes(hidden, states, segments, *weights)
         if fused is None:
             return None
-        enter, leave = token_ends(fused[0])
-        projected = enter(hidden, weights[0], norm.eps, *weights[1:3])
+        projected = fused[0].enter(hidden, norm.weight, norm.eps, first.weight, first.bias)
         mixed, states = self._token(projected, states, fused)
-        return leave(mixed, *weights[3:], hidden), states
+        return fused[0].leave(mixed, last.weight, last.bias, hidden), states
 
     def _token(self, projected: torch.Tensor, states: States | None, fused: Fused) -> tuple[torch.Tensor, States]:
         """Run one token between the projections with what `_decodes` found."""
@@ -203,36 +206,41 @@ class S6Mixer(Mixer):
     def fused_weights(self) -> tuple[torch.Tensor | None, ...]:
         """Everything between the projections."""
         conv, step = self.conv1d, self.dt_proj
-        return conv.weight, conv.bias, self.x_proj.weight, step.weight, step.bias, self.A_log, self.D
+        return MambaWeights(conv.weight, conv.bias, self.x_proj.weight, step.weight, step.bias, self.A_log, self.D)
 
     def _token(self, projected: torch.Tensor, states: States | None, fused: Fused) -> tuple[torch.Tensor, States]:
         carried = (None, None) if states is None else (states["conv"], states["ssm"])
-        y, conv, ssm = s6_token(fused[0])(projected, *fused[1], *carried)
+        y, conv, ssm = fused[0].mamba1(projected, *fused[1], *carried)
         return y, {"conv": conv, "ssm": ssm}
 
     def _trains(self, projected: torch.Tensor, states: States | None) -> Fused | None:
-        """Backend and weights of a whole sequence with gradients, when nothing is wrapped."""
-        if not torch.is_grad_enabled() or not self.fuses or not are_plain(*self.fused_modules()):
+        """What runs a whole sequence with gradients, and its weights, when nothing is wrapped."""
+        if not torch.is_grad_enabled() or not self.fuses or not is_unwrapped(*self.fused_modules()):
             return None
         carried, weights = () if states is None else states.values(), self.fused_weights()
         tensors = (projected, *weights, *carried)
         if not any(tensor is not None and tensor.requires_grad for tensor in tensors):
             return None
-        backend = s6_core_backend(self.backend, *tensors)
-        return None if backend is None else (backend, weights)
+        core = mamba_inner(self.backend, *tensors)
+        return None if core is None else (core, weights)
 
-    def scan(self, projected: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, States]:
+    def scan(
+        self, projected: torch.Tensor, states: States | None, segments: SegmentInfo
+    ) -> tuple[torch.Tensor, States]:
         """Algorithm 2 of [1] between the projections."""
-        fused = self._decodes(projected, states, marks)
+        fused = self._decodes(projected, states, segments)
         if fused is not None:
             return self._token(projected, states, fused)
         fused = self._trains(projected, states)
         if fused is not None:
-            carried = (None, None) if states is None else (states["conv"], states["ssm"])
-            y, conv, ssm = s6_core(fused[0], projected, fused[1], carried, (marks.taps, marks.mask, marks.starts))
+            both = (None, None) if states is None else (states["conv"], states["ssm"])
+            told = segments.gather_index, segments.mask, segments.starts
+            y, conv, ssm = fused[0](told, projected, *fused[1], *both)
             return y, {"conv": conv, "ssm": ssm}
         x, z = projected.split(self.inner, dim=-1)
-        x, conv = self._conv(x, states, marks)
+        window = None if states is None else states["conv"]
+        weight, bias = conv_filter(self.conv1d, self.inner, self.kernel)
+        x, conv = causal_conv(x, weight, bias, window, segments.gather_index, backend=self.backend)
         dt, b, c = self.x_proj(x).split([self.rank, self.state_size, self.state_size], dim=-1)
         if self.norms_steps:
             dt, b, c = (F.rms_norm(t, t.shape[-1:], None, self.config.mixer_rms_eps) for t in (dt, b, c))
@@ -247,8 +255,8 @@ class S6Mixer(Mixer):
             z,
             bias,
             None if states is None else states["ssm"],
-            marks.mask,
-            marks.starts,
+            segments.mask,
+            segments.starts,
             backend=self.backend,
         )
         return y, {"conv": conv, "ssm": ssm}
@@ -296,16 +304,20 @@ class SSDMixer(Mixer):
     def _token(self, projected: torch.Tensor, states: States | None, fused: Fused) -> tuple[torch.Tensor, States]:
         carried = (None, None) if states is None else (states["conv"], states["ssm"])
         options = (self.norm.eps, self.groups, self.limit or (0.0, math.inf))
-        y, conv, ssm = ssd_token(fused[0])(projected, *fused[1], *options, *carried)
+        y, conv, ssm = fused[0].mamba2(projected, *fused[1], *options, *carried)
         return y, {"conv": conv, "ssm": ssm}
 
-    def scan(self, projected: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, States]:
+    def scan(
+        self, projected: torch.Tensor, states: States | None, segments: SegmentInfo
+    ) -> tuple[torch.Tensor, States]:
         """Section 7 of [2] between the projections."""
-        fused = self._decodes(projected, states, marks)
+        fused = self._decodes(projected, states, segments)
         if fused is not None:
             return self._token(projected, states, fused)
         z, xbc, dt = projected.split([self.inner, self.conv_size(), self.heads], dim=-1)
-        xbc, conv = self._conv(xbc, states, marks)
+        carried = None if states is None else states["conv"]
+        weight, bias = conv_filter(self.conv1d, xbc.shape[2], self.kernel)
+        xbc, conv = causal_conv(xbc, weight, bias, carried, segments.gather_index, backend=self.backend)
         shared = self.groups * self.state_size
         x, b, c = xbc.split([self.inner, shared, shared], dim=-1)
         step = self._step(dt)
@@ -317,8 +329,8 @@ class SSDMixer(Mixer):
             c.unflatten(-1, (self.groups, -1)),
             self.D,
             None if states is None else states["ssm"],
-            marks.mask,
-            marks.starts,
+            segments.mask,
+            segments.starts,
             chunk_size=self.config.chunk_size,
             backend=self.backend,
         )
@@ -364,20 +376,23 @@ class TrapezoidalMixer(Mixer):
             "value": (heads, width),
         }
 
-    def scan(self, projected: torch.Tensor, states: States | None, marks: ScanMarks) -> tuple[torch.Tensor, States]:
+    def scan(
+        self, projected: torch.Tensor, states: States | None, segments: SegmentInfo
+    ) -> tuple[torch.Tensor, States]:
         """Section 3 of [3] between the projections."""
         dtype = torch.float64 if projected.dtype == torch.float64 else torch.float32
         z, x, b, c, dt, decay, trapezoid, angle = projected.split(self._sizes(), dim=-1)
         x = x.unflatten(-1, (self.heads, -1)).to(dtype)
         step = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
-        step = step if marks.mask is None else step * marks.mask.unsqueeze(-1)
+        step = step if segments.mask is None else step * segments.mask.unsqueeze(-1)
         log_decay = step * -F.softplus(decay.to(dtype)).clamp(min=1e-4)
         share = torch.sigmoid(trapezoid.to(dtype))
         total = self._rotation(angle.to(dtype), step, states)
-        key = self._rotate(b, self.B_norm, self.B_bias, total)
-        query = self._rotate(c, self.C_norm, self.C_bias, total)
+        b, c = (t.unflatten(-1, (self.groups, -1)) for t in (b, c))
+        key = self._rotate(self.B_norm(b), self.B_bias, total)
+        query = self._rotate(self.C_norm(c), self.C_bias, total)
         late = (1 - share) * step  # what a token gives to its predecessor's contribution
-        first, following = _successors(late, marks)
+        first, following = _successors(late, segments)
         own = share * step
         weight = own + following
         y, ssm = ssd(
@@ -388,15 +403,15 @@ class TrapezoidalMixer(Mixer):
             query,
             self.D,
             self._entry(states, first),
-            marks.mask,
-            marks.starts,
+            segments.mask,
+            segments.starts,
             own / weight.clamp(min=1e-30),
             chunk_size=self.config.chunk_size,
             backend=self.backend,
         )
         out = y.flatten(2) * F.silu(z.to(dtype))
-        last = {"angle": total[:, -1].clone(), "ssm": ssm, "key": _last(key, states, "key", marks)}
-        return out.to(projected.dtype), last | {"value": _last(x, states, "value", marks)}
+        last = {"angle": total[:, -1].clone(), "ssm": ssm, "key": _last(key, states, "key", segments)}
+        return out.to(projected.dtype), last | {"value": _last(x, states, "value", segments)}
 
     def _rotation(self, angle: torch.Tensor, step: torch.Tensor, states: States | None) -> torch.Tensor:
         """`(batch, length, heads, angles)`: the sum of `π tanh(θ) Δ` so far, modulo 2π."""
@@ -404,10 +419,9 @@ class TrapezoidalMixer(Mixer):
         turn = turn if states is None else turn + states["angle"].double().unsqueeze(1)
         return torch.remainder(turn, 2 * math.pi).to(angle.dtype)
 
-    def _rotate(self, raw: torch.Tensor, norm: nn.Module, bias: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-        """Normalise `(batch, length, groups · n)`, give each head its bias, turn pairs: `(batch, length, heads, n)`."""
-        normal = norm(raw.unflatten(-1, (self.groups, -1))).to(angle.dtype)
-        shifted = normal.repeat_interleave(self.heads // self.groups, 2) + bias.to(angle.dtype)
+    def _rotate(self, normal: torch.Tensor, bias: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+        """Share `(batch, length, groups, n)` among heads, add each one's bias, turn pairs: `(batch, length, heads, n)`."""
+        shifted = normal.to(angle.dtype).repeat_interleave(self.heads // self.groups, 2) + bias.to(angle.dtype)
         turning, rest = shifted.split([2 * self.angles, self.state_size - 2 * self.angles], dim=-1)
         even, odd = turning.unflatten(-1, (-1, 2)).unbind(-1)
         cos, sin = angle.cos(), angle.sin()
@@ -422,26 +436,26 @@ class TrapezoidalMixer(Mixer):
         return states["ssm"] + first[:, :, None, None] * outer
 
 
-def _successors(late: torch.Tensor, marks: ScanMarks) -> tuple[torch.Tensor, torch.Tensor]:
+def _successors(late: torch.Tensor, segments: SegmentInfo) -> tuple[torch.Tensor, torch.Tensor]:
     """Share of the first real token `(batch, heads)`, and of each token's successor in its document, else 0."""
-    if marks.starts is not None:
-        late = late.masked_fill(marks.starts.unsqueeze(-1), 0.0)
+    if segments.starts is not None:
+        late = late.masked_fill(segments.starts.unsqueeze(-1), 0.0)
     padded = F.pad(late, (0, 0, 0, 1))
-    if marks.mask is None:
+    if segments.mask is None:
         return late[:, 0], padded[:, 1:]
-    following = marks.next_real()
-    begin = torch.where(marks.mask[:, :1], 0, following[:, :1])
+    following = segments.next_real()
+    begin = torch.where(segments.mask[:, :1], 0, following[:, :1])
     index = torch.cat([begin, following], 1).unsqueeze(-1).expand(-1, -1, late.shape[2])
     chosen = padded.gather(1, index)
     return chosen[:, 0], chosen[:, 1:]
 
 
-def _last(values: torch.Tensor, states: States | None, name: str, marks: ScanMarks) -> torch.Tensor:
+def _last(values: torch.Tensor, states: States | None, name: str, segments: SegmentInfo) -> torch.Tensor:
     """Each row's value at its last real token; what was carried in if it has none. `(batch, length, ...)`."""
-    if marks.mask is None:
+    if segments.mask is None:
         return values[:, -1].clone()  # a view would keep all positions alive
     places = torch.arange(1, values.shape[1] + 1, device=values.device)
-    index = (marks.mask * places).amax(1)  # 0: no real token
+    index = (segments.mask * places).amax(1)  # 0: no real token
     before = torch.zeros_like(values[:, 0]) if states is None else states[name].to(values.dtype)
     rows = torch.cat([before.unsqueeze(1), values], 1)
     return rows[torch.arange(rows.shape[0], device=rows.device), index]

@@ -23,29 +23,28 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    MaskedLMOutput,
-)
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ...nn.loss_heads import next_token_labels
-from ...nn.masks import end_token
+from ...nn.assign import assign, plain_like
+from ...nn.inputs import CACHE_FIELD, Batch, prepare
+from ...nn.masks import SegmentInfo, end_token
 from ...nn.pooling import max_over_time, mean_over_time
 from ..base import LNLMPreTrainedModel
-from ..heads import QuestionAnsweringHead, SequenceClassificationHead, TokenClassificationHead
+from ..heads import (
+    CausalLMHead,
+    MaskedLMHead,
+    QuestionAnsweringHead,
+    SequenceClassificationHead,
+    TokenClassificationHead,
+)
 from .attention import SSMSelfAttention, attention_scores_mask
 from .configuration_ssm import ATTENTION, SelectiveSSMConfig
 from .layers import SSMRMSNorm
-from .marks import ScanMarks, scan_marks
 from .mixers import MIXER_CLASSES, Mixer, S6Mixer, SSDMixer, States, TrapezoidalMixer
 
 
@@ -74,7 +73,7 @@ class SelectiveSSMBlock(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         states: States | None,
-        marks: ScanMarks,
+        segments: SegmentInfo,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> tuple[torch.Tensor, States | None]:
@@ -83,7 +82,7 @@ class SelectiveSSMBlock(GradientCheckpointingLayer):
         Args:
             hidden_states: `(batch, length, hidden_size)`.
             states: the mixer's carried states, or None for zeros.
-            marks: real tokens and documents.
+            segments: real tokens and documents.
             attention_mask: added to an attention layer's scores.
             past_key_values: an attention layer's keys.
 
@@ -92,7 +91,7 @@ class SelectiveSSMBlock(GradientCheckpointingLayer):
         """
         alone = hidden_states.shape[1] == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if alone and self.decodes_fused:
-            decoded = self.mixer.token(hidden_states, self.norm, states, marks)
+            decoded = self.mixer.token(hidden_states, self.norm, states, segments)
             if decoded is not None:
                 return decoded
         normal = self.norm(hidden_states.to(self.norm.weight.dtype))
@@ -101,9 +100,9 @@ class SelectiveSSMBlock(GradientCheckpointingLayer):
         if self.attends:
             return residual + self.mixer(normal, attention_mask, past_key_values)[0], None
         if self.reverse_mixer is not None:
-            backwards = self.reverse_mixer(normal.flip(1), None, marks.reversed())[0]
-            return residual + self.mixer(normal, None, marks)[0] + backwards.flip(1), None
-        mixed, states = self.mixer(normal, states, marks)
+            backwards = self.reverse_mixer(normal.flip(1), None, segments.reversed())[0]
+            return residual + self.mixer(normal, None, segments)[0] + backwards.flip(1), None
+        mixed, states = self.mixer(normal, states, segments)
         return residual + mixed, states
 
 
@@ -133,13 +132,13 @@ class SelectiveSSMPreTrainedModel(LNLMPreTrainedModel):
         if isinstance(module, S6Mixer):
             _init_s6(module, self.config)
         elif isinstance(module, SSDMixer):
-            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log())
-            init.copy_(module.dt_bias, _step_bias(module.dt_bias, self.config))
+            assign(module.A_log, plain_like(module.A_log).uniform_(1, 16).log())
+            assign(module.dt_bias, _step_bias(module.dt_bias, self.config))
         elif isinstance(module, TrapezoidalMixer):
-            init.copy_(module.dt_bias, _step_bias(module.dt_bias, self.config))
+            assign(module.dt_bias, _step_bias(module.dt_bias, self.config))
             init.ones_(module.B_bias)
             init.ones_(module.C_bias)
-        init.ones_(module.D)
+        init.ones_(module.get_parameter("D"))
         _init_projections(module, self.config)
 
 
@@ -156,13 +155,13 @@ def _step_bias(like: torch.Tensor, config: SelectiveSSMConfig) -> torch.Tensor:
 def _init_s6(mixer: S6Mixer, config: SelectiveSSMConfig) -> None:
     """S4D-real decays, and a step projection that keeps its input's variance ([1], section 3.6)."""
     decay = torch.arange(1, mixer.state_size + 1, dtype=torch.float32, device=mixer.A_log.device)
-    init.copy_(mixer.A_log, decay.log().expand(mixer.inner, -1))
+    assign(mixer.A_log, decay.log().expand(mixer.inner, -1))
     spread = mixer.rank**-0.5 * config.time_step_scale
     if config.time_step_init_scheme == "constant":
         init.constant_(mixer.dt_proj.weight, spread)
     else:
         init.uniform_(mixer.dt_proj.weight, -spread, spread)
-    init.copy_(mixer.dt_proj.bias, _step_bias(mixer.dt_proj.bias, config))
+    assign(mixer.dt_proj.bias, _step_bias(mixer.dt_proj.bias, config))
     init.kaiming_uniform_(mixer.x_proj.weight, a=math.sqrt(5))
 
 
@@ -176,10 +175,10 @@ def _init_projections(mixer: Any, config: SelectiveSSMConfig) -> None:
     if not hasattr(mixer, "in_proj"):
         return
     init.kaiming_uniform_(mixer.in_proj.weight, a=math.sqrt(5))
-    out = torch.empty_like(mixer.out_proj.weight, dtype=torch.float32)
+    out = plain_like(mixer.out_proj.weight, torch.float32)
     init.kaiming_uniform_(out, a=math.sqrt(5))
     scale = math.sqrt(config.num_hidden_layers) if config.rescale_prenorm_residual else 1.0
-    init.copy_(mixer.out_proj.weight, out / scale)
+    assign(mixer.out_proj.weight, out / scale)
 
 
 class SelectiveSSMModel(SelectiveSSMPreTrainedModel):
@@ -197,8 +196,7 @@ class SelectiveSSMModel(SelectiveSSMPreTrainedModel):
         self.norm = SSMRMSNorm(config.hidden_size, config.layer_norm_epsilon, config.backend)
         self.gradient_checkpointing = False
         # A config's attributes are slow to read, which a decoded token would feel.
-        self.kernel, self.kind, self.reads_both_ways = config.conv_kernel, config.mixer, config.reads_both_ways
-        self.has_attention = bool(config.attn_layer_indices)
+        self.kernel, self.has_attention = config.conv_kernel, bool(config.attn_layer_indices)
         blocks: list[Any] = list(self.layers)
         self.state_shapes = [None if layer.attends else layer.mixer.state_shapes() for layer in blocks]
         self.post_init()
@@ -214,7 +212,7 @@ class SelectiveSSMModel(SelectiveSSMPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         seq_idx: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the model.
 
@@ -233,62 +231,33 @@ class SelectiveSSMModel(SelectiveSSMPreTrainedModel):
         Raises:
             ValueError: inputs, mask or state do not fit each other or the config.
         """
-        hidden = self._embed(input_ids, inputs_embeds)
-        cache = self._cache(past_key_values, use_cache)
-        past = cache.get_seq_length() if cache is not None else 0
-        offsets = kwargs.get("cu_seq_lens_q")
-        marks = scan_marks(hidden, attention_mask, position_ids, seq_idx, offsets, past, self.kernel)
-        scores_mask = self._scores_mask(hidden, attention_mask, marks, past)
-        for index, layer in enumerate(self.layers):
-            states = self._read(cache, index, hidden.shape[0])
-            keys = cache if layer.attends else None
-            hidden, states = layer(hidden, states, marks, scores_mask, past_key_values=keys)
-            if cache is not None and states is not None:
-                cache.layers[index].write(self.kind, states, hidden.shape[1])
+        places = (attention_mask, position_ids, seq_idx)
+        batch = prepare(self, input_ids, inputs_embeds, places, past_key_values, use_cache, kwargs)
+        segments = batch.segments.for_convolution(self.kernel)
+        scores_mask = self._scores_mask(batch, attention_mask)
+        hidden = batch.hidden
+        for index, (layer, shapes) in enumerate(zip(self.layers, self.state_shapes, strict=True)):
+            states = None if shapes is None else batch.read(index, shapes)
+            keys = batch.cache if layer.attends else None
+            hidden, states = layer(hidden, states, segments, scores_mask, past_key_values=keys)
+            if states is not None:
+                batch.write(index, states)
         normal = self.norm(hidden.to(self.norm.weight.dtype))
-        return BaseModelOutputWithPast(last_hidden_state=normal, past_key_values=cache if use_cache else None)
+        return BaseModelOutputWithPast(last_hidden_state=normal, **{CACHE_FIELD: batch.cache if use_cache else None})
 
-    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            given = ("neither", "both")[input_ids is not None]
-            raise ValueError(f"give exactly one of input_ids and inputs_embeds, got {given}")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if hidden.shape[1] == 0:
-            raise ValueError(f"the input has no positions: shape {tuple(hidden.shape[:2])}")
-        return hidden
-
-    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
-        if self.reads_both_ways:
-            if past_key_values is not None:
-                raise ValueError("a bidirectional model reads whole sequences: past_key_values must be None")
+    def _scores_mask(self, batch: Batch, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        if not self.has_attention:
             return None
-        if past_key_values is None:
-            return DynamicCache(config=self.config) if use_cache else None
-        layers = getattr(past_key_values, "layers", [])
-        fits = len(layers) == len(self.layers)
-        if not fits or any(hasattr(state, "read") == layer.attends for state, layer in zip(layers, self.layers)):
-            raise ValueError(
-                f"past_key_values must hold the states of {len(self.layers)} layers, as DynamicCache(config=model.config) "
-                f"makes them, got {past_key_values!r}"
-            )
-        return past_key_values
-
-    def _read(self, cache: Cache | None, index: int, batch_size: int) -> States | None:
-        shapes = self.state_shapes[index]
-        if cache is None or shapes is None:
-            return None
-        return cache.layers[index].read(self.kind, batch_size, shapes)
-
-    def _scores_mask(
-        self, hidden: torch.Tensor, attention_mask: torch.Tensor | None, marks: ScanMarks, past: int
-    ) -> torch.Tensor | None:
-        if not self.has_attention or (attention_mask is None and hidden.shape[1] == 1):
+        hidden, keys = batch.hidden, batch.past + batch.hidden.shape[1]
+        if batch.cache is not None:
+            keys = batch.cache.get_mask_sizes(hidden.shape[1], self.layer_types.index(ATTENTION))[0]
+        if attention_mask is None and hidden.shape[1] == 1 and keys == batch.past + 1:
             return None
         like = hidden.to(self.norm.weight.dtype)
-        return attention_scores_mask(like, attention_mask, marks, past, not self.reads_both_ways)
+        return attention_scores_mask(like, attention_mask, batch.segments, batch.past, keys, not self.reads_both_ways)
 
 
-class SelectiveSSMForCausalLM(SelectiveSSMPreTrainedModel, GenerationMixin):
+class SelectiveSSMForCausalLM(CausalLMHead, SelectiveSSMPreTrainedModel, GenerationMixin):
     """Selective state space language model.
 
     Args:
@@ -298,7 +267,7 @@ class SelectiveSSMForCausalLM(SelectiveSSMPreTrainedModel, GenerationMixin):
         ValueError: the config is bidirectional: the backward direction would read the tokens to be predicted.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    body_class = SelectiveSSMModel
 
     def __init__(self, config: SelectiveSSMConfig) -> None:
         if config.reads_both_ways:
@@ -307,16 +276,15 @@ class SelectiveSSMForCausalLM(SelectiveSSMPreTrainedModel, GenerationMixin):
                 f"got {config.bidirectional!r}"
             )
         super().__init__(config)
-        self.model = SelectiveSSMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]  # the others of the base's arguments are in kwargs
         self,
         input_ids: torch.LongTensor,
         next_sequence_length: int | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Any = None,
         is_first_iteration: bool | None = False,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Prepare a call of `forward` for `generate`, as the base class does.
@@ -324,69 +292,25 @@ class SelectiveSSMForCausalLM(SelectiveSSMPreTrainedModel, GenerationMixin):
         A generated token is always real and never begins a document: without attention layers, a model that reads it alone
         needs neither mask nor positions, and nothing that has to be prepared.
         """
+        if cache is not None:  # an argument, because `generate` takes only what a signature names
+            kwargs["cache"] = cache
         alone = next_sequence_length == 1 and not is_first_iteration and not self.model.has_attention
-        if alone and input_ids.device == self.lm_head.weight.device:
-            unread = ("position_ids", "token_type_ids", "inputs_embeds", "labels")
+        if alone and input_ids.device == self.model.embed_tokens.weight.device:
+            unread = ("position_ids", "token_type_ids", "labels")
             kept = {name: value for name, value in kwargs.items() if name not in unread}
             return {**kept, "input_ids": input_ids[:, -1:].contiguous()}
-        return super().prepare_inputs_for_generation(
+        base: Any = super()  # transformers annotates its own `self` as a protocol that no model class meets
+        return base.prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
             is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        seq_idx: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
-        """Run the model and, given labels, its loss; see `SelectiveSSMModel.forward` for the other arguments.
-
-        Args:
-            labels: `(batch, length)`, the input ids; shifted inside. -100 is ignored.
-            logits_to_keep: how many last positions (or which) get logits; 0 for all.
-            kwargs: `shift_labels` and `num_items_in_batch`, as Trainer gives them.
-
-        Returns:
-            loss in nats a token, logits `(batch, kept, vocab_size)` and the state.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            seq_idx=seq_idx,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        shift_labels: Any = kwargs.get("shift_labels")
-        if labels is not None or shift_labels is not None:
-            targets = next_token_labels(labels, shift_labels)  # type: ignore[arg-type]
-            loss = self.loss_function(logits, None, self.config.vocab_size, shift_labels=targets, **_items(kwargs))
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
 
-class SelectiveSSMForMaskedLM(SelectiveSSMPreTrainedModel):
+class SelectiveSSMForMaskedLM(MaskedLMHead, SelectiveSSMPreTrainedModel):
     """Bidirectional selective state space model that fills masks.
 
     Args:
@@ -396,7 +320,7 @@ class SelectiveSSMForMaskedLM(SelectiveSSMPreTrainedModel):
         ValueError: the config says `bidirectional="none"`: a mask's right-hand side would not be seen.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    body_class = SelectiveSSMModel
 
     def __init__(self, config: SelectiveSSMConfig) -> None:
         if config.bidirectional == "none":
@@ -406,49 +330,6 @@ class SelectiveSSMForMaskedLM(SelectiveSSMPreTrainedModel):
         if config.bidirectional is None:
             config.bidirectional = "tied"
         super().__init__(config)
-        self.model = SelectiveSSMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        seq_idx: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
-        """Fill masks; see `SelectiveSSMModel.forward` for the other arguments.
-
-        Args:
-            labels: `(batch, length)`, the ids to be found; -100 is ignored.
-
-        Returns:
-            loss in nats a labelled token and logits `(batch, length, vocab_size)`.
-        """
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, seq_idx=seq_idx, **_whole(kwargs)
-        )
-        logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **_items(kwargs))
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-
-def _whole(kwargs: Any) -> dict[str, Any]:
-    """Keyword arguments for the base model of a head that reads whole sequences."""
-    return {**kwargs, "use_cache": False}
-
-
-def _items(kwargs: Any) -> dict[str, Any]:
-    """The number of labels of the whole accumulated batch, if Trainer gave it."""
-    return {"num_items_in_batch": kwargs.get("num_items_in_batch")}
 
 
 class SelectiveSSMForSequenceClassification(SequenceClassificationHead, SelectiveSSMPreTrainedModel):
@@ -458,13 +339,7 @@ class SelectiveSSMForSequenceClassification(SequenceClassificationHead, Selectiv
         config: the model's configuration; `pooling` says how a text is summed up.
     """
 
-    def __init__(self, config: SelectiveSSMConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = SelectiveSSMModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+    body_class = SelectiveSSMModel
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Sum up a text as `config.pooling` says; see `SequenceClassificationHead.pool`."""
@@ -477,33 +352,16 @@ class SelectiveSSMForSequenceClassification(SequenceClassificationHead, Selectiv
 
 
 class SelectiveSSMForTokenClassification(TokenClassificationHead, SelectiveSSMPreTrainedModel):
-    """Tagger.
+    """Tagger."""
 
-    Args:
-        config: the model's configuration.
-    """
-
-    def __init__(self, config: SelectiveSSMConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = SelectiveSSMModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+    body_class = SelectiveSSMModel
 
 
 class SelectiveSSMForQuestionAnswering(QuestionAnsweringHead, SelectiveSSMPreTrainedModel):
-    """Reader that marks an answer's first and last token.
+    """Reader that segments an answer's first and last token."""
 
-    Args:
-        config: the model's configuration.
-    """
-
-    def __init__(self, config: SelectiveSSMConfig) -> None:
-        super().__init__(config)
-        self.model = SelectiveSSMModel(config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.post_init()
+    body_class = SelectiveSSMModel
+    drops = False
 
 
 __all__ = [

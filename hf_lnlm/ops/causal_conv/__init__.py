@@ -10,16 +10,43 @@ from __future__ import annotations
 
 import torch
 
-from ..backend import pick_backend
-from ..operator import check_shape, runs_directly
-from .operator import run_causal_conv
+from ..backend import Operation, check_backend_name, own_precision
+from ..operator import FusedOperator, Passes, check_shape
+from .eager import causal_conv_eager, causal_conv_eager_backward
+from .gather_index import conv_gather_index
+from .inputs import INPUTS
 from .reference import causal_conv_reference
 from .step import causal_conv_step
-from .taps import tap_table
 
-BACKENDS = ("reference", "eager", "cpu", "gpu")
+__all__ = ["CAUSAL_CONV", "causal_conv", "conv_gather_index"]
 
-__all__ = ["BACKENDS", "causal_conv", "tap_table"]
+
+def _cpu() -> Passes:
+    from .cpu import causal_conv_cpu, causal_conv_cpu_backward, causal_conv_cpu_step
+
+    return Passes(causal_conv_cpu, causal_conv_cpu_backward, causal_conv_cpu_step)
+
+
+def _gpu() -> Passes:
+    from .gpu import causal_conv_gpu, causal_conv_gpu_backward
+
+    return Passes(causal_conv_gpu, causal_conv_gpu_backward, causal_conv_step)
+
+
+CAUSAL_CONV = Operation(
+    "causal_conv",
+    reference=causal_conv_reference,
+    eager=Passes(causal_conv_eager, causal_conv_eager_backward, causal_conv_step),
+    cpu=_cpu,
+    gpu=_gpu,
+)
+
+
+def _shapes(x: torch.Tensor, weight: torch.Tensor, *_rest: object) -> tuple[tuple[int, ...], ...]:
+    return (x.shape[0], weight.shape[1] - 1, x.shape[2]), (0,)
+
+
+_OPERATOR = FusedOperator(CAUSAL_CONV, __file__, INPUTS, "bool activation", _shapes)
 
 
 def causal_conv(
@@ -27,7 +54,7 @@ def causal_conv(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
-    taps: torch.Tensor | None = None,
+    gather_index: torch.Tensor | None = None,
     activation: bool = True,
     reverse: bool = False,
     backend: str = "auto",
@@ -39,7 +66,7 @@ def causal_conv(
         weight: `(channels, kernel)`, the current position's tap last.
         bias: `(channels,)` or None.
         state: `(batch, kernel - 1, channels)`, the inputs before `x`, oldest first; None for zeros.
-        taps: what `tap_table` made of mask and document starts, or None when every position is real and of one
+        gather_index: `conv_gather_index` of mask and document starts, or None when every position is real and of one
             document. With `reverse`, made of the flipped mask.
         activation: whether SiLU follows.
         reverse: run from the last position to the first; the state then stands for the inputs after `x`.
@@ -52,33 +79,29 @@ def causal_conv(
     Raises:
         ValueError: shapes that do not fit, or a backend that cannot run.
     """
-    _check(x, weight, state, taps)
+    _check(x, weight, state, gather_index)
     check_shape("bias", bias, (x.shape[2],))
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
-    if x.shape[1] == 1 and taps is None and backend != "reference" and runs_directly(x, weight, bias, state):
-        if pick_backend(backend, x.device, BACKENDS, x.dtype) == "cpu":
-            from .cpu import causal_conv_cpu_step
-
-            return causal_conv_cpu_step(x, weight, bias, state, activation)
-        return causal_conv_step(x, weight, bias, state, activation)
-    if reverse:
-        x = x.flip(1)
+    check_backend_name(backend, CAUSAL_CONV.backends)
+    x = x.flip(1) if reverse else x
     if backend == "reference":
-        y, last = causal_conv_reference(x, weight, bias, state, taps, activation)
-        y, last = y.to(x.dtype), last if x.dtype == torch.float64 else last.float()
+        y, last = causal_conv_reference(x, weight, bias, state, gather_index, activation)
+        last = last if x.dtype == torch.float64 else last.float()
     else:
-        y, last = run_causal_conv(x, weight, bias, state, taps, activation, backend)
+        call = x, weight, bias, state, gather_index, activation
+        run, save = _OPERATOR.prepare(backend, *call)
+        with own_precision(x.device):
+            y, last = run(*call, save)[:2]
+    y = y.to(x.dtype)
     return (y.flip(1) if reverse else y), last
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor | None, taps: torch.Tensor | None) -> None:
+def _check(
+    x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor | None, gather_index: torch.Tensor | None
+) -> None:
     if x.dim() != 3 or x.shape[1] == 0:
         raise ValueError(f"x must be (batch, length ≥ 1, channels), got {tuple(x.shape)}")
     if weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] < 1:
         raise ValueError(f"weight must be (channels = {x.shape[2]}, kernel ≥ 1), got {tuple(weight.shape)}")
     kernel = weight.shape[1]
-    if state is not None and tuple(state.shape) != (x.shape[0], kernel - 1, x.shape[2]):
-        raise ValueError(f"state must be {(x.shape[0], kernel - 1, x.shape[2])}, got {tuple(state.shape)}")
-    if taps is not None and tuple(taps.shape) != (x.shape[0], x.shape[1] + 1, kernel - 1):
-        raise ValueError(f"taps must be {(x.shape[0], x.shape[1] + 1, kernel - 1)}, got {tuple(taps.shape)}")
+    check_shape("state", state, (x.shape[0], kernel - 1, x.shape[2]))
+    check_shape("gather_index", gather_index, (x.shape[0], x.shape[1] + 1, kernel - 1))

@@ -5,21 +5,21 @@ Complexity: O(B · L · E · K) time and no memory beyond the result; the backwa
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .compiled import STRICT, compiled
-from .flat import FLOATS, Flat, flat_integers, flat_rows, flat_vector
-from .lanes import (
+from ..kernels.compiled import STRICT, compiled, part
+from ..kernels.flat import FLOATS, Flat, flat_integers, flat_rows, flat_vector
+from ..kernels.simd import (
     WIDTH,
     add,
+    flush,
     fma,
     load,
     load_row,
     mul,
     padded_size,
-    read_double,
     read_float,
     read_integer,
     sigmoid,
@@ -27,9 +27,10 @@ from .lanes import (
     store,
     store_row,
     sub,
-    write_double,
+    whole_lanes,
     write_float,
 )
+from .inputs import INPUTS
 
 try:
     import numpy as np
@@ -40,24 +41,50 @@ except ImportError as error:
 BLOCK = 64
 
 Vector = Any  # sixteen channels
-Inputs = Any  # addresses and one row stride: (x, stride, weight, bias, state or 0, taps or 0)
-Sizes = Any  # (batch, length, channels, kernel)
-Out = Any  # addresses of gradients: (input, its row stride, state)
+
+
+class Inputs(NamedTuple):
+    """Addresses of the tensors of `causal_conv`, 0 for absent ones; `stride` is that of `x` from token to token."""
+
+    x: int
+    stride: int
+    weight: int
+    bias: int
+    state: int
+    gather_index: int
+
+
+class Sizes(NamedTuple):
+    """Sizes of a call."""
+
+    batch: int
+    length: int
+    channels: int
+    kernel: int
+
+
+class Out(NamedTuple):
+    """Addresses of the gradients of input and state; `stride` is the former's from token to token."""
+
+    dx: int
+    stride: int
+    dstate: int
+
 
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
 
 
-@compiled(STRICT, forceinline=True)
+@part(STRICT, forceinline=True)
 def _source(inputs: Inputs, r: int, t: int, k: int, sizes: Sizes) -> int:
-    """Row that tap `k` reads at position `t`, counted from the zero row (see `tap_table`)."""
-    taps, length, kernel = inputs[5], sizes[1], sizes[3]
-    if taps == 0 or k == kernel - 1:
+    """Row that tap `k` reads at position `t`, counted from the zero row (see `conv_gather_index`)."""
+    gather_index, length, kernel = inputs.gather_index, sizes.length, sizes.kernel
+    if gather_index == 0 or k == kernel - 1:
         return t + k + 1
-    return read_integer(taps, (r * (length + 1) + t) * (kernel - 1) + k)
+    return read_integer(gather_index, (r * (length + 1) + t) * (kernel - 1) + k)
 
 
-@compiled(STRICT, forceinline=True)
+@part(STRICT, forceinline=True)
 def _read(inputs: Inputs, source: int, r: int, e: int, sizes: Sizes) -> Vector:
     """Sixteen channels of a source row: of the input from `kernel` on, of the state from 1 on, else zero."""
     x, stride, _weight, _bias, state, _taps = inputs
@@ -69,14 +96,14 @@ def _read(inputs: Inputs, source: int, r: int, e: int, sizes: Sizes) -> Vector:
     return splat(_ZERO)
 
 
-@compiled(STRICT, forceinline=True)
+@part(STRICT, forceinline=True)
 def _total(inputs: Inputs, r: int, t: int, e: int, sizes: Sizes) -> Vector:
     """The sum before the activation, for sixteen channels of one position."""
-    channels, kernel = sizes[2], sizes[3]
-    value = load_row(inputs[3], e, channels - e) if inputs[3] != 0 else splat(_ZERO)
+    channels, kernel = sizes.channels, sizes.kernel
+    value = load_row(inputs.bias, e, channels - e) if inputs.bias != 0 else splat(_ZERO)
     for k in range(kernel):
         row = _read(inputs, _source(inputs, r, t, k, sizes), r, e, sizes)
-        value = fma(load_row(inputs[2], k * channels + e, channels - e), row, value)
+        value = fma(load_row(inputs.weight, k * channels + e, channels - e), row, value)
     return value
 
 
@@ -96,27 +123,27 @@ def _forward(inputs: Inputs, y: int, last: int, sizes: Sizes, activation: bool) 
                 store_row(last, (r * (kernel - 1) + k) * channels + e, kept, channels - e)
 
 
-@compiled(STRICT, forceinline=True)
+@part(STRICT, forceinline=True)
 def _give(grad: Vector, source: int, r: int, e: int, sizes: Sizes, out: Out) -> None:
     """Add to the gradient of the row that a tap had read."""
     _batch, length, channels, kernel = sizes
     left = channels - e
     if source >= kernel:
-        at = (r * length + source - kernel) * out[1] + e
-        store_row(out[0], at, add(load_row(out[0], at, left), grad), left)
+        at = (r * length + source - kernel) * out.stride + e
+        store_row(out.dx, at, add(load_row(out.dx, at, left), grad), left)
     elif source > 0:
         at = (r * (kernel - 1) + source - 1) * channels + e
-        store_row(out[2], at, add(load_row(out[2], at, left), grad), left)
+        store_row(out.dstate, at, add(load_row(out.dstate, at, left), grad), left)
 
 
-@compiled(STRICT)
+@part(STRICT, forceinline=True)
 def _retreat(inputs: Inputs, dy: int, r: int, t: int, sizes: Sizes, activation: bool, part: int, out: Out) -> None:
     """One position's gradients; `part` takes those of the weights and, as its last row, of the bias.
 
     A position's own tap writes its row, which no earlier position has read; the other taps add to rows written before.
     """
     _batch, length, channels, kernel = sizes
-    padded = padded_size(channels)
+    padded = whole_lanes(channels)
     one = splat(_ONE)
     for e in range(0, channels, WIDTH):
         grad = load_row(dy, (r * length + t) * channels + e, channels - e)
@@ -129,19 +156,11 @@ def _retreat(inputs: Inputs, dy: int, r: int, t: int, sizes: Sizes, activation: 
             source = _source(inputs, r, t, k, sizes)
             at = k * padded + e
             store(part, at, fma(grad, _read(inputs, source, r, e, sizes), load(part, at)))
-            given = mul(grad, load_row(inputs[2], k * channels + e, channels - e))
+            given = mul(grad, load_row(inputs.weight, k * channels + e, channels - e))
             if k == kernel - 1:
-                store_row(out[0], (r * length + t) * out[1] + e, given, channels - e)
+                store_row(out.dx, (r * length + t) * out.stride + e, given, channels - e)
             else:
                 _give(given, source, r, e, sizes, out)
-
-
-@compiled(STRICT)
-def flush(part: int, totals: int, count: int) -> None:
-    """Move a block's float32 sums into the float64 totals."""
-    for i in range(count):
-        write_double(totals, i, read_double(totals, i) + read_float(part, i))
-        write_float(part, i, _ZERO)
 
 
 @compiled(STRICT)
@@ -150,7 +169,7 @@ def _backward(
 ) -> None:
     """`part` and `totals` have a row for each tap and one for the bias, padded to whole vectors."""
     batch, length, channels, kernel = sizes
-    count = (kernel + 1) * padded_size(channels)
+    count = (kernel + 1) * whole_lanes(channels)
     for r in range(batch):
         for t in range(length):
             _retreat(inputs, dy, r, t, sizes, activation, part, out)
@@ -163,47 +182,45 @@ def _backward(
         flush(part, totals, count)
 
 
-def _inputs(call: dict[str, Any]) -> tuple[list[Flat], tuple[int, ...], tuple[int, int, int, int]]:
+def _inputs(call: dict[str, Any]) -> tuple[list[Flat], Inputs, Sizes]:
     """Turn the operator's tensors into memory to keep alive, the kernels' inputs and the sizes."""
-    x, weight, taps = flat_rows(call["x"]), flat_vector(call["weight"].t()), call["taps"]
+    x, weight, gather_index = flat_rows(call["x"]), flat_vector(call["weight"].t()), call["gather_index"]
     bias, state = flat_vector(call["bias"]), flat_vector(call["state"])
-    table = flat_integers(taps)
-    inputs = (x.address, x.stride, weight.address, bias.address, state.address, table.address)
-    return [x, weight, bias, state, table], inputs, (*call["x"].shape, call["weight"].shape[1])
+    table = flat_integers(gather_index)
+    inputs = Inputs(x.address, x.stride, weight.address, bias.address, state.address, table.address)
+    return [x, weight, bias, state, table], inputs, Sizes._make((*call["x"].shape, call["weight"].shape[1]))
 
 
-def causal_conv_cpu(call: dict[str, Any], activation: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def causal_conv_cpu(*values: Any) -> tuple[torch.Tensor, ...]:
     """Forward pass; arguments and results as in `causal_conv_eager`, always float32."""
+    call, (activation, _save) = INPUTS.split(values)
     _kept, inputs, sizes = _inputs(call)
     batch, length, channels, kernel = sizes
     y = torch.empty(batch, length, channels, **FLOATS)
     last = torch.empty(batch, kernel - 1, channels, **FLOATS)
     _forward(inputs, y.data_ptr(), last.data_ptr(), sizes, activation)
-    return y, last
+    return y, last, torch.empty(0, **FLOATS)
 
 
 def causal_conv_cpu_backward(
-    grad_y: torch.Tensor,
-    grad_state: torch.Tensor,
-    call: dict[str, Any],
-    activation: bool,
-    into: torch.Tensor | None = None,
+    grad_y: torch.Tensor, grad_state: torch.Tensor, _kept: Any, *values: Any, into: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
     """Backward pass; arguments and results as in `causal_conv_eager_backward`."""
-    _kept, inputs, sizes = _inputs(call)
+    call, (activation,) = INPUTS.split(values)
+    _tensors, inputs, sizes = _inputs(call)
     batch, length, channels, kernel = sizes
     dx = torch.empty(batch, length, channels, **FLOATS) if into is None else into
     dstate = torch.zeros(batch, kernel - 1, channels, **FLOATS)
     part = torch.zeros(kernel + 1, padded_size(channels), **FLOATS)
     totals = part.double()
     dy, dlast = flat_vector(grad_y), flat_vector(grad_state)
-    out = dx.data_ptr(), dx.stride(-2), dstate.data_ptr()
+    out = Out(dx.data_ptr(), dx.stride(-2), dstate.data_ptr())
     _backward(inputs, dy.address, dlast.address, out, part.data_ptr(), totals.data_ptr(), sizes, activation)
     sums = totals[:, :channels].float()
     return {"x": dx, "weight": sums[:-1].t().contiguous(), "bias": sums[-1].clone(), "state": dstate}
 
 
-@compiled(STRICT)
+@part(STRICT)
 def convolve_token(
     x: int, at: int, weight: int, bias: int, state: int, r: int, channels: int, kernel: int, activation: bool, y: int,
     y_at: int, last: int,
@@ -242,7 +259,13 @@ def _step(
 
 
 def causal_conv_cpu_step(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, state: torch.Tensor | None, activation: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    state: torch.Tensor | None,
+    _gather_index: None,
+    activation: bool,
+    _save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One position; arguments and results as in `causal_conv_step`."""
     batch, _, channels = x.shape
@@ -251,4 +274,4 @@ def causal_conv_cpu_step(
     y, last = torch.empty(x.shape, **FLOATS), torch.empty(batch, kernel - 1, channels, **FLOATS)
     addresses = rows.address, rows.stride, filters.address, shift.address, carried.address
     _step(*addresses, batch, channels, kernel, activation, y.data_ptr(), last.data_ptr())
-    return y.to(x.dtype), last
+    return y, last

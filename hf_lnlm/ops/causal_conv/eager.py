@@ -1,7 +1,7 @@
 """Causal depthwise convolution in plain torch: one fused multiply-add a tap.
 
 `(batch, length, channel)` throughout: no transposition, which `F.conv1d` would need twice. The backward pass recomputes
-the pre-activation, so that only the input is kept. Without a table of taps, positions run in chunks that stay in the
+the pre-activation, so that only the input is kept. Without a gather index, positions run in chunks that stay in the
 cache: over the whole sequence at once, every one of the two dozen operations would wait for memory.
 """
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from .inputs import INPUTS
 
 CHUNK = 64
 
@@ -108,7 +110,7 @@ def _give(
 
 
 class Windows:
-    """The input as each tap sees it, by a table of taps.
+    """The input as each tap sees it, by a gather index.
 
     Attributes:
         rows: `(B, 1 + K - 1 + L, E)`: a zero row, the state, the input.
@@ -119,7 +121,7 @@ class Windows:
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.kernel = call["weight"].shape[1]
         self.length = x.shape[1]
-        self.taps = call["taps"]
+        self.gather_index = call["gather_index"]
         carried = x.new_zeros(x.shape[0], self.kernel, x.shape[2], dtype=self.dtype)
         if call["state"] is not None:
             carried[:, 1:] = call["state"]
@@ -129,7 +131,7 @@ class Windows:
 
     def index(self, tap: int, channels: int) -> torch.Tensor:
         """Row of every position's tap, `(B, L, E)`."""
-        return self.taps[:, : self.length, tap].unsqueeze(2).expand(-1, -1, channels)
+        return self.gather_index[:, : self.length, tap].unsqueeze(2).expand(-1, -1, channels)
 
     def window(self, tap: int) -> torch.Tensor:
         """`(B, L, E)`: what tap `tap` (0 the oldest, `K - 1` the current position) reads at every position."""
@@ -154,47 +156,45 @@ class Windows:
 
     def last(self) -> torch.Tensor:
         """Rows of the next state, `(B, K - 1, E)`."""
-        return self.taps[:, -1].unsqueeze(2).expand(-1, -1, self.rows.shape[2])
+        return self.gather_index[:, -1].unsqueeze(2).expand(-1, -1, self.rows.shape[2])
 
 
-def causal_conv_eager(call: dict[str, Any], activation: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def causal_conv_eager(*values: Any) -> tuple[torch.Tensor, ...]:
     """Forward pass.
 
     Args:
-        call: the operator's tensors by name (see `causal_conv`), absent ones None.
-        activation: whether SiLU follows.
+        values: the tensors of `INPUTS`, absent ones None; whether SiLU follows; whether a backward pass does.
 
     Returns:
-        `y` `(B, L, E)` and the next state `(B, K - 1, E)`, float32 (float64 for float64 input).
+        `y` `(B, L, E)`, the next state `(B, K - 1, E)`, float32 (float64 for float64 input), and nothing to keep.
     """
-    if call["taps"] is None:
-        return _forward_chunks(call, activation)
-    w = Windows(call)
-    total = w.total()
-    return (F.silu(total, inplace=True) if activation else total), w.rows.gather(1, w.last())
+    call, (activation, _save) = INPUTS.split(values)
+    if call["gather_index"] is None:
+        y, last = _forward_chunks(call, activation)
+    else:
+        w = Windows(call)
+        total = w.total()
+        y, last = (F.silu(total, inplace=True) if activation else total), w.rows.gather(1, w.last())
+    return y, last, y.new_empty(0)
 
 
 def causal_conv_eager_backward(
-    grad_y: torch.Tensor,
-    grad_state: torch.Tensor,
-    call: dict[str, Any],
-    activation: bool,
-    into: torch.Tensor | None = None,
+    grad_y: torch.Tensor, grad_state: torch.Tensor, _kept: Any, *values: Any, into: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
     """Backward pass.
 
     Args:
         grad_y: `(B, L, E)`.
         grad_state: `(B, K - 1, E)`, gradient of the next state.
-        call: the forward pass's tensors by name.
-        activation: as in the forward pass.
+        values: as in the forward pass, but the last.
         into: where to write the input's gradient, `(B, L, E)` of the computation's dtype with evenly spaced rows; None
             for a new tensor.
 
     Returns:
         Gradients by argument name.
     """
-    if call["taps"] is None:
+    call, (activation,) = INPUTS.split(values)
+    if call["gather_index"] is None:
         return _backward_chunks(grad_y, grad_state, call, activation, into)
     w = Windows(call)
     grad = grad_y.to(w.dtype)

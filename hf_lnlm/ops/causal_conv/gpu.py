@@ -6,7 +6,7 @@ looked up in the table of sources when positions are masked or rows hold several
 the gradient before the activation, with the weights' gradients as sums of tiles, then that of the inputs: each input
 gathers from its readers, or, with a table, readers add to their sources atomically (as torch's scatter does there).
 
-Sources are numbered as in `taps`: a zero row, the K − 1 rows of the state, the rows of the input.
+Sources are numbered as in `gather_index`: a zero row, the K − 1 rows of the state, the rows of the input.
 
 Complexity: O(B · L · E · K) time, O(B · L · E) memory.
 """
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..triton_math import kernel, power_of_two, sigmoid, tl
+from ..kernels.triton_math import kernel, power_of_two, sigmoid, tl
+from .inputs import INPUTS
 
 try:
     from causal_conv1d import causal_conv1d_fn
@@ -32,7 +33,7 @@ class Operands(NamedTuple):
     weight: Any
     bias: Any
     state: Any
-    taps: Any
+    gather_index: Any
 
 
 class Sizes(NamedTuple):
@@ -60,7 +61,7 @@ def _source(o: tl.tensor, b: tl.tensor, t: tl.tensor, length: tl.tensor, j: tl.c
     """Number of the row that tap `j` reads at positions `t`, `length` standing for the next state."""
     if s.tabled and j < s.width - 1:
         at = (b * (length + 1) + t) * (s.width - 1) + j
-        source = tl.load(o.taps + at, mask=t <= length, other=0)
+        source = tl.load(o.gather_index + at, mask=t <= length, other=0)
     else:
         source = t + j + 1
     return source
@@ -209,8 +210,8 @@ def _scatter_gradients(
 def _operands(call: dict[str, Any], activation: bool) -> tuple[Operands, Sizes, tuple[int, int]]:
     """Turn the operator's tensors into the kernels' operands, sizes and the input's strides."""
     x = call["x"] if call["x"].stride(-1) == 1 else call["x"].contiguous()
-    rest = [x if call[name] is None else call[name].contiguous() for name in ("bias", "state", "taps")]
-    present = [call[name] is not None for name in ("bias", "state", "taps")]
+    rest = [x if call[name] is None else call[name].contiguous() for name in ("bias", "state", "gather_index")]
+    present = [call[name] is not None for name in ("bias", "state", "gather_index")]
     tiles = min(32, power_of_two(x.shape[1])), min(64, power_of_two(x.shape[2]))
     sizes = Sizes(x.shape[2], call["weight"].shape[1], *tiles, activation, *present)
     return Operands(x, call["weight"].contiguous(), *rest), sizes, (x.stride(0), x.stride(1))
@@ -224,7 +225,7 @@ def _grid(batch: int, positions: int, sizes: Sizes) -> tuple[int, int, int]:
 def _suits_causal_conv1d(call: dict[str, Any]) -> bool:
     """Whether causal-conv1d is there and takes such a call: channels last, in steps of eight."""
     x, width = call["x"], call["weight"].shape[1]
-    fits = 2 <= width <= 4 and x.shape[1] >= width - 1 and call["taps"] is None
+    fits = 2 <= width <= 4 and x.shape[1] >= width - 1 and call["gather_index"] is None
     eights = not any(step % 8 for step in (x.shape[2], x.stride(0), x.stride(1)))
     return causal_conv1d_fn is not None and fits and eights and x.stride(2) == 1
 
@@ -240,40 +241,38 @@ def _by_causal_conv1d(call: dict[str, Any], activation: bool) -> tuple[torch.Ten
     return y.transpose(1, 2).contiguous(), state.transpose(1, 2).float().contiguous()
 
 
-def causal_conv_gpu(call: dict[str, Any], activation: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward pass.
-
-    Args:
-        call: the operator's tensors by name (see `causal_conv`), absent ones None.
-        activation: whether SiLU follows.
+def causal_conv_gpu(*values: Any) -> tuple[torch.Tensor, ...]:
+    """Forward pass; arguments as in `causal_conv_eager`.
 
     Returns:
-        `y` `(B, L, E)` in the input's dtype, and the next state `(B, K - 1, E)`, float32.
+        `y` `(B, L, E)` in the input's dtype, the next state `(B, K - 1, E)`, float32, and nothing to keep.
     """
+    call, (activation, _save) = INPUTS.split(values)
+    nothing = call["x"].new_empty(0)
     if _suits_causal_conv1d(call):
-        return _by_causal_conv1d(call, activation)
+        return *_by_causal_conv1d(call, activation), nothing
     o, sizes, stride = _operands(call, activation)
     batch, length, channels = call["x"].shape
     y = torch.empty((batch, length, channels), dtype=o.x.dtype, device=o.x.device)
     last = torch.empty((batch, sizes.width - 1, channels), dtype=torch.float32, device=o.x.device)
     _forward[_grid(batch, length, sizes)](o, y, last, length, stride, sizes)
-    return y, last
+    return y, last, nothing
 
 
 def causal_conv_gpu_backward(
-    grad_y: torch.Tensor, grad_state: torch.Tensor, call: dict[str, Any], activation: bool
+    grad_y: torch.Tensor, grad_state: torch.Tensor, _kept: Any, *values: Any
 ) -> dict[str, torch.Tensor]:
     """Backward pass.
 
     Args:
         grad_y: `(B, L, E)`.
         grad_state: `(B, K - 1, E)`, gradient of the next state.
-        call: the forward pass's tensors by name.
-        activation: as in the forward pass.
+        values: as in the forward pass, but the last.
 
     Returns:
         Gradients by argument name, float32.
     """
+    call, (activation,) = INPUTS.split(values)
     o, sizes, stride = _operands(call, activation)
     (batch, length, channels), width = call["x"].shape, sizes.width
     options = {"dtype": torch.float32, "device": o.x.device}

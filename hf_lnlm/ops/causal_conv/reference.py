@@ -11,7 +11,7 @@ def causal_conv_reference(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
-    taps: torch.Tensor | None = None,
+    gather_index: torch.Tensor | None = None,
     activation: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the sum in float64; arguments and results as in `causal_conv`, without `reverse`."""
@@ -22,7 +22,7 @@ def causal_conv_reference(
     rows = torch.cat([x.new_zeros(batch, 1, channels), carried, x], 1)
     outputs: list[torch.Tensor] = []
     for t in range(length + 1):
-        index = torch.arange(kernel - 1) + t + 1 if taps is None else taps[:, t]
+        index = torch.arange(kernel - 1) + t + 1 if gather_index is None else gather_index[:, t]
         window = rows.gather(1, index.expand(batch, -1).unsqueeze(2).expand(-1, -1, channels))
         if t == length:
             return torch.stack(outputs, 1), window

@@ -11,7 +11,9 @@ def causal_conv_step(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     state: torch.Tensor | None,
+    _gather_index: None,
     activation: bool,
+    _save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Convolve one position.
 
@@ -30,5 +32,5 @@ def causal_conv_step(
         state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2], dtype=dtype)
     window = torch.cat([state.to(dtype), x.to(dtype)], 1)
     y = (window * weight.to(dtype).t()).sum(1, keepdim=True)
-    y = y if bias is None else y.add_(bias)
+    y = y if bias is None else y.add_(bias.to(dtype))
     return (F.silu(y, inplace=True) if activation else y).to(x.dtype), window[:, 1:]

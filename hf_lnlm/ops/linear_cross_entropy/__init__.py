@@ -2,13 +2,17 @@
 
 import torch
 
-from ..backend import pick_backend
+from ..backend import Operation, own_precision
 from .eager import ChunkedLinearCrossEntropy
 from .reference import linear_cross_entropy_reference
 
-BACKENDS = ("reference", "eager")
+__all__ = ["LINEAR_CROSS_ENTROPY", "linear_cross_entropy"]
 
-__all__ = ["BACKENDS", "linear_cross_entropy"]
+LINEAR_CROSS_ENTROPY = Operation(
+    "linear_cross_entropy",
+    reference=linear_cross_entropy_reference,
+    eager=ChunkedLinearCrossEntropy.apply,
+)
 
 
 def linear_cross_entropy(
@@ -37,6 +41,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: there is no such backend.
     """
-    if pick_backend(backend, hidden.device, BACKENDS) == "reference":
-        return linear_cross_entropy_reference(hidden, weight, bias, labels)
-    return ChunkedLinearCrossEntropy.apply(hidden, weight, bias, labels, chunk_size, dtype)
+    run = LINEAR_CROSS_ENTROPY.load(LINEAR_CROSS_ENTROPY.pick(backend, hidden.device))
+    with own_precision(hidden.device):
+        total: torch.Tensor = run(hidden, weight, bias, labels, chunk_size, dtype)
+    return total

@@ -30,15 +30,16 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         needs = ctx.needs_input_grad
         gradients = (
             torch.zeros_like(hidden) if needs[0] else None,
-            torch.zeros_like(weight) if needs[1] else None,
-            torch.zeros_like(bias) if needs[2] and bias is not None else None,
+            torch.zeros_like(weight, dtype=_at_least_float32(weight)) if needs[1] else None,
+            torch.zeros_like(bias, dtype=_at_least_float32(bias)) if needs[2] and bias is not None else None,
         )
         total = hidden.new_zeros((), dtype=torch.float32 if hidden.dtype != torch.float64 else torch.float64)
         narrow = weight.to(dtype) if weight.dtype != torch.float64 else weight
         for start in range(0, hidden.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
             total += _chunk(hidden, narrow, bias, labels, kept, rows, gradients)
-        ctx.save_for_backward(*gradients)
+        given: Any = zip(gradients, (hidden, weight, bias))
+        ctx.save_for_backward(*(None if g is None else g.to(t.dtype) for g, t in given))
         return total
 
     @staticmethod
@@ -47,6 +48,11 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         """Scale the kept gradients; the scale, a scalar, is not rounded to a narrower type of theirs."""
         scaled = [None if g is None else g * grad_output for g in ctx.saved_tensors]
         return *scaled, None, None, None
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.dtype:
+    """Type in which sums over chunks are kept."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _chunk(

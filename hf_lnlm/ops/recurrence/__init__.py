@@ -6,15 +6,16 @@ torch.compile and torch.export can trace, and `eager`, torch's fused kernels (on
 
 import torch
 
-from ..backend import pick_backend
+from ..backend import Operation
 from .eager import packed_eager, recurrence_eager
 from .reference import STATES, recurrence_reference
 
 GateWeights = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-BACKENDS = ("reference", "eager")
 NUM_GATES = {"lstm": 4, "gru": 3}
 
-__all__ = ["BACKENDS", "NUM_GATES", "STATES", "GateWeights", "recurrence", "recurrence_blocks"]
+__all__ = ["NUM_GATES", "RECURRENCE", "STATES", "GateWeights", "recurrence", "recurrence_blocks"]
+
+RECURRENCE = Operation("recurrence", reference=recurrence_reference, eager=recurrence_eager)
 
 
 def recurrence(
@@ -37,9 +38,9 @@ def recurrence(
     Returns:
         outputs `(batch, length, hidden_size)` and the final states, as `states`.
     """
-    if pick_backend(backend, inputs.device, BACKENDS) == "reference":
-        return recurrence_reference(cell_type, inputs, states, weights)
-    return recurrence_eager(cell_type, inputs, states, weights)
+    run = RECURRENCE.load(RECURRENCE.pick(backend, inputs.device))
+    outputs, states = run(cell_type, inputs, states, weights)
+    return outputs, states
 
 
 def recurrence_blocks(
@@ -67,7 +68,7 @@ def recurrence_blocks(
     zero = tokens.new_zeros(1, states[0].shape[-1])
     if not sizes:
         return zero, states
-    if batch_sizes is not None and pick_backend(backend, tokens.device, BACKENDS) == "eager":
+    if batch_sizes is not None and RECURRENCE.pick(backend, tokens.device) == "eager":
         hidden, states = packed_eager(cell_type, tokens, batch_sizes, states, weights)
         return torch.cat([hidden, zero]), states
     outputs, ended, offset = [], [], 0

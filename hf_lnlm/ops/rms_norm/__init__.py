@@ -9,19 +9,47 @@ fused). Whatever is traced, not in float32 or not on the CPU takes torch's own o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..backend import pick_backend
-from ..operator import plain_tensors
+from ..backend import Operation, check_backend_name
+from ..operator import FLOATS, check_tensor, graph_step, plain_tensors
 from .eager import rms_norm_eager, rms_norm_eager_backward
 from .reference import rms_norm_reference
 
-BACKENDS = ("reference", "eager", "cpu")
+__all__ = ["RMS_NORM", "rms_norm"]
 
-__all__ = ["BACKENDS", "rms_norm"]
+
+def _keep(ctx: Any, inputs: Any, _output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _step(forward: Callable[..., torch.Tensor], backward: Callable[..., Any]) -> Any:
+    """Step of the graph of one backend, which keeps its inputs only."""
+
+    def differentiate(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        return *backward(grad, *ctx.saved_tensors, *ctx.options), None, None
+
+    return graph_step(forward, _keep, differentiate)
+
+
+def _cpu() -> Any:
+    from .cpu import rms_norm_cpu, rms_norm_cpu_backward
+
+    return _step(rms_norm_cpu, rms_norm_cpu_backward)
+
+
+RMS_NORM = Operation(
+    "rms_norm",
+    reference=rms_norm_reference,
+    eager=_step(rms_norm_eager, rms_norm_eager_backward),
+    cpu=_cpu,
+    limits="on a CPU in float32; torch's own operations elsewhere, in half precision and where it is traced",
+)
 
 
 def rms_norm(
@@ -40,7 +68,7 @@ def rms_norm(
         eps: added to the mean square.
         z: `(..., size)`, a gate before SiLU, or None.
         groups: groups of channels that are normalised apart.
-        backend: `auto`, `reference`, `eager`, `cpu` or `gpu`.
+        backend: `auto`, `reference`, `eager` or `cpu`.
 
     Returns:
         `(..., size)`, of `x`'s dtype. Without a gate, half precision is rounded before the weight is applied, as other
@@ -53,19 +81,19 @@ def rms_norm(
         raise ValueError(f"x must be (..., {tuple(weight.shape)}) of {groups} groups, got {tuple(x.shape)}")
     if z is not None and z.shape != x.shape:
         raise ValueError(f"z must have the shape of x, {tuple(x.shape)}, got {tuple(z.shape)}")
+    for name, tensor in (("x", x), ("weight", weight), ("z", z)):
+        check_tensor(name, tensor, x, FLOATS)
+    check_backend_name(backend, RMS_NORM.backends)
     if backend == "reference":
         return rms_norm_reference(x, weight, eps, z, groups).to(x.dtype)
-    if backend == "gpu" or not _runs_here(x, weight, z):
+    if not plain_tensors(x, weight, z):
         return _composite(x, weight, eps, z, groups)
-    chosen = pick_backend(backend, x.device, BACKENDS, x.dtype)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, z)):
-        return _RMSNorm.apply(x, weight, z, eps, groups, chosen)
-    return _forward(x, weight, z, eps, groups, chosen)
-
-
-def _runs_here(*tensors: torch.Tensor | None) -> bool:
-    """Tell whether all are plain float32 tensors of the CPU and nobody traces."""
-    return plain_tensors(*tensors) and all(t is None or (t.dtype is torch.float32 and t.is_cpu) for t in tensors)
+    chosen = RMS_NORM.pick(backend, x.device, x.dtype)
+    if not (x.is_cpu and all(t is None or t.dtype is torch.float32 for t in (x, weight, z))):
+        return _composite(x, weight, eps, z, groups)
+    step = RMS_NORM.load(chosen)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, z))
+    return (step.apply if wanted else step.forward)(x, weight, z, eps, groups)
 
 
 def _composite(x: torch.Tensor, weight: torch.Tensor, eps: float, z: torch.Tensor | None, groups: int) -> torch.Tensor:
@@ -75,37 +103,4 @@ def _composite(x: torch.Tensor, weight: torch.Tensor, eps: float, z: torch.Tenso
         return F.rms_norm(x, weight.shape, weight, eps)
     wide = x.to(dtype) if z is None else x.to(dtype) * F.silu(z.to(dtype))
     apart = wide.unflatten(-1, (groups, -1))
-    return weight * F.rms_norm(apart, apart.shape[-1:], None, eps).flatten(-2).to(x.dtype)
-
-
-def _forward(
-    x: torch.Tensor, weight: torch.Tensor, z: torch.Tensor | None, eps: float, groups: int, backend: str
-) -> torch.Tensor:
-    if backend == "cpu":
-        from .cpu import rms_norm_cpu
-
-        return rms_norm_cpu(x, weight, z, eps, groups)
-    return rms_norm_eager(x, weight, z, eps, groups)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Keeps its inputs only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, z: Any, eps: float, groups: int, backend: str) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, z)
-        ctx.options = eps, groups, backend
-        return _forward(x, weight, z, eps, groups, backend)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x, weight, z = ctx.saved_tensors
-        eps, groups, backend = ctx.options
-        if backend == "cpu":
-            from .cpu import rms_norm_cpu_backward
-
-            grads = rms_norm_cpu_backward(grad, x, weight, z, eps, groups)
-        else:
-            grads = rms_norm_eager_backward(grad, x, weight, z, eps, groups)
-        return (*grads, None, None, None)
+    return (weight * F.rms_norm(apart, apart.shape[-1:], None, eps).flatten(-2).to(x.dtype)).to(x.dtype)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..causal_conv.compiled import STRICT, compiled
-from ..causal_conv.cpu import flush
-from ..causal_conv.flat import DOUBLES, FLOATS, flat_rows, flat_vector
-from ..causal_conv.lanes import (
+from ..kernels.compiled import STRICT, compiled, part
+from ..kernels.flat import DOUBLES, FLOATS, flat_rows, flat_vector
+from ..kernels.simd import (
     WIDTH,
+    flush,
     fma,
     load_row,
     mul,
@@ -31,14 +31,31 @@ except ImportError as error:
 BLOCK = 64
 
 Vector = Any  # sixteen channels
-Inputs = Any  # addresses and strides: (x, stride, z or 0, stride, weight)
-Sizes = Any  # (rows, channels, groups)
+
+
+class Inputs(NamedTuple):
+    """Addresses of the tensors of `rms_norm`, `z` 0 without a gate, and strides from row to row."""
+
+    x: int
+    stride: int
+    z: int
+    gate_stride: int
+    weight: int
+
+
+class Sizes(NamedTuple):
+    """Sizes of a call."""
+
+    rows: int
+    channels: int
+    groups: int
+
 
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
 
 
-@compiled(STRICT, forceinline=True)
+@part(STRICT, forceinline=True)
 def _gated(inputs: Inputs, r: int, e: int, left: int) -> Vector:
     """`x · silu(z)` of sixteen channels of row `r`."""
     x, stride, z, gate_stride, _weight = inputs
@@ -49,7 +66,7 @@ def _gated(inputs: Inputs, r: int, e: int, left: int) -> Vector:
     return mul(mul(value, gate), sigmoid(gate))
 
 
-@compiled(STRICT, forceinline=True)
+@part(STRICT, forceinline=True)
 def _factor(squares: Vector, size: int, eps: Any) -> Any:
     """`1 / rms`, from sums of squares."""
     return _ONE / np.sqrt(total(squares) / np.float32(size) + eps)
@@ -69,21 +86,21 @@ def _forward(inputs: Inputs, y: int, sizes: Sizes, eps: Any) -> None:
             factor = splat(_factor(squares, size, eps))
             for e in range(begin, end, WIDTH):
                 left, at = end - e, r * channels + e
-                store_row(y, at, mul(mul(load_row(y, at, left), factor), load_row(inputs[4], e, left)), left)
+                store_row(y, at, mul(mul(load_row(y, at, left), factor), load_row(inputs.weight, e, left)), left)
 
 
-@compiled(STRICT)
+@part(STRICT)
 def _backward_group(
     inputs: Inputs, dy: int, r: int, begin: int, sizes: Sizes, eps: Any, dx: int, dz: int, part: int
 ) -> None:
     """Gradients of one group of one row; `dx` holds the gated values first, `part` sums the weight's gradient."""
-    channels, size = sizes[1], sizes[1] // sizes[2]
+    channels, size = sizes.channels, sizes.channels // sizes.groups
     end, squares, inner = begin + size, splat(_ZERO), splat(_ZERO)
     for e in range(begin, end, WIDTH):
         left, at = end - e, r * channels + e
         value = _gated(inputs, r, e, left)
         squares = fma(value, value, squares)
-        inner = fma(mul(load_row(dy, at, left), load_row(inputs[4], e, left)), value, inner)
+        inner = fma(mul(load_row(dy, at, left), load_row(inputs.weight, e, left)), value, inner)
         store_row(dx, at, value, left)
     factor = _factor(squares, size, eps)
     scale, pull = splat(factor), splat(-total(inner) * factor * factor / np.float32(size))
@@ -91,12 +108,12 @@ def _backward_group(
         left, at = end - e, r * channels + e
         value, g = load_row(dx, at, left), load_row(dy, at, left)
         store_row(part, e, fma(mul(g, value), scale, load_row(part, e, left)), left)
-        g = mul(fma(g, load_row(inputs[4], e, left), mul(value, pull)), scale)
-        if inputs[2] != 0:
-            gate = load_row(inputs[2], r * inputs[3] + e, left)
+        g = mul(fma(g, load_row(inputs.weight, e, left), mul(value, pull)), scale)
+        if inputs.z != 0:
+            gate = load_row(inputs.z, r * inputs.gate_stride + e, left)
             s = sigmoid(gate)
             bend = mul(s, fma(gate, sub(splat(_ONE), s), splat(_ONE)))
-            store_row(dz, at, mul(mul(g, load_row(inputs[0], r * inputs[1] + e, left)), bend), left)
+            store_row(dz, at, mul(mul(g, load_row(inputs.x, r * inputs.stride + e, left)), bend), left)
             g = mul(mul(g, gate), s)
         store_row(dx, at, g, left)
 
@@ -119,10 +136,10 @@ def rms_norm_cpu(
 ) -> torch.Tensor:
     """Forward pass; arguments as in `rms_norm`, all float32."""
     values, gates, scale = flat_rows(x), flat_rows(z), flat_vector(weight)
-    inputs = (values.address, values.stride, gates.address, gates.stride, scale.address)
+    inputs = Inputs(values.address, values.stride, gates.address, gates.stride, scale.address)
     y = torch.empty(x.shape, **FLOATS)
     size = x.shape[-1]
-    _forward(inputs, y.data_ptr(), (x.numel() // size, size, groups), np.float32(eps))
+    _forward(inputs, y.data_ptr(), Sizes(x.numel() // size, size, groups), np.float32(eps))
     return y
 
 
@@ -131,10 +148,10 @@ def rms_norm_cpu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Backward pass: gradients of `x`, `weight` and `z` (None without a gate)."""
     values, gates, scale, dy = flat_rows(x), flat_rows(z), flat_vector(weight), flat_vector(grad)
-    inputs = (values.address, values.stride, gates.address, gates.stride, scale.address)
+    inputs = Inputs(values.address, values.stride, gates.address, gates.stride, scale.address)
     size = x.shape[-1]
     dx, dz = torch.empty(x.shape, **FLOATS), None if z is None else torch.empty(x.shape, **FLOATS)
     part, totals = torch.zeros(padded_size(size), **FLOATS), torch.zeros(size, **DOUBLES)
     into = dx.data_ptr(), 0 if dz is None else dz.data_ptr(), part.data_ptr(), totals.data_ptr()
-    _backward(inputs, dy.address, (x.numel() // size, size, groups), np.float32(eps), *into)
+    _backward(inputs, dy.address, Sizes(x.numel() // size, size, groups), np.float32(eps), *into)
     return dx, totals.float(), dz

@@ -16,15 +16,51 @@ from typing import Any
 
 import torch
 
-from ..backend import pick_backend
-from ..operator import check_shape, runs_directly
-from .operator import run_selective_scan
+from ..backend import Operation, check_backend_name, own_precision
+from ..operator import FusedOperator, Passes, check_shape
+from .eager import BLOCK, selective_scan_eager, selective_scan_eager_backward
+from .inputs import INPUTS
 from .reference import selective_scan_reference
 from .step import selective_scan_step
 
-BACKENDS = ("reference", "eager", "cpu", "gpu")
+__all__ = ["SELECTIVE_SCAN", "selective_scan"]
 
-__all__ = ["BACKENDS", "selective_scan"]
+
+def _cpu() -> Passes:
+    from .cpu import selective_scan_cpu, selective_scan_cpu_backward, selective_scan_cpu_step
+
+    return Passes(selective_scan_cpu, selective_scan_cpu_backward, selective_scan_cpu_step)
+
+
+def _gpu() -> Passes:
+    from .gpu import selective_scan_gpu, selective_scan_gpu_backward
+
+    return Passes(selective_scan_gpu, selective_scan_gpu_backward, selective_scan_step)
+
+
+def _unfit(backend: str, *values: Any) -> str | None:
+    """Why a call's tensors and options do not suit a backend."""
+    grows = backend == "cpu" and (not values[-1] or bool((values[2] > 0).any()))
+    return "its states must not grow: it needs softplus and A ≤ 0" if grows else None
+
+
+SELECTIVE_SCAN = Operation(
+    "selective_scan",
+    reference=selective_scan_reference,
+    eager=Passes(selective_scan_eager, selective_scan_eager_backward, selective_scan_step),
+    cpu=_cpu,
+    gpu=_gpu,
+    unfit=_unfit,
+    limits="cpu needs softplus and A ≤ 0",
+)
+
+
+def _shapes(u: torch.Tensor, _dt: torch.Tensor, A: torch.Tensor, *rest: Any) -> tuple[tuple[int, ...], ...]:
+    state = (u.shape[0], A.shape[1], u.shape[2])
+    return state, (-(-u.shape[1] // BLOCK) if rest[-1] else 0, *state)
+
+
+_OPERATOR = FusedOperator(SELECTIVE_SCAN, __file__, INPUTS, "bool softplus", _shapes)
 
 
 def selective_scan(
@@ -69,23 +105,19 @@ def selective_scan(
     """
     _check(u, dt, A, B, C, backend)
     _check_optional(u, A, (D, dt_bias), z, initial_state, (mask, reset))
-    alone = u.shape[1] == 1 and mask is None and reset is None and backend != "reference"
-    if alone and runs_directly(u, dt, A, B, C, D, z, dt_bias, initial_state):
-        if pick_backend(backend, u.device, BACKENDS, u.dtype) == "cpu" and softplus:
-            from .cpu import selective_scan_cpu_step
-
-            return selective_scan_cpu_step(u, dt, A, B, C, D, z, dt_bias, initial_state)
-        return selective_scan_step(u, dt, A, B, C, D, z, dt_bias, initial_state, softplus)
+    mask = None if mask is None else mask != 0
     if reverse:
         u, dt, B, C = (t.flip(1) for t in (u, dt, B, C))
         z, mask, reset = (None if t is None else t.flip(1) for t in (z, mask, reset))
     if backend == "reference":
         y, state = selective_scan_reference(u, dt, A, B, C, D, z, dt_bias, initial_state, mask, reset, softplus)
-        y, state = y.to(u.dtype), state if u.dtype == torch.float64 else state.float()
+        state = state if u.dtype == torch.float64 else state.float()
     else:
-        tensors = (u, dt, A, B, C, D, z, dt_bias, initial_state, mask, reset)
-        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        y, state, _ = run_selective_scan(*tensors, softplus, backend, save)
+        call = u, dt, A, B, C, D, z, dt_bias, initial_state, mask, reset, softplus
+        run, save = _OPERATOR.prepare(backend, *call)
+        with own_precision(u.device):
+            y, state = run(*call, save)[:2]
+    y = y.to(u.dtype)
     return (y.flip(1) if reverse else y), state
 
 
@@ -99,8 +131,7 @@ def _check_optional(u: torch.Tensor, A: torch.Tensor, vectors: Any, z: Any, stat
 
 
 def _check(u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, backend: str) -> None:
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend_name(backend, SELECTIVE_SCAN.backends)
     if u.dim() != 3 or u.shape[1] == 0:
         raise ValueError(f"u must be (batch, length ≥ 1, channels), got {tuple(u.shape)}")
     if dt.shape != u.shape:

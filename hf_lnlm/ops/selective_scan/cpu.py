@@ -13,18 +13,18 @@ Complexity: O(B · L · E · N) time, O(B · L · E · N / BLOCK) memory when gr
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..causal_conv.compiled import STRICT, compiled
-from ..causal_conv.cpu import flush
-from ..causal_conv.flat import DOUBLES, FLOATS, Flat, flat_bytes, flat_rows, flat_vector
-from ..causal_conv.lanes import (
+from ..kernels.compiled import STRICT, compiled, part
+from ..kernels.flat import DOUBLES, FLOATS, flat_bytes, flat_rows, flat_vector
+from ..kernels.simd import (
     WIDTH,
     add,
     decay,
     exp,
+    flush,
     fma,
     load,
     load_column,
@@ -42,6 +42,7 @@ from ..causal_conv.lanes import (
     total,
     write_float,
 )
+from .inputs import INPUTS
 
 try:
     import numpy as np
@@ -56,12 +57,81 @@ TILE = 8
 BLOCKS = 4
 
 Vector = Any  # sixteen channels
-Operands = (
-    Any  # addresses and strides: (u, stride, dt, stride, z, stride, A, B, stride, C, stride, D, dt_bias, mask, reset)
-)
-Sizes = Any  # (batch, length, channels, states, padded channels)
 Scratch = Any  # addresses of buffers
 Tile = Any  # (first state, number of states)
+
+
+class Operands(NamedTuple):
+    """Addresses of the tensors of `selective_scan`, 0 for absent ones, and strides from token to token."""
+
+    u: int
+    u_stride: int
+    dt: int
+    dt_stride: int
+    z: int
+    z_stride: int
+    A: int
+    B: int
+    B_stride: int
+    C: int
+    C_stride: int
+    D: int
+    dt_bias: int
+    mask: int
+    reset: int
+
+
+class Sizes(NamedTuple):
+    """Sizes of a call; `padded` are the channels rounded up to whole vectors."""
+
+    batch: int
+    length: int
+    channels: int
+    states: int
+    padded: int
+
+
+class Tokens(NamedTuple):
+    """Addresses of buffers with a row of padded channels a token of a block."""
+
+    delta: int
+    source: int
+    grad: int
+    gain: int
+    pull: int
+
+
+class Packed(NamedTuple):
+    """Addresses of packed arrays: two of all channels, then those of sixteen in a block, and sums."""
+
+    a: int
+    carry: int
+    decays: int
+    history: int
+    dA: int
+    dB: int
+    dC: int
+
+
+class Gate(NamedTuple):
+    """Addresses of more buffers like `Tokens`; `sums` holds a part of the gradients of `D` and `dt_bias`."""
+
+    slope: int
+    y: int
+    sums: int
+    bend: int
+
+
+class Out(NamedTuple):
+    """Addresses of gradients that have a row a token."""
+
+    du: int
+    ddt: int
+    dz: int
+    dB: int
+    dC: int
+    dz_stride: int
+
 
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
@@ -69,92 +139,92 @@ _LN2 = np.float32(0.6931471805599453)
 _LOG2E = np.float32(1.4426950408889634)
 
 
-@compiled(STRICT)
+@part(STRICT)
 def _pack(source: int, at: int, factor: Any, packed: int, sizes: Sizes) -> None:
     """`(N, E)` numbers from element `at` on, times a factor, into a packed array."""
-    channels, states = sizes[2], sizes[3]
+    channels, states = sizes.channels, sizes.states
     for e in range(0, channels, WIDTH):
         for n in range(states):
             row = load_row(source, at + n * channels + e, channels - e)
             store(packed, e * states + n * WIDTH, mul(row, splat(factor)))
 
 
-@compiled(STRICT)
+@part(STRICT)
 def _unpack(packed: int, target: int, at: int, sizes: Sizes) -> None:
     """A packed array into `(N, E)` numbers from element `at` on."""
-    channels, states = sizes[2], sizes[3]
+    channels, states = sizes.channels, sizes.states
     for e in range(0, channels, WIDTH):
         for n in range(states):
             store_row(target, at + n * channels + e, load(packed, e * states + n * WIDTH), channels - e)
 
 
-@compiled(STRICT, forceinline=True)
+@part(STRICT, forceinline=True)
 def _real(operands: Operands, i: int) -> bool:
     """Whether token `i` counts."""
-    return operands[13] == 0 or read_byte(operands[13], i) != 0
+    return operands.mask == 0 or read_byte(operands.mask, i) != 0
 
 
-@compiled(STRICT, forceinline=True)
+@part(STRICT, forceinline=True)
 def _fresh(operands: Operands, i: int) -> bool:
     """Whether token `i` forgets the state before it."""
-    return operands[14] != 0 and read_byte(operands[14], i) != 0 and _real(operands, i)
+    return operands.reset != 0 and read_byte(operands.reset, i) != 0 and _real(operands, i)
 
 
-@compiled(STRICT, forceinline=True)
+@part(STRICT, forceinline=True)
 def _raw_step(operands: Operands, i: int, e: int, left: int) -> Vector:
     """`dt + dt_bias`."""
-    raw = load_row(operands[2], i * operands[3] + e, left)
-    return add(raw, load_row(operands[12], e, left)) if operands[12] != 0 else raw
+    raw = load_row(operands.dt, i * operands.dt_stride + e, left)
+    return add(raw, load_row(operands.dt_bias, e, left)) if operands.dt_bias != 0 else raw
 
 
-@compiled(STRICT, forceinline=True)
+@part(STRICT, forceinline=True)
 def _skip(operands: Operands, e: int, left: int) -> Vector:
     """`D`."""
-    return load_row(operands[11], e, left) if operands[11] != 0 else splat(_ZERO)
+    return load_row(operands.D, e, left) if operands.D != 0 else splat(_ZERO)
 
 
-@compiled(STRICT)
+@part(STRICT)
 def _discretise(operands: Operands, i: int, j: int, sizes: Sizes, delta: int, source: int) -> None:
     """`Δ = softplus(dt + bias)` and `Δ u` of token `i`, row `j` of the block; zeros if it is masked."""
-    channels, padded = sizes[2], sizes[4]
+    channels, padded = sizes.channels, sizes.padded
     real = _real(operands, i)
     for e in range(0, channels, WIDTH):
         step, value = splat(_ZERO), splat(_ZERO)
         if real:
             step = softplus(_raw_step(operands, i, e, channels - e))
-            value = mul(step, load_row(operands[0], i * operands[1] + e, channels - e))
+            value = mul(step, load_row(operands.u, i * operands.u_stride + e, channels - e))
         store(delta, j * padded + e, step)
         store(source, j * padded + e, value)
 
 
-@compiled(STRICT)
+@part(STRICT)
 def _advance(operands: Operands, i: int, count: int, e: int, sizes: Sizes, scratch: Scratch) -> None:
     """Sixteen channels through the block that begins at token `i`: `h ← exp(Δ A) h + Δ u B`, `y = Σ_n h C`."""
-    states, padded = sizes[3], sizes[4]
+    states, padded = sizes.states, sizes.padded
     delta, source, rows, state, a = scratch
     for j in range(count):
-        b, c = (i + j) * operands[8], (i + j) * operands[10]
+        b, c = (i + j) * operands.B_stride, (i + j) * operands.C_stride
         d, s, y = load(delta, j * padded + e), load(source, j * padded + e), splat(_ZERO)
         fresh = _fresh(operands, i + j)
         for n in range(states):
             at = e * states + n * WIDTH
             h = splat(_ZERO) if fresh else load(state, at)
-            h = fma(decay(mul(d, load(a, at))), h, mul(s, splat(read_float(operands[7], b + n))))
+            h = fma(decay(mul(d, load(a, at))), h, mul(s, splat(read_float(operands.B, b + n))))
             store(state, at, h)
-            y = fma(h, splat(read_float(operands[9], c + n)), y)
+            y = fma(h, splat(read_float(operands.C, c + n)), y)
         store(rows, j * padded + e, y)
 
 
-@compiled(STRICT)
+@part(STRICT)
 def _emit(operands: Operands, i: int, j: int, sizes: Sizes, rows: int, y: int) -> None:
     """Write `(y + D u) · silu(z)` of token `i`, row `j` of the block."""
-    channels, padded = sizes[2], sizes[4]
+    channels, padded = sizes.channels, sizes.padded
     for e in range(0, channels, WIDTH):
         left = channels - e
-        u = load_row(operands[0], i * operands[1] + e, left)
+        u = load_row(operands.u, i * operands.u_stride + e, left)
         value = fma(_skip(operands, e, left), u, load(rows, j * padded + e))
-        if operands[4] != 0:
-            gate = load_row(operands[4], i * operands[5] + e, left)
+        if operands.z != 0:
+            gate = load_row(operands.z, i * operands.z_stride + e, left)
             value = mul(mul(value, gate), sigmoid(gate))
         store_row(y, i * channels + e, value, left)
 
@@ -162,10 +232,10 @@ def _emit(operands: Operands, i: int, j: int, sizes: Sizes, rows: int, y: int) -
 @compiled(STRICT)
 def _forward(operands: Operands, h: int, y: int, entries: int, scratch: Scratch, sizes: Sizes) -> None:
     """All rows and tokens; `h` `(B, N, E)` enters as the initial and leaves as the final state."""
-    batch, length, channels, states = sizes[0], sizes[1], sizes[2], sizes[3]
+    batch, length, channels, states = sizes.batch, sizes.length, sizes.channels, sizes.states
     delta, source, rows, state, a = scratch
     one_state = states * channels
-    _pack(operands[6], 0, _LOG2E, a, sizes)
+    _pack(operands.A, 0, _LOG2E, a, sizes)
     for r in range(batch):
         _pack(h, r * one_state, _ONE, state, sizes)
         for first in range(0, length, BLOCK):
@@ -182,39 +252,39 @@ def _forward(operands: Operands, h: int, y: int, entries: int, scratch: Scratch,
         _unpack(state, h, r * one_state, sizes)
 
 
-@compiled(STRICT)
+@part(STRICT)
 def _prepare(operands: Operands, i: int, j: int, sizes: Sizes, dy: int, slope: int, bend: int, grad: int) -> None:
     """Derivatives of `Δ` and of the gate and the gradient before the gate, of token `i`, row `j` of the block."""
-    channels, padded = sizes[2], sizes[4]
+    channels, padded = sizes.channels, sizes.padded
     real = _real(operands, i)
     for e in range(0, channels, WIDTH):
         left = channels - e
         store(slope, j * padded + e, sigmoid(_raw_step(operands, i, e, left)) if real else splat(_ZERO))
         g = load_row(dy, i * channels + e, left)
-        if operands[4] != 0:
-            gate = load_row(operands[4], i * operands[5] + e, left)
+        if operands.z != 0:
+            gate = load_row(operands.z, i * operands.z_stride + e, left)
             s = sigmoid(gate)
             store(bend, j * padded + e, mul(s, fma(gate, sub(splat(_ONE), s), splat(_ONE))))
             g = mul(mul(g, gate), s)
         store(grad, j * padded + e, g)
 
 
-@compiled(STRICT, forceinline=True)
+@part(STRICT, forceinline=True)
 def _gather(rows: int, at: int, value: Vector, low: int) -> None:
     """Write a sum over the first tile of states, or add one over a later tile."""
     store(rows, at, value if low == 0 else add(load(rows, at), value))
 
 
-@compiled(STRICT)
+@part(STRICT)
 def _replay(
-    operands: Operands, i: int, count: int, e: int, tile: Tile, sizes: Sizes, rows: Scratch, packed: Scratch, y: int
+    operands: Operands, i: int, count: int, e: int, tile: Tile, sizes: Sizes, rows: Tokens, packed: Packed, y: int
 ) -> None:
     """The block again for sixteen channels, keeping its decays and states this time; outputs added to rows of `y`."""
-    states, padded, (low, wide) = sizes[3], sizes[4], tile
-    delta, source = rows[0], rows[1]
-    a, decays, history = packed[0], packed[2], packed[3]
+    states, padded, (low, wide) = sizes.states, sizes.padded, tile
+    delta, source = rows.delta, rows.source
+    a, decays, history = packed.a, packed.decays, packed.history
     for j in range(count):
-        b, c = (i + j) * operands[8], (i + j) * operands[10]
+        b, c = (i + j) * operands.B_stride, (i + j) * operands.C_stride
         d, s, value = load(delta, j * padded + e), load(source, j * padded + e), splat(_ZERO)
         fresh = _fresh(operands, i + j)
         for k in range(wide):
@@ -222,33 +292,33 @@ def _replay(
             h, p = splat(_ZERO), splat(_ZERO)
             if not fresh:
                 h, p = load(history, at), decay(mul(d, load(a, e * states + n * WIDTH)))
-            h = fma(p, h, mul(s, splat(read_float(operands[7], b + n))))
+            h = fma(p, h, mul(s, splat(read_float(operands.B, b + n))))
             store(decays, at, p)
             store(history, at + wide * WIDTH, h)
-            value = fma(h, splat(read_float(operands[9], c + n)), value)
+            value = fma(h, splat(read_float(operands.C, c + n)), value)
         _gather(y, j * padded + e, value, low)
 
 
-@compiled(STRICT)
+@part(STRICT)
 def _retreat(
-    operands: Operands, i: int, count: int, e: int, tile: Tile, sizes: Sizes, rows: Scratch, packed: Scratch
+    operands: Operands, i: int, count: int, e: int, tile: Tile, sizes: Sizes, rows: Tokens, packed: Packed
 ) -> None:
     """The adjoint recurrence `g ← exp(Δ_{t+1} A) g + C_t ∂y_t` for sixteen channels, and its part of every gradient."""
-    states, padded, (low, wide) = sizes[3], sizes[4], tile
+    states, padded, (low, wide) = sizes.states, sizes.padded, tile
     delta, source, grad, gain, pull = rows
     a, carry, decays, history, da, db, dc = packed
     for j in range(count - 1, -1, -1):
-        b, c = (i + j) * operands[8], (i + j) * operands[10]
+        b, c = (i + j) * operands.B_stride, (i + j) * operands.C_stride
         row = j * padded + e
         d, s, dy = load(delta, row), load(source, row), load(grad, row)
         to_u, to_step = splat(_ZERO), splat(_ZERO)
         for k in range(wide):
             n = low + k
             at, place = (j * wide + k) * WIDTH, e * states + n * WIDTH
-            g = fma(splat(read_float(operands[9], c + n)), dy, load(carry, place))
+            g = fma(splat(read_float(operands.C, c + n)), dy, load(carry, place))
             store(dc, at, fma(load(history, at + wide * WIDTH), dy, load(dc, at)))
             store(db, at, fma(g, s, load(db, at)))
-            to_u = fma(g, splat(read_float(operands[7], b + n)), to_u)
+            to_u = fma(g, splat(read_float(operands.B, b + n)), to_u)
             g = mul(g, load(decays, at))
             store(carry, place, g)
             g = mul(g, load(history, at))
@@ -258,29 +328,28 @@ def _retreat(
         _gather(pull, row, to_step, low)
 
 
-@compiled(STRICT)
-def _write(operands: Operands, i: int, j: int, sizes: Sizes, dy: int, rows: Scratch, more: Scratch, out: Any) -> None:
+@part(STRICT)
+def _write(operands: Operands, i: int, j: int, sizes: Sizes, dy: int, rows: Tokens, more: Gate, out: Out) -> None:
     """Gradients of `u`, `dt` and `z` of token `i`, row `j` of the block, and its part of those of `D` and `dt_bias`."""
-    channels, padded = sizes[2], sizes[4]
+    channels, padded = sizes.channels, sizes.padded
     delta, _source, grad, gain, pull = rows
     slope, y, sums, bend = more
-    du, ddt, dz = out[0], out[1], out[2]
     for e in range(0, channels, WIDTH):
         left, row, at = channels - e, j * padded + e, i * channels + e
-        u, skip, g = load_row(operands[0], i * operands[1] + e, left), _skip(operands, e, left), load(grad, row)
+        u, skip, g = load_row(operands.u, i * operands.u_stride + e, left), _skip(operands, e, left), load(grad, row)
         slant = mul(
             fma(load(gain, row), u, mul(load(pull, row), splat(_LN2))), load(slope, row)
         )  # `A` is in powers of 2
-        store_row(ddt, at, slant, left)
-        store_row(du, at, fma(load(gain, row), load(delta, row), mul(skip, g)), left)
+        store_row(out.ddt, at, slant, left)
+        store_row(out.du, at, fma(load(gain, row), load(delta, row), mul(skip, g)), left)
         store(sums, e, fma(g, u, load(sums, e)))
         store(sums, padded + e, add(slant, load(sums, padded + e)))
-        if operands[4] != 0:
+        if operands.z != 0:
             value = mul(fma(skip, u, load(y, row)), load_row(dy, at, left))
-            store_row(dz, i * out[5] + e, mul(value, load(bend, row)), left)
+            store_row(out.dz, i * out.dz_stride + e, mul(value, load(bend, row)), left)
 
 
-@compiled(STRICT)
+@part(STRICT)
 def _collect(part: int, i: int, count: int, tile: Tile, states: int, target: int) -> None:
     """Sum each token's gradient of `B` or `C` over the lanes, and clear the buffer."""
     low, wide = tile
@@ -291,62 +360,63 @@ def _collect(part: int, i: int, count: int, tile: Tile, states: int, target: int
             store(part, at, splat(_ZERO))
 
 
-@compiled(STRICT)
+@part(STRICT)
 def _backward_block(
-    operands: Operands, r: int, k: int, sizes: Sizes, dy: int, entries: int, rows: Scratch, packed: Scratch, more: Any,
-    out: Any,
+    operands: Operands, r: int, k: int, sizes: Sizes, dy: int, entries: int, rows: Tokens, packed: Packed, more: Gate,
+    out: Out,
 ) -> None:  # fmt: skip
     """Replay a block of tokens, then retreat through it."""
-    batch, length, channels, states = sizes[0], sizes[1], sizes[2], sizes[3]
+    batch, length, channels, states = sizes.batch, sizes.length, sizes.channels, sizes.states
     i = r * length + k * BLOCK
     count = min(BLOCK, length - k * BLOCK)
     for j in range(count):
-        _discretise(operands, i + j, j, sizes, rows[0], rows[1])
-        _prepare(operands, i + j, j, sizes, dy, more[0], more[3], rows[2])
+        _discretise(operands, i + j, j, sizes, rows.delta, rows.source)
+        _prepare(operands, i + j, j, sizes, dy, more.slope, more.bend, rows.grad)
     for low in range(0, states, TILE):
         tile = (low, min(TILE, states - low))
         for e in range(0, channels, WIDTH):
             for n in range(tile[1]):
                 entry = load_row(entries, ((k * batch + r) * states + low + n) * channels + e, channels - e)
-                store(packed[3], n * WIDTH, entry)
-            _replay(operands, i, count, e, tile, sizes, rows, packed, more[1])
+                store(packed.history, n * WIDTH, entry)
+            _replay(operands, i, count, e, tile, sizes, rows, packed, more.y)
             _retreat(operands, i, count, e, tile, sizes, rows, packed)
-        _collect(packed[5], i, count, tile, states, out[3])
-        _collect(packed[6], i, count, tile, states, out[4])
+        _collect(packed.dB, i, count, tile, states, out.dB)
+        _collect(packed.dC, i, count, tile, states, out.dC)
     for j in range(count):
         _write(operands, i + j, j, sizes, dy, rows, more, out)
 
 
 @compiled(STRICT)
 def _backward(
-    operands: Operands, entries: int, dy: int, dh: int, totals: Any, rows: Scratch, packed: Scratch, more: Any,
-    out: Any, sizes: Sizes,
+    operands: Operands, entries: int, dy: int, dh: int, of_a: int, of_skip: int, rows: Tokens, packed: Packed, more: Gate,
+    out: Out, sizes: Sizes,
 ) -> None:  # fmt: skip
-    """Blocks from last to first. `dh` enters as ∂final and leaves as ∂initial state; `totals` are ∂A and ∂D, ∂dt_bias."""
+    """Blocks from last to first. `dh` enters as ∂final, leaves as ∂initial state; `of_a` is ∂A, `of_skip` ∂D, ∂dt_bias."""
     batch, length, channels, states, padded = sizes
     one_state = states * channels
-    _pack(operands[6], 0, _LOG2E, packed[0], sizes)
+    _pack(operands.A, 0, _LOG2E, packed.a, sizes)
     for r in range(batch):
-        _pack(dh, r * one_state, _ONE, packed[1], sizes)
+        _pack(dh, r * one_state, _ONE, packed.carry, sizes)
         for k in range((length + BLOCK - 1) // BLOCK - 1, -1, -1):
             _backward_block(operands, r, k, sizes, dy, entries, rows, packed, more, out)
             if k % BLOCKS == 0:
-                flush(packed[4], totals[0], padded * states)
-                flush(more[2], totals[1], 2 * padded)
-        _unpack(packed[1], dh, r * one_state, sizes)
+                flush(packed.dA, of_a, padded * states)
+                flush(more.sums, of_skip, 2 * padded)
+        _unpack(packed.carry, dh, r * one_state, sizes)
 
 
-def _operands(call: dict[str, Any]) -> tuple[list[Flat], tuple[int, ...], tuple[int, ...]]:
+def _operands(call: dict[str, Any]) -> tuple[Any, Operands, Sizes]:
     """Turn the operator's tensors into memory to keep alive, the kernels' operands and sizes."""
-    u, mask = call["u"], call["mask"]
-    batch, length, channels = u.shape
-    kept = [flat_rows(call[name]) for name in ("u", "dt", "z", "B", "C")]
-    kept += [flat_vector(call["A"].t()), flat_vector(call["D"]), flat_vector(call["dt_bias"])]
-    kept += [flat_bytes(None if mask is None else mask != 0), flat_bytes(call["reset"])]
-    rows = [number for flat in kept[:3] for number in (flat.address, flat.stride)]
-    mixing = [number for flat in kept[3:5] for number in (flat.address, flat.stride)]
-    operands = (*rows, kept[5].address, *mixing, *(flat.address for flat in kept[6:]))
-    return kept, operands, (batch, length, channels, call["A"].shape[1], padded_size(channels))
+    batch, length, channels = call["u"].shape
+    mask = call["mask"]
+    rows = u, dt, z, B, C = tuple(map(flat_rows, (call["u"], call["dt"], call["z"], call["B"], call["C"])))
+    vectors = A, D, bias = tuple(map(flat_vector, (call["A"].t(), call["D"], call["dt_bias"])))
+    marks = real, reset = flat_bytes(None if mask is None else mask != 0), flat_bytes(call["reset"])
+    operands = Operands(
+        u.address, u.stride, dt.address, dt.stride, z.address, z.stride, A.address, B.address, B.stride, C.address,
+        C.stride, D.address, bias.address, real.address, reset.address,
+    )  # fmt: skip
+    return (rows, vectors, marks), operands, Sizes(batch, length, channels, call["A"].shape[1], padded_size(channels))
 
 
 def _writable(state: torch.Tensor) -> torch.Tensor:
@@ -360,19 +430,11 @@ def _buffers(*sizes: int) -> tuple[list[torch.Tensor], tuple[int, ...]]:
     return tensors, tuple(tensor.data_ptr() for tensor in tensors)
 
 
-def selective_scan_cpu(
-    call: dict[str, Any], save: bool, into: tuple[torch.Tensor, torch.Tensor] | None = None
-) -> tuple[torch.Tensor, ...]:
-    """Forward pass, with `Δ = softplus(dt + dt_bias)` and `A ≤ 0`.
-
-    Args:
-        call: the operator's tensors by name (see `selective_scan`), absent ones None.
-        save: whether to return the states at the blocks' entries for the backward pass.
-        into: memory for outputs and entry states, of the right sizes, or None for new tensors.
-
-    Returns:
-        `y` `(B, L, E)` float32, final state `(B, N, E)` float32, entry states `(blocks, B, N, E)` or empty.
+def selective_scan_cpu(*values: Any) -> tuple[torch.Tensor, ...]:
+    """Forward pass, with `Δ = softplus(dt + dt_bias)` and `A ≤ 0`; arguments and results as in `selective_scan_eager`,
+    always float32.
     """
+    call, (_softplus, save, *into) = INPUTS.split(values)
     _kept, operands, sizes = _operands(call)
     batch, length, channels, states, padded = sizes
     shape = (batch, states, channels)
@@ -387,22 +449,12 @@ def selective_scan_cpu(
 def selective_scan_cpu_backward(
     grad_y: torch.Tensor,
     grad_state: torch.Tensor,
-    call: dict[str, Any],
     entries: torch.Tensor,
+    *values: Any,
     into: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Backward pass.
-
-    Args:
-        grad_y: `(B, L, E)`.
-        grad_state: `(B, N, E)`, gradient of the final state.
-        call: the forward pass's tensors by name.
-        entries: the entry states that the forward pass returned.
-        into: where to write the gate's gradient, float32 `(B, L, E)` with evenly spaced rows; None for a new tensor.
-
-    Returns:
-        Gradients by argument name, float32; `A`'s as `(E, N)`.
-    """
+    """Backward pass; arguments and results as in `selective_scan_eager_backward`, always float32."""
+    call, _options = INPUTS.split(values)
     _kept, operands, sizes = _operands(call)
     batch, length, channels, states, padded = sizes
     shape = (batch, length, channels)
@@ -414,12 +466,14 @@ def selective_scan_cpu_backward(
     sums = torch.zeros(2, padded, **DOUBLES)
     dh, dy = _writable(grad_state), flat_vector(grad_y)
     many, few = BLOCK * padded, BLOCK * TILE * WIDTH
-    _rows, rows = _buffers(*[many] * 5)
+    _rows, tokens = _buffers(*[many] * 5)
     _packed, packed = _buffers(states * padded, states * padded, few, few + TILE * WIDTH, states * padded, few, few)
-    _more, more = _buffers(many, many, 2 * padded, many)
-    out = (*(tensor.data_ptr() for tensor in (du, ddt, dz, db, dc)), dz.stride(-2) if dz.dim() > 1 else 0)
-    totals = (da.data_ptr(), sums.data_ptr())
-    _backward(operands, entries.data_ptr(), dy.address, dh.data_ptr(), totals, rows, packed, more, out, sizes)
+    _more, gate = _buffers(many, many, 2 * padded, many)
+    written = (tensor.data_ptr() for tensor in (du, ddt, dz, db, dc))
+    out = Out._make((*written, dz.stride(-2) if dz.dim() > 1 else 0))
+    totals = da.data_ptr(), sums.data_ptr()
+    buffers = Tokens(*tokens), Packed(*packed), Gate(*gate)
+    _backward(operands, entries.data_ptr(), dy.address, dh.data_ptr(), *totals, *buffers, out, sizes)
     by_channel = da.transpose(1, 2).flatten(0, 1)[:channels]
     skip, bias = (row[:channels].float() for row in sums)
     grads = {"u": du, "dt": ddt, "z": dz, "A": by_channel.float(), "D": skip, "dt_bias": bias}
@@ -464,6 +518,7 @@ def selective_scan_cpu_step(
     z: torch.Tensor | None,
     dt_bias: torch.Tensor | None,
     state: torch.Tensor | None,
+    *_rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token; arguments and results as in `selective_scan_step` with softplus."""
     rows = [flat_rows(tensor) for tensor in (u, dt, z, B, C)]
@@ -475,4 +530,4 @@ def selective_scan_cpu_step(
     last = torch.empty(batch, A.shape[1], channels, **FLOATS)
     mixing = (*to_state, *from_state, skip, bias, carried)
     _step(*x, *steps, *gates, rates, *mixing, batch, channels, A.shape[1], y.data_ptr(), last.data_ptr())
-    return y.to(u.dtype), last
+    return y, last

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .inputs import INPUTS
+
 BLOCK = 16
 # Tokens whose operations without states are done at once, and whose sums are added in float64.
 SPAN = 4 * BLOCK
@@ -99,10 +101,18 @@ def _blocks(span: Block, size: int, *names: str) -> list[Block]:
     return [_cut(parts, first, min(size, length - first)) for first in range(0, length, size)]
 
 
-def selective_scan_eager(
-    call: dict[str, Any], softplus: bool, save: bool, into: tuple[torch.Tensor, torch.Tensor] | None = None
-) -> tuple[torch.Tensor, ...]:
-    """Forward pass; arguments and results as in `selective_scan_cpu`."""
+def selective_scan_eager(*values: Any) -> tuple[torch.Tensor, ...]:
+    """Forward pass.
+
+    Args:
+        values: the tensors of `INPUTS`, absent ones None; whether step sizes go through softplus; whether to return the
+            states at the blocks' entries for the backward pass; memory for outputs and entry states, of the right sizes,
+            if they are to be written there.
+
+    Returns:
+        `y` `(B, L, E)`, final state `(B, N, E)`, entry states `(blocks, B, N, E)` or empty, in the computation's dtype.
+    """
+    call, (softplus, save, *into) = INPUTS.split(values)
     size = BLOCK if save else 2 * BLOCK
     o = Operands(call, softplus)
     shape = (o.batch, *o.a.shape)
@@ -167,12 +177,23 @@ class Workspace:
 def selective_scan_eager_backward(
     grad_y: torch.Tensor,
     grad_state: torch.Tensor,
-    call: dict[str, Any],
     entries: torch.Tensor,
-    softplus: bool,
+    *values: Any,
     into: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Backward pass; arguments and results as in `selective_scan_cpu_backward`."""
+    """Backward pass.
+
+    Args:
+        grad_y: `(B, L, E)`.
+        grad_state: `(B, N, E)`, gradient of the final state.
+        entries: the entry states that the forward pass returned.
+        values: as in the forward pass, but the last.
+        into: where to write the gate's gradient, `(B, L, E)` with evenly spaced rows; None for a new tensor.
+
+    Returns:
+        Gradients by argument name, in the computation's dtype; `A`'s as `(E, N)`.
+    """
+    call, (softplus,) = INPUTS.split(values)
     o = Operands(call, softplus, grad_y)
     w = Workspace(o, call, into)
     o.parts |= w.parts

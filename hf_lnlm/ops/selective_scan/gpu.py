@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..triton_math import exp2, kernel, power_of_two, sigmoid, softplus, tl
+from ..kernels.triton_math import exp2, kernel, power_of_two, sigmoid, softplus, tl
+from .inputs import INPUTS
 
 try:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
@@ -327,17 +328,13 @@ def _by_mamba_ssm(call: dict[str, Any], softplus: bool) -> tuple[torch.Tensor, .
     return y.transpose(1, 2).contiguous(), state, state.new_empty(0, *state.shape)
 
 
-def selective_scan_gpu(call: dict[str, Any], softplus: bool, save: bool) -> tuple[torch.Tensor, ...]:
-    """Forward pass.
-
-    Args:
-        call: the operator's tensors by name (see `selective_scan`), absent ones None.
-        softplus: whether the step size goes through softplus.
-        save: whether to return the states at the blocks' entries for the backward pass.
+def selective_scan_gpu(*values: Any) -> tuple[torch.Tensor, ...]:
+    """Forward pass; arguments as in `selective_scan_eager`.
 
     Returns:
-        `y` `(B, L, E)`, final state `(B, N, E)` float32, entry states `(blocks, B, N, E)` or empty.
+        `y` `(B, L, E)` in the input's dtype, final state `(B, N, E)` float32, entry states `(blocks, B, N, E)` or empty.
     """
+    call, (softplus, save) = INPUTS.split(values)
     plain = all(call[name] is None for name in ("initial_state", "mask", "reset"))
     if selective_scan_fn is not None and plain and not save:
         return _by_mamba_ssm(call, softplus)
@@ -356,20 +353,10 @@ def selective_scan_gpu(call: dict[str, Any], softplus: bool, save: bool) -> tupl
 
 
 def selective_scan_gpu_backward(
-    grad_y: torch.Tensor, grad_state: torch.Tensor, call: dict[str, Any], entries: torch.Tensor, softplus: bool
+    grad_y: torch.Tensor, grad_state: torch.Tensor, entries: torch.Tensor, *values: Any
 ) -> dict[str, torch.Tensor]:
-    """Backward pass.
-
-    Args:
-        grad_y: `(B, L, E)`.
-        grad_state: `(B, N, E)`, gradient of the final state.
-        call: the forward pass's tensors by name.
-        entries: the entry states that the forward pass returned.
-        softplus: as in the forward pass.
-
-    Returns:
-        Gradients by argument name, float32; `A`'s as `(E, N)`.
-    """
+    """Backward pass; arguments and results as in `selective_scan_eager_backward`, always float32."""
+    call, (softplus,) = INPUTS.split(values)
     operands, strides, sizes = _operands(call, softplus, True)
     batch, length, channels = call["u"].shape
     grid, warps = _launch(sizes, batch)

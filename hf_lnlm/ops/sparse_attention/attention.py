@@ -11,15 +11,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..backend import pick_backend
+from ..backend import Operation
 from .dense import attend_rows, dense_plan
 from .eager import sparse_attention_eager
-from .pattern import SparsePattern, logical_positions
+from .pattern import SparsePattern, Tokens, logical_positions
 from .reference import sparse_attention_reference
 from .step import repeat_heads
-
-BACKENDS = ("reference", "eager")
-"""What `backend` may be, beside "auto"."""
 
 
 def sparse_attention(
@@ -43,7 +40,7 @@ def sparse_attention(
         mask: bool `(batch, length)`, True at real tokens; None = all are real.
         scale: factor of the scores; `1/√head_dim` by default.
         dropout: probability of dropping an attention weight (0 outside training).
-        backend: "auto" or one of `BACKENDS`.
+        backend: `auto`, `reference` or `eager`.
 
     Returns:
         `(batch, heads, length, head_dim)`, zero at padding and where a query sees no key.
@@ -57,54 +54,44 @@ def sparse_attention(
         if rows is not None:  # the shortest way through: of a short text's time, every check is a share
             return attend_rows(query, key, value, rows, shape[3] ** -0.5 if scale is None else scale)
     patterns = (patterns,) if isinstance(patterns, SparsePattern) else tuple(patterns)
-    _check(query, key, value, patterns, mask, dropout)
+    _check((query, key, value), patterns, mask, dropout)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     traced = torch.compiler.is_compiling()
     if not traced and mask is not None and bool(mask.all()):
         mask = None
-    picked = pick_backend(backend, query.device, BACKENDS)
-    attend = _reference if traced or picked == "reference" else _compacted
+    attend = SPARSE_ATTENTION.load("reference" if traced else SPARSE_ATTENTION.pick(backend, query.device))
     if len(patterns) == 1:
-        return attend(query, key, value, patterns[0], mask, scale, dropout)
-    groups = zip(*(x.chunk(len(patterns), dim=1) for x in (query, key, value)), patterns, strict=True)
-    return torch.cat([attend(q, k, v, pattern, mask, scale, dropout) for q, k, v, pattern in groups], dim=1)
+        return attend((query, key, value), patterns[0], mask, scale, dropout)
+    groups = zip(*(x.chunk(len(patterns), dim=1) for x in (query, key, value)), strict=True)
+    return torch.cat([attend(*of, mask, scale, dropout) for of in zip(groups, patterns, strict=True)], dim=1)
 
 
 def _reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: SparsePattern,
-    mask: torch.Tensor | None,
-    scale: float,
-    dropout: float,
+    tokens: Tokens, pattern: SparsePattern, mask: torch.Tensor | None, scale: float, dropout: float
 ) -> torch.Tensor:
-    positions = torch.arange(query.shape[2], device=query.device).unsqueeze(0)
+    positions = torch.arange(tokens[0].shape[2], device=tokens[0].device).unsqueeze(0)
     if mask is not None:
         positions = logical_positions(mask)
-    return sparse_attention_reference(query, key, value, pattern, positions, positions, scale, dropout)[0]
+    return sparse_attention_reference(*tokens, pattern, positions, positions, scale, dropout)[0]
 
 
 def _compacted(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: SparsePattern,
-    mask: torch.Tensor | None,
-    scale: float,
-    dropout: float,
+    tokens: Tokens, pattern: SparsePattern, mask: torch.Tensor | None, scale: float, dropout: float
 ) -> torch.Tensor:
     """Moves padding to the end of every row, attends, and moves everything back."""
     if mask is None:
-        return _attend(query, key, value, pattern, None, scale, dropout)
+        return _attend(tokens, pattern, None, scale, dropout)
     if bool((mask[:, :-1] >= mask[:, 1:]).all()):
-        out = _attend(query, key, value, pattern, mask.sum(-1), scale, dropout)
+        out = _attend(tokens, pattern, mask.sum(-1), scale, dropout)
     else:
         order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
-        query, key, value = (_take(x, order) for x in (query, key, value))
-        out = _take(_attend(query, key, value, pattern, mask.sum(-1), scale, dropout), order.argsort(dim=-1))
+        query, key, value = (_take(x, order) for x in tokens)
+        out = _take(_attend((query, key, value), pattern, mask.sum(-1), scale, dropout), order.argsort(dim=-1))
     return out.masked_fill(~mask[:, None, :, None], 0.0)
+
+
+SPARSE_ATTENTION = Operation("sparse_attention", reference=_reference, eager=_compacted)
 
 
 def _take(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -112,14 +99,9 @@ def _take(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pattern: SparsePattern,
-    lengths: torch.Tensor | None,
-    scale: float,
-    dropout: float,
+    tokens: Tokens, pattern: SparsePattern, lengths: torch.Tensor | None, scale: float, dropout: float
 ) -> torch.Tensor:
+    query, key, value = tokens
     if pattern.causal or lengths is None:
         rows = dense_plan(pattern, query.shape, query.dtype, query.device)
         if rows is not None:
@@ -130,14 +112,8 @@ def _attend(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scale)
 
 
-def _check(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    patterns: tuple[SparsePattern, ...],
-    mask: torch.Tensor | None,
-    dropout: float,
-) -> None:
+def _check(tokens: Tokens, patterns: tuple[SparsePattern, ...], mask: torch.Tensor | None, dropout: float) -> None:
+    query, key, value = tokens
     if query.dim() != 4 or query.shape != key.shape or key.shape != value.shape:
         _check_shapes(query, key, value)
     if not patterns or query.shape[1] % len(patterns):

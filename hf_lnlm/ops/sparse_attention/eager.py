@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .merge import MergedAttention
-from .pattern import SparsePattern
+from .merge import MergedAttention, Settings
+from .pattern import SparsePattern, Tokens
 
 _EXTRA_DIMS = 8
 """Dimensions added to a head to carry the padding score: one is used, eight keep the rows aligned for the fused
@@ -47,12 +47,12 @@ def sparse_attention_eager(
     length, width = query.shape[2], query.shape[3]
     padding = -length % pattern.stride
     if not pattern.causal and (padding or lengths is not None):
-        query, key, value = _exclude_padding(query, key, value, lengths, padding, scale)
+        query, key, value = _exclude_padding((query, key, value), lengths, padding, scale)
     elif padding:
         query, key, value = (F.pad(x, (0, 0, 0, padding)) for x in (query, key, value))
     seed = int(torch.randint(2**31, ())) if dropout > 0.0 else 0
     tokens = (_blocks(x, pattern.stride) for x in (query, key, value))
-    out = MergedAttention.apply(*tokens, pattern, scale, dropout, seed)
+    out = MergedAttention.apply(*tokens, Settings(pattern, scale, dropout, seed))
     return out.view(query.shape)[:, :, :length, :width]
 
 
@@ -61,21 +61,15 @@ def _blocks(x: torch.Tensor, stride: int) -> torch.Tensor:
     return x.contiguous().view(x.shape[0] * x.shape[1], x.shape[2] // stride, stride, x.shape[3])
 
 
-def _exclude_padding(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lengths: torch.Tensor | None,
-    padding: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _exclude_padding(tokens: Tokens, lengths: torch.Tensor | None, padding: int, scale: float) -> Tokens:
     """Pads to whole blocks and gives every padded key a score that no weight survives."""
+    query = tokens[0]
     length = query.shape[2]
     ends = torch.full((query.shape[0], 1), length, device=query.device) if lengths is None else lengths.unsqueeze(1)
     is_padding = torch.arange(length + padding, device=query.device) >= ends
     low = max(-1e30, torch.finfo(query.dtype).min / 4)
     score = is_padding.to(query.dtype)[:, None, :, None] * low
-    wide = [F.pad(x, (0, _EXTRA_DIMS, 0, padding)) for x in (query, key, value)]
+    wide = [F.pad(x, (0, _EXTRA_DIMS, 0, padding)) for x in tokens]
     carrier = torch.zeros_like(wide[0])
     carrier[..., -1] = 1.0 if scale > 0 else -1.0
     column = torch.zeros_like(wide[1])

@@ -7,8 +7,7 @@ layout, so reading needs no copy and gradients accumulate straight into the view
 * window: the queries of a block against the blocks around it, under one small bias;
 * column: position `a` of every block, which the transposed layout makes neighbours (the published kernels' trick);
 * summary: queries against the last `c` keys of other blocks, gathered once into `(rows, blocks · c, head_dim)`.
-  Blocks are taken in
-  groups: inside a group under one bias, against all earlier groups without.
+  Blocks are taken in groups: inside a group under one bias, against all earlier groups without.
 
 Complexity, causal, in scores per head: window `2 n l`, column `n²/2l`, block `n l`, summary `n² c / 2l`.
 """

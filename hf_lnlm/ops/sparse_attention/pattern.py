@@ -26,6 +26,10 @@ COMBINATIONS = ("merged", "interleaved", "per_head")
 """How the steps of a pattern are combined (§5.2 of the paper)."""
 
 
+Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Query, key and value, `(batch, heads, length, head_dim)` each."""
+
+
 @dataclass(frozen=True)
 class SparsePattern:
     """One index set.

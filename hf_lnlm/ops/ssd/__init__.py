@@ -15,18 +15,50 @@ the dtype of the arguments.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ..backend import pick_backend
-from ..operator import check_shape, runs_directly
-from .operator import run_ssd
+from ..backend import Operation, check_backend_name, own_precision
+from ..operator import FusedOperator, Passes, check_shape
+from .eager import ssd_eager, ssd_eager_backward
+from .inputs import INPUTS
 from .reference import ssd_reference
 from .step import ssd_step
 
-BACKENDS = ("reference", "eager", "cpu", "gpu")
 CHUNK_SIZE = 64
 
-__all__ = ["BACKENDS", "CHUNK_SIZE", "ssd"]
+__all__ = ["CHUNK_SIZE", "SSD", "ssd"]
+
+
+def _cpu() -> Passes:
+    from .cpu import ssd_cpu, ssd_cpu_backward
+
+    return Passes(ssd_cpu, ssd_cpu_backward, ssd_step)
+
+
+def _gpu() -> Passes:
+    from .gpu import ssd_gpu, ssd_gpu_backward
+
+    return Passes(ssd_gpu, ssd_gpu_backward, ssd_step)
+
+
+SSD = Operation(
+    "ssd",
+    reference=ssd_reference,
+    eager=Passes(ssd_eager, ssd_eager_backward, ssd_step),
+    cpu=_cpu,
+    gpu=_gpu,
+)
+
+
+def _shapes(x: torch.Tensor, *rest: Any) -> tuple[tuple[int, ...], ...]:
+    (chunk_size, save), states = rest[-2:], rest[2].shape[3]
+    state = (x.shape[0], *x.shape[2:], states)
+    return state, (-(-x.shape[1] // chunk_size) if save else 0, *state)
+
+
+_OPERATOR = FusedOperator(SSD, __file__, INPUTS, "int chunk_size", _shapes)
 
 
 def ssd(
@@ -68,11 +100,6 @@ def ssd(
         ValueError: shapes that do not fit, or a backend that cannot run.
     """
     _check(x, scale, log_decay, B, C, (D, initial_state, diagonal, mask, reset), chunk_size, backend)
-    alone = x.shape[1] == 1 and mask is None and reset is None and backend != "reference"
-    if alone and runs_directly(x, scale, log_decay, B, C, D, initial_state, diagonal):
-        if backend != "auto":
-            pick_backend(backend, x.device, BACKENDS, x.dtype)
-        return ssd_step(x, scale, log_decay, B, C, D, initial_state, diagonal)
     if mask is not None:
         real = mask != 0
         scale, log_decay = (t.masked_fill(~real.unsqueeze(-1), 0.0) for t in (scale, log_decay))
@@ -82,12 +109,14 @@ def ssd(
         reset, diagonal = (None if t is None else t.flip(1) for t in (reset, diagonal))
     if backend == "reference":
         y, state = ssd_reference(x, scale, log_decay, B, C, D, initial_state, reset, diagonal)
-        y, state = y.to(x.dtype), state if x.dtype == torch.float64 else state.float()
+        state = state if x.dtype == torch.float64 else state.float()
     else:
         chunk_size = min(chunk_size, CHUNK_SIZE) if x.device.type == "cpu" else chunk_size
-        tensors = (x, scale, log_decay, B, C, D, initial_state, diagonal, reset)
-        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        y, state, _ = run_ssd(*tensors, chunk_size, backend, save)
+        call = x, scale, log_decay, B, C, D, initial_state, diagonal, reset, chunk_size
+        run, save = _OPERATOR.prepare(backend, *call)
+        with own_precision(x.device):
+            y, state = run(*call, save)[:2]
+    y = y.to(x.dtype)
     return (y.flip(1) if reverse else y), state
 
 
@@ -95,8 +124,7 @@ def _check(
     x: torch.Tensor, scale: torch.Tensor, log_decay: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
     optional: tuple[torch.Tensor | None, ...], chunk_size: int, backend: str,
 ) -> None:  # fmt: skip
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend_name(backend, SSD.backends)
     if x.dim() != 4 or x.shape[1] == 0:
         raise ValueError(f"x must be (batch, length ≥ 1, heads, width), got {tuple(x.shape)}")
     for name, tensor in (("scale", scale), ("log_decay", log_decay)):

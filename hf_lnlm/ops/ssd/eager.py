@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from .inputs import INPUTS
+
 # Added to the log decay where a document begins: exp(-1e4) is 0, and float64 sums keep ten digits beside it.
 _FORGET = -1.0e4
 # Smaller decays are zero: denormal operands make matrix products thirty times slower.
@@ -110,17 +112,17 @@ def _decayed(state: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     return (state.unflatten(2, (whole.shape[2], -1)) * whole[..., None, None]).flatten(2, 3)
 
 
-def ssd_eager(call: dict[str, Any], chunk_size: int, save: bool) -> tuple[torch.Tensor, ...]:
+def ssd_eager(*values: Any) -> tuple[torch.Tensor, ...]:
     """Forward pass.
 
     Args:
-        call: the operator's tensors by name (see `ssd`), absent ones None.
-        chunk_size: tokens of a chunk.
-        save: whether to return the states between chunks for the backward pass.
+        values: the tensors of `INPUTS`, absent ones None; tokens of a chunk; whether to return the states between chunks
+            for the backward pass.
 
     Returns:
         `y` `(B, L, H, P)`, final state `(B, H, P, N)`, states at the chunks' entries `(chunks, B, H, P, N)` or empty.
     """
+    call, (chunk_size, save) = INPUTS.split(values)
     x, groups = call["x"], call["B"].shape[2]
     batch, length, heads, width = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -156,20 +158,20 @@ class Gradients:
 
 
 def ssd_eager_backward(
-    grad_y: torch.Tensor, grad_state: torch.Tensor, call: dict[str, Any], entries: torch.Tensor, chunk_size: int
+    grad_y: torch.Tensor, grad_state: torch.Tensor, entries: torch.Tensor, *values: Any
 ) -> dict[str, torch.Tensor]:
     """Backward pass.
 
     Args:
         grad_y: `(B, L, H, P)`.
         grad_state: `(B, H, P, N)`, gradient of the final state.
-        call: the forward pass's tensors by name.
         entries: the states between chunks that the forward pass returned.
-        chunk_size: as in the forward pass.
+        values: as in the forward pass, but the last.
 
     Returns:
         Gradients by argument name.
     """
+    call, (chunk_size,) = INPUTS.split(values)
     dtype = entries.dtype
     grad_y = grad_y.to(dtype)
     groups, length = call["B"].shape[2], grad_y.shape[1]

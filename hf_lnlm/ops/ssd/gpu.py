@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..triton_math import exp, kernel, power_of_two, tl
+from ..kernels.triton_math import exp, kernel, power_of_two, tl
+from .inputs import INPUTS
 
 _MOST_TOKENS = 64  # of a tile
 _STATE_ENTRIES = 4096  # of a program's part of the state
@@ -348,18 +349,14 @@ def _grid(batch: int, sizes: Sizes) -> tuple[int, int, int]:
     return batch, sizes.heads, -(-sizes.width // sizes.tile)
 
 
-def ssd_gpu(call: dict[str, Any], chunk_size: int, save: bool) -> tuple[torch.Tensor, ...]:
-    """Forward pass.
-
-    Args:
-        call: the operator's tensors by name (see `ssd`), absent ones None.
-        chunk_size: tokens between stored states.
-        save: whether to return the states between chunks for the backward pass.
+def ssd_gpu(*values: Any) -> tuple[torch.Tensor, ...]:
+    """Forward pass; arguments as in `ssd_eager`.
 
     Returns:
         `y` `(B, L, H, P)` in the input's dtype, final state `(B, H, P, N)` float32, states at the chunks' entries
         `(chunks, B, H, P, N)` or empty.
     """
+    call, (chunk_size, save) = INPUTS.split(values)
     operands, strides, sizes = _operands(call, chunk_size, save)
     x, (batch, length) = call["x"], call["x"].shape[:2]
     shape = (batch, sizes.heads, sizes.width, sizes.states)
@@ -374,20 +371,10 @@ def ssd_gpu(call: dict[str, Any], chunk_size: int, save: bool) -> tuple[torch.Te
 
 
 def ssd_gpu_backward(
-    grad_y: torch.Tensor, grad_state: torch.Tensor, call: dict[str, Any], entries: torch.Tensor, chunk_size: int
+    grad_y: torch.Tensor, grad_state: torch.Tensor, entries: torch.Tensor, *values: Any
 ) -> dict[str, torch.Tensor]:
-    """Backward pass.
-
-    Args:
-        grad_y: `(B, L, H, P)`.
-        grad_state: `(B, H, P, N)`, gradient of the final state.
-        call: the forward pass's tensors by name.
-        entries: the states between chunks that the forward pass returned.
-        chunk_size: as in the forward pass.
-
-    Returns:
-        Gradients by argument name, float32.
-    """
+    """Backward pass; arguments and results as in `ssd_eager_backward`, always float32."""
+    call, (chunk_size,) = INPUTS.split(values)
     operands, strides, sizes = _operands(call, chunk_size, True)
     batch, length, heads, width = call["x"].shape
     grid, like = _grid(batch, sizes), entries.new_empty

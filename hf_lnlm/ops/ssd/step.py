@@ -14,6 +14,9 @@ def ssd_step(
     D: torch.Tensor | None,
     state: torch.Tensor | None,
     diagonal: torch.Tensor | None,
+    _reset: None,
+    _chunk_size: int,
+    _save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advance one token; arguments and results as in `ssd`, with a length of 1."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,1 @@
+"""Models made of several models that are trained as one and used apart: what some objectives train."""

@@ -1,0 +1,1 @@
+"""Compiled pieces that several operations share: explicit vectors, rows, products and controllers."""

@@ -1,0 +1,1 @@
+"""Layers with a memory as operations: the Neural Turing Machine and the Differentiable Neural Computer."""
