@@ -8,6 +8,7 @@ import random
 import shutil
 import socket
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
@@ -26,6 +27,8 @@ from huggingface_hub import constants  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
+from .odd_offsets import OFFSETS, shift_folder  # noqa: E402
+
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 settings.register_profile(
@@ -38,7 +41,7 @@ _NOT_OURS = (
     # torch and its exporter, about their own internals
     "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning",
     "ignore:.*torch.jit.*is deprecated:DeprecationWarning",
-    # peft asks models under transformers' old names
+    # the names that every declared version of transformers has, and under which peft asks
     "ignore:`(is_)?gradient_checkpointing.*` is deprecated and will be removed in v6:FutureWarning",
     # DataLoader asks for pinned memory by default and then remarks that there is no accelerator
     "ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning",
@@ -97,6 +100,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run in one process, not in xdist's, where a debugger wants the terminal: `pytest --pdb`."""
+    if config.getoption("usepdb") or config.getoption("trace"):
+        config.option.numprocesses = 0
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     random.seed(0)
@@ -125,3 +135,9 @@ def _online_to_itself(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 def repository() -> Path:
     """The root of the repository."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(params=[None, *OFFSETS], ids=lambda offset: "as_saved" if offset is None else f"offset_{offset}")
+def moved(request: pytest.FixtureRequest) -> Callable[[Path], None]:
+    """Leave a saved folder as it is or let its weights begin at an odd offset: what is loaded must be the same."""
+    return lambda folder: None if request.param is None else shift_folder(folder, request.param)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from hf_lnlm.registry import FAMILIES
+from hf_lnlm.moved import MOVED
+from hf_lnlm.registry import FAMILIES, ROWS
 
 SNAPSHOT = """
 import json, sys
@@ -79,12 +81,12 @@ def test_every_stock_mapping_stays_as_it_was(before: str):
         assert new[name]["stock"] == mapping["stock"], name
         assert {k: new[name]["extra"].get(k) for k in mapping["extra"]} == mapping["extra"], name
         added[name] = set(new[name]["extra"]) - set(mapping["extra"])
-    assert added.pop("CONFIG_MAPPING") == {row.model_type for row in FAMILIES}
-    configs = {row.config for row in FAMILIES}
+    assert added.pop("CONFIG_MAPPING") == {row.model_type for row in ROWS}
+    configs = {row.config for row in ROWS}
     for name in ("dynamic", "static", "attention", "masks", "losses"):
         assert all(entry.startswith("lnlm") for entry in added.pop(name)), name
     assert {name for entries in added.values() for name in entries} <= configs
-    assert added["MODEL_MAPPING"] | added["MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"] == configs
+    assert added["MODEL_MAPPING"] | added["MODEL_FOR_PRETRAINING_MAPPING"] == configs
 
 
 def test_importing_twice_is_safe():
@@ -150,6 +152,40 @@ def test_help_loads_no_trainer_and_no_data():
     assert loaded(code, [*OF_COMMANDS, "numba", "triton", "matplotlib", "pandas"]) == []
 
 
+def test_help_and_wrong_usage_of_the_command_load_no_torch():
+    code = """
+    import sys
+    sys.argv = ["hf-lnlm"]
+    from hf_lnlm.cli.main import main
+    def status(*words):
+        try:
+            main(list(words))
+        except SystemExit as stop:
+            return stop.code or 0
+    assert status("--help") == status("pretrain", "--help") == status("--version") == 0
+    assert status("nonsense") == status("pretrain", "--nonsense") == status("generate") == 2
+    assert not {"torch", "transformers", "numpy"} & set(sys.modules)
+    assert status("check", "nowhere") != 0
+    from transformers import AutoConfig
+    print(json.dumps(AutoConfig.for_model("lnlm_rnn").model_type))
+    """
+    assert run("import json", code) == "lnlm_rnn"
+
+
+def test_rooms_are_reachable_and_misspelt_names_get_a_hint():
+    code = """
+    import hf_lnlm
+    assert callable(hf_lnlm.convert.sparse_attention.linformer_from_stock)
+    found = [hf_lnlm.convert.__name__, hf_lnlm.tasks.TASKS["multiple_choice"].name, hf_lnlm.objectives.__name__]
+    try:
+        hf_lnlm.pretrian
+    except AttributeError as error:
+        print(json.dumps([*found, str(error)]))
+    """
+    *found, hint = run("import json", code)
+    assert found == ["hf_lnlm.convert", "multiple_choice", "hf_lnlm.objectives"] and "did you mean 'pretrain'" in hint
+
+
 def test_public_names_are_importable():
     code = """
     import json
@@ -163,6 +199,17 @@ def test_public_names_are_importable():
         print(json.dumps(str(error)))
     """
     assert "NoSuchModel" in run(code)
+
+
+def test_moved_modules_are_importable_from_their_old_places():
+    for old, new in MOVED.items():
+        sys.modules.pop(old, None)
+        with pytest.warns(FutureWarning, match=f"{old} has moved to {new}"):
+            place = importlib.import_module(old)
+        names = [name for name in vars(importlib.import_module(new)) if not name.startswith("__")]
+        assert all(getattr(place, name) is getattr(sys.modules[new], name) for name in names)
+        with pytest.raises(AttributeError):
+            place.no_such_name
 
 
 def test_every_family_runs_without_the_optional_compilers():

@@ -16,6 +16,8 @@ import pytest
 from hf_lnlm.hub.bundle import PACKAGE, flatten
 from hf_lnlm.registry import FAMILIES
 
+from .lines import code_lines
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE_FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 PYTHON_FILES = sorted([*PACKAGE_FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "training").rglob("*.py")])
@@ -61,6 +63,11 @@ def test_functions_are_short():
     assert not {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION}
     bodies = [body_lines(node) for path in PACKAGE_FILES for node in functions(parsed(path))]
     assert statistics.median(bodies) <= MEDIAN_FUNCTION
+
+
+def test_lines_of_code_are_counted():
+    source = '"""What it is."""\n\nx = 1  # why\n\n# a remark\nz = """a\nb"""\n"""Of z."""\n'
+    assert code_lines(source) == 3
 
 
 def test_files_are_short():
@@ -221,13 +228,17 @@ def test_import_rule_of_carried_modules():
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda row: row.name)
 def test_data_flows_one_way(family):
-    rooms = ("cli", "trainer", "objectives", "data", "convert", "hub")
+    rooms = ("cli", "flows", "trainer", "lora", "objectives", "tasks", "data", "convert", "hub")
     for name in flatten((family.config_module, family.modeling_module), PACKAGE):
         assert not name.startswith(tuple(f"{room}_" for room in rooms)), f"{family.name} reaches {name}"
 
 
 def test_rooms_point_down_only():
     below = {"models": ("nn", "ops", "models"), "nn": ("nn", "ops"), "ops": ("ops",)}
+    rooms = {path.name for path in (ROOT / PACKAGE).iterdir()} | {path.stem for path in (ROOT / PACKAGE).iterdir()}
+    below["flows"] = tuple(rooms - {"cli"})
+    for room in ("trainer", "lora", "objectives", "tasks", "data", "convert", "hub"):
+        below[room] = tuple(rooms - {"cli", "flows"})
     wrong = []
     for path in PACKAGE_FILES:
         room = path.relative_to(ROOT / PACKAGE).parts[0]

@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_lnlm.cli.algorithm import Algorithm
-from hf_lnlm.cli.plot import load_transducer
 from hf_lnlm.data.algorithmic import Copy, Curriculum, Stream, pad_rows
+from hf_lnlm.flows.algorithm import Algorithm, load_transducer
 from hf_lnlm.trainer.curriculum import CurriculumCallback
 
 from .running import run, settings, succeed
@@ -98,11 +97,11 @@ def test_no_model_is_an_error(tmp_path):
 
 def test_sums_count_bits_that_are_asked_for():
     batch = pad_rows([Copy().row(torch.Generator().manual_seed(0), size) for size in (2, 3)])
-    goal = Algorithm(Copy())
+    learnt = Algorithm(Copy())
     perfect = torch.where(batch["labels"] > 0.5, 9.0, -9.0)
-    assert goal.summary(goal.sums(perfect, batch)) == {"wrong_bits": 0.0, "accuracy": 1.0}
+    assert learnt.summary(learnt.sums(perfect, batch)) == {"wrong_bits": 0.0, "accuracy": 1.0}
     perfect[0, 3, 0] *= -1
-    assert goal.summary(goal.sums(perfect, batch)) == pytest.approx({"wrong_bits": 0.5, "accuracy": 1 - 1 / 40})
+    assert learnt.summary(learnt.sums(perfect, batch)) == pytest.approx({"wrong_bits": 0.5, "accuracy": 1 - 1 / 40})
 
 
 def test_sequences_that_grow_are_drawn_by_the_training_process_alone():

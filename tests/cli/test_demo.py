@@ -7,8 +7,10 @@ import re
 
 import pytest
 
-from hf_lnlm.cli import demo as demo_module
-from hf_lnlm.cli import demo_copy, demo_copy_act, demo_race
+from hf_lnlm.cli.demo import copy_act as demo_copy_act
+from hf_lnlm.cli.demo import copy_task as demo_copy
+from hf_lnlm.cli.demo import race as demo_race
+from hf_lnlm.cli.demo import show as demo_module
 from hf_lnlm.registry import FAMILIES
 
 from .running import run, small_library
@@ -173,7 +175,7 @@ def test_folders_of_others_are_left_alone(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
-    for words, said in ((["--overwrite"], "was not written by hf-lnlm demo"), (["--resume"], "nothing to resume")):
+    for words, said in ((["--overwrite"], "delete it yourself"), (["--resume"], "nothing to resume")):
         result = run("demo", *words, "--output", other)
         assert (result.status, said in result.err) == (2, True), result.err
     result = run("demo", "--output", other / "thesis.txt")
@@ -186,7 +188,7 @@ def test_damaged_settings_are_named(tmp_path):
     (folder / "demo.json").write_text("{")
     result = run("demo", "--resume", "--output", folder)
     assert result.status == 2
-    assert "demo.json is damaged, so that nothing can go on; --overwrite starts anew" in result.err
+    assert "demo.json is damaged, so that nothing can go on; give another --output" in result.err
 
 
 def test_progress_without_its_checkpoint_is_none(library, tmp_path, monkeypatch):

@@ -7,9 +7,9 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from hf_lnlm.cli.recipe import read_recipe
-from hf_lnlm.cli.tasks import TASKS
+from hf_lnlm.flows.recipe import read_recipe
 from hf_lnlm.objectives import OBJECTIVES
+from hf_lnlm.tasks import TASKS
 from hf_lnlm.trainer.alignment import METHODS
 
 from .running import QUICK, run, settings, succeed
@@ -35,7 +35,7 @@ def test_the_whole_and_its_parts_are_fit(detected):
         result = succeed("check", folder)
         assert "fail" not in {line.split()[0] for line in result.out.splitlines()}, result.out
         assert (folder / "tokenizer.json").is_file() and (folder / "README.md").is_file()
-    assert "import hf_lnlm.objectives" in (detected / "README.md").read_text()
+    assert "trust_remote_code=True" in (detected / "README.md").read_text()
     assert "import hf_lnlm.objectives" not in (detected / "generator" / "README.md").read_text()
     assert "keys        all" in succeed("check", detected).out
     assert read_recipe(detected / "recipe.yaml").objective.options["generator_fraction"] == 0.5

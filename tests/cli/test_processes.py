@@ -1,17 +1,11 @@
-"""The command as its own process: what it loads, how it ends when interrupted, and several processes under torchrun."""
+"""The command as its own process: what it loads and how it ends when interrupted."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-
-import pytest
-
-from hf_lnlm.cli.recipe import read_recipe
 
 from .running import QUICK, settings
 
@@ -34,7 +28,19 @@ def test_help_loads_no_command():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("[]"), result.stdout[-300:]
-    for command in ("list", "pretrain", "finetune", "evaluate", "generate", "check", "push", "align", "plot", "demo"):
+    for command in (
+        "list",
+        "pretrain",
+        "finetune",
+        "evaluate",
+        "generate",
+        "check",
+        "push",
+        "align",
+        "plot",
+        "demo",
+        "warm-up",
+    ):
         assert command in result.stdout
 
 
@@ -56,17 +62,3 @@ def test_interrupt_leaves_a_run_that_can_be_resumed(text_file, tmp_path):
     more = settings(f"training.max_steps={steps + 1}")
     subprocess.run([*again, *more], capture_output=True, check=True, timeout=300)
     assert (folder / "model.safetensors").is_file()
-
-
-@pytest.mark.slow
-def test_torchrun_on_two_processes(text_file, tmp_path):
-    scripts = Path(__file__).resolve().parents[2] / "training"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    more = words(text_file, tmp_path / "two", "training.use_cpu=true", "training.per_device_train_batch_size=2")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = [str(scripts / "pretrain.py"), *more[1:]]
-    result = subprocess.run([*launch, *script], capture_output=True, text=True, env=environment, timeout=500)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert (tmp_path / "two" / "model.safetensors").is_file()
-    assert read_recipe(tmp_path / "two" / "recipe.yaml").training["max_steps"] == 2
-    assert result.stdout.count("saved to") == 1

@@ -9,9 +9,9 @@ import pytest
 import torch
 from sklearn.metrics import classification_report
 
-from hf_lnlm.cli.classes import confusion_matrix, entity_counts
-from hf_lnlm.cli.report import class_report, draw_confusion, entity_report
-from hf_lnlm.cli.written import written_metrics
+from hf_lnlm.flows.report import class_report, draw_confusion, entity_report
+from hf_lnlm.tasks.classification_metrics import confusion_matrix, entity_counts
+from hf_lnlm.tasks.generation_metrics import written_metrics
 from hf_lnlm.trainer.arguments import LNLMTrainingArguments
 
 from .running import run, settings, succeed
@@ -53,6 +53,11 @@ def test_the_picture_is_one(classes, tmp_path):
     draw_confusion(confusion, [f"class {i}" for i in range(classes)], tmp_path / "picture.png", "a model on some data")
     pixels = imread(tmp_path / "picture.png")
     assert min(pixels.shape[:2]) > 300 and pixels[..., :3].std() > 0.05
+    (tmp_path / "link.png").symlink_to(tmp_path / "picture.png")
+    before = (tmp_path / "picture.png").read_bytes()
+    with pytest.raises(ValueError, match="is no regular file: nothing was written"):
+        draw_confusion(confusion, ["a"] * classes, tmp_path / "link.png", "through a link")
+    assert (tmp_path / "picture.png").read_bytes() == before
 
 
 def test_written_texts_by_hand():

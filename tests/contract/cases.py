@@ -14,9 +14,10 @@ import inspect
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 
-from hf_lnlm.registry import FAMILIES, Family, family
+from hf_lnlm.registry import FAMILIES, ROWS, Family, family, is_composed
 
 PAD = 11
 VOCABULARY = 61
@@ -98,6 +99,16 @@ class Case:
         return self.auto == "AutoModelForCausalLM"
 
     @property
+    def generates(self) -> bool:
+        """Whether it has `generate`: a causal language model, or an encoder with a decoder."""
+        return self.causal or self.auto == "AutoModelForSeq2SeqLM"
+
+    @property
+    def composed(self) -> bool:
+        """Whether it is made of several models, each of which has losses of its own."""
+        return is_composed(self.family.model_type)
+
+    @property
     def per_token(self) -> bool:
         """Whether its first output has one vector a token."""
         return self.auto in _PER_TOKEN
@@ -122,10 +133,10 @@ def is_composite(row: Family) -> bool:
     return bool(getattr(row.config_class, "sub_configs_defaults", None))
 
 
-def cases(*, causal: bool = False, loss: bool = False, both_ways: bool = True) -> list[Case]:
-    """Every head of every family, in both directions where it has them."""
+def cases(*, causal: bool = False, loss: bool = False, both_ways: bool = True, composed: bool = False) -> list[Case]:
+    """Every head of every family, in both directions where it has them; if wanted, models made of several too."""
     found = []
-    for row in FAMILIES:
+    for row in ROWS if composed else FAMILIES:
         for auto in row.models:
             found.append(Case(row, auto))
             if both_ways and row.bidirectional and auto != "AutoModelForCausalLM":
@@ -135,8 +146,14 @@ def cases(*, causal: bool = False, loss: bool = False, both_ways: bool = True) -
 
 def one_case_a_family(*, causal: bool = False) -> list[Case]:
     """The head of each family that does most: the language model, else the first with a loss."""
-    found = [max(rows, key=lambda c: (c.causal, c.has_loss)) for rows in _by_family(cases(both_ways=False))]
+    found = [max(rows, key=lambda c: (c.generates, c.has_loss)) for rows in _by_family(cases(both_ways=False))]
     return [c for c in found if c.causal or not causal]
+
+
+def with_core(found: list[Case]) -> list[Any]:
+    """The cases as a test's parameters; one a family is `core`, which is run on other versions of transformers too."""
+    core = one_case_a_family()
+    return [pytest.param(case, id=str(case), marks=[pytest.mark.core] if case in core else []) for case in found]
 
 
 def _by_family(found: list[Case]) -> list[list[Case]]:
@@ -207,7 +224,10 @@ def inputs_of(case: Case, batch: int = 2, length: int = 9, seed: int = 3) -> dic
         ids = token_ids(2 * batch, length, seed).view(batch, 2, length)
     else:
         ids = token_ids(batch, length, seed)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if case.takes("decoder_input_ids"):
+        inputs["decoder_input_ids"] = token_ids(batch, length, seed + 1)
+    return inputs
 
 
 def labels_of(case: Case, inputs: dict[str, torch.Tensor], seed: int = 5) -> dict[str, torch.Tensor]:
@@ -220,6 +240,8 @@ def labels_of(case: Case, inputs: dict[str, torch.Tensor], seed: int = 5) -> dic
         return {"start_positions": begin, "end_positions": begin + 2}
     if case.auto in ("AutoModelForSequenceClassification", "AutoModelForMultipleChoice"):
         return {"labels": torch.arange(batch) % 2}
+    if case.composed:
+        return composed_labels(case, ids, generator)
     if case.auto == "AutoModelForTokenClassification":
         labels = torch.randint(0, 3, (batch, length), generator=generator)
     elif case.auto == "AutoModelForPreTraining":
@@ -229,6 +251,18 @@ def labels_of(case: Case, inputs: dict[str, torch.Tensor], seed: int = 5) -> dic
     if case.auto != "AutoModelForPreTraining":
         for row in range(batch):
             labels[row, 1 : 1 + row % 5] = -100
+    return {"labels": labels}
+
+
+def composed_labels(case: Case, ids: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Return labels for a model made of several: tokens to be found, and what else its terms need."""
+    labels = ids.clone()
+    for row in range(len(ids)):
+        labels[row, 1 : 2 + row % 5] = -100
+    if case.family.name == "sentence_pair":
+        return {"labels": labels, "next_sentence_label": torch.arange(len(ids)) % 2}
+    if case.family.name == "replaced_token":
+        return {"labels": labels, "uniforms": torch.rand(ids.shape, generator=generator)}
     return {"labels": labels}
 
 
@@ -249,5 +283,5 @@ def main_output(outputs: Any) -> torch.Tensor:
     """Return what a head is for: logits (both ends of an answer, stacked) or the last hidden state."""
     if getattr(outputs, "start_logits", None) is not None:
         return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
-    logits = getattr(outputs, "logits", None)
+    logits = outputs.get("logits", outputs.get("prediction_logits"))
     return outputs.last_hidden_state if logits is None else logits

@@ -15,7 +15,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_lnlm.registry import FAMILIES, Family
+from hf_lnlm import LinformerConfig, LinformerForCausalLM, SparseTransformerConfig
+from hf_lnlm.registry import FAMILIES, Family, family
 
 from .cases import Case, add_noise, first_output, inputs_of, one_case_a_family, tiny_config, tiny_fields
 from .fields import impossible_fields, own_fields, plausible_fields
@@ -170,3 +171,38 @@ def test_defaults_are_accepted_and_documented(family: Family):
 @every_family
 def test_unknown_fields_are_kept_as_attributes(family: Family):
     assert family.config_class(**tiny_fields(family.model_type), remark="mine").remark == "mine"
+
+
+UNREAD: list[tuple[str, dict[str, Any], str, Any]] = [
+    ("linformer", {"is_decoder": True}, "projection", "mean_pool"),
+    ("linformer", {"is_decoder": True}, "bias_order", "paper"),
+    ("linformer", {}, "loss_dtype", "bfloat16"),
+    ("rnn", {"cell_type": "gru"}, "forget_bias", 0.0),
+    ("ntm", {"memory_init": "learned"}, "memory_init_value", 0.5),
+    ("dnc", {}, "mask_min", 0.1),
+    ("gpt3", {"attention_layers": ["dense", "dense"]}, "band_size", 16),
+    ("ssm", {"mixer": "mamba1"}, "n_groups", 2),
+    ("ssm", {"mixer": "mamba1"}, "rope_fraction", 1.0),
+    ("ssm", {"mixer": "mamba1"}, "time_step_limit", [0.0, 1.0]),
+    ("ssm", {"mixer": "mamba2"}, "mixer_rms_norm", True),
+    ("ssm", {"mixer": "mamba2"}, "time_step_init_scheme", "constant"),
+    ("ssm", {"mixer": "mamba3"}, "conv_kernel", 2),
+    ("ssm", {}, "attention_dropout", 0.1),
+]
+
+
+@pytest.mark.parametrize(("name", "variant", "field", "value"), UNREAD, ids=lambda value: str(value).replace("'", ""))
+def test_a_field_that_the_variant_does_not_read_is_refused(name: str, variant: dict[str, Any], field: str, value: Any):
+    config_class = family(f"lnlm_{name}").config_class
+    fields = {"hidden_size": 64, "num_hidden_layers": 2, **variant}
+    saved = config_class(**fields).to_dict()  # which holds every field
+    assert config_class.from_dict(saved).to_dict() == saved
+    with pytest.raises(ValueError, match=f"{field} is for .*: it must be left at .*, got "):
+        config_class(**fields, **{field: value})
+
+
+def test_a_head_refuses_what_it_does_not_read():
+    with pytest.raises(ValueError, match="projection is for a bidirectional Linformer"):
+        LinformerForCausalLM(LinformerConfig(projection="mean_pool"))
+    with pytest.raises(ValueError, match="zero_initial_logits is for an untied head"):
+        SparseTransformerConfig(zero_initial_logits=True, tie_word_embeddings=True)

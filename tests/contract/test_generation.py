@@ -8,9 +8,12 @@ import pytest
 import torch
 from transformers import set_seed
 
-from .cases import PAD, Case, build, cases, first_output, token_ids
+from hf_lnlm.nn.inputs import CACHE_FIELD
+
+from .cases import PAD, Case, build, cases, first_output, token_ids, with_core
 
 causal_case = pytest.mark.parametrize("case", cases(causal=True), ids=str)
+causal_core = pytest.mark.parametrize("case", with_core(cases(causal=True)))
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 LONG = {"max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
 SHORT = {**LONG, "max_new_tokens": 6}
@@ -66,7 +69,7 @@ def test_logits_to_keep(case: Case):
     torch.testing.assert_close(first_output(model, input_ids=ids, logits_to_keep=2), whole[:, -2:], **TOLERANCE)
 
 
-@causal_case
+@causal_core
 def test_greedy_is_the_argmax_of_the_whole(case: Case):
     model = generator(case)
     ids = token_ids(2, 6)
@@ -78,7 +81,7 @@ def test_greedy_is_the_argmax_of_the_whole(case: Case):
         torch.testing.assert_close(logits.gather(1, chosen[:, None])[:, 0], best, **TOLERANCE)
 
 
-@causal_case
+@causal_core
 @pytest.mark.parametrize("how", ["greedy", "beams", "returned beams", "sampling", "sampled beams", "several samples"])
 def test_with_and_without_cache(case: Case, how: str):
     options = {
@@ -114,14 +117,66 @@ def test_left_padded_batch_equals_single_runs(case: Case, beams: int):
         assert together[row, padding:].tolist() == alone[0].tolist()
 
 
-@causal_case
+@causal_core
 def test_generation_goes_on_from_a_cache(case: Case):
     model = generator(case)
     ids = token_ids(2, 6)
     straight = model.generate(ids, do_sample=False, **LONG)
     first = model.generate(ids, do_sample=False, return_dict_in_generate=True, **SHORT)
-    rest = model.generate(first.sequences, past_key_values=first.past_key_values, do_sample=False, **SHORT)
+    rest = model.generate(first.sequences, **{CACHE_FIELD: first[CACHE_FIELD]}, do_sample=False, **SHORT)
     assert rest.tolist() == straight.tolist()
+
+
+@causal_case
+def test_a_state_has_two_names_and_no_third(case: Case):
+    model, ids = build(case), token_ids(2, 6)
+    with torch.no_grad():
+        caches = [model(input_ids=ids[:, :5], use_cache=True)[CACHE_FIELD] for _ in range(3)]
+        old = model(input_ids=ids[:, 5:], past_key_values=caches[0]).logits
+        new = model(input_ids=ids[:, 5:], cache=caches[1]).logits
+        for name in ("cache_params", "state"):
+            with pytest.raises(TypeError, match=f"{name!r}"):
+                model(input_ids=ids[:, 5:], **{name: caches[2]})
+        with pytest.raises(TypeError, match="'atention_mask'"):
+            model(input_ids=ids, atention_mask=torch.ones_like(ids))
+    assert torch.equal(old, new)
+
+
+@causal_case
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_from_embeddings(case: Case, beams: int):
+    model, ids = generator(case), token_ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    wanted = model.generate(ids, attention_mask=mask, do_sample=False, num_beams=beams, **SHORT)[:, 6:]
+    embedded = model.get_input_embeddings()(ids)
+    for how in ({}, {"use_cache": False}):
+        found = model.generate(
+            inputs_embeds=embedded, attention_mask=mask, do_sample=False, num_beams=beams, **how, **SHORT
+        )
+        assert found.tolist() == wanted.tolist(), how
+
+
+HYBRID = {"mixer": "mamba2", "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("case", "fields"),
+    [pytest.param(case, {}, id=str(case)) for case in cases(causal=True)]
+    + [
+        pytest.param(case, HYBRID | {"attn_layer_indices": layers}, id=f"hybrid-{layers}")
+        for case in cases(causal=True)
+        if case.family.name == "ssm"
+        for layers in ([1], [0, 2])
+    ],
+)
+def test_a_static_cache_changes_nothing(case: Case, fields: dict[str, Any]):
+    model, ids = generator(case, **fields), token_ids(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    wanted = model.generate(ids, attention_mask=mask, do_sample=False, **SHORT)
+    found = model.generate(ids, attention_mask=mask, do_sample=False, cache_implementation="static", **SHORT)
+    assert found.tolist() == wanted.tolist()
 
 
 @causal_case

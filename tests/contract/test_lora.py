@@ -7,7 +7,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from packaging import version
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import hf_lnlm
 
@@ -169,15 +171,14 @@ def test_adapter_folder_resumes_and_auto_classes_load_it(case: Case, tmp_path):
     for (name, wanted), found in zip(straight.named_parameters(), resumed.parameters()):
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, msg=name)
     resumed.save_pretrained(tmp_path / "adapter")
-    kinds = {"CAUSAL_LM": "ForCausalLM", "SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
-    auto = getattr(peft, "AutoPeftModel" + kinds[resumed.peft_config["default"].task_type])
-    labels = {} if case.causal else {"num_labels": 3}
+    auto, labels = AUTO_PEFT[case.auto], {} if case.generates else {"num_labels": 3}
     loaded, inputs = auto.from_pretrained(tmp_path / "adapter", **labels).eval(), inputs_of(case)
     torch.testing.assert_close(first_output(loaded, **inputs), first_output(resumed.eval(), **inputs))
 
 
 AUTO_PEFT = {
     "AutoModelForCausalLM": peft.AutoPeftModelForCausalLM,
+    "AutoModelForSeq2SeqLM": peft.AutoPeftModelForSeq2SeqLM,
     "AutoModelForQuestionAnswering": peft.AutoPeftModelForQuestionAnswering,
     "AutoModelForSequenceClassification": peft.AutoPeftModelForSequenceClassification,
     "AutoModelForTokenClassification": peft.AutoPeftModelForTokenClassification,
@@ -230,9 +231,14 @@ def test_adapters_hold_while_decoding(case: Case):
 @pytest.mark.parametrize("case", cases(causal=True), ids=str)
 def test_native_adapter(case: Case, tmp_path):
     """transformers' own `add_adapter` saves the adapter without a config, so it needs no code either."""
-    model = build(case)
-    model.add_adapter(peft.LoraConfig(r=3, target_modules=list(case.family.lora_targets)))
-    model.save_pretrained(tmp_path)
+    model, config = build(case), peft.LoraConfig(r=3, target_modules=list(case.family.lora_targets))
+    if version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION):  # 5.24 wants one that isn't released yet
+        with pytest.raises(ValueError, match=f"please use a version >= {MIN_PEFT_VERSION}"):
+            model.add_adapter(config)
+        peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    else:
+        model.add_adapter(config)
+        model.save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"adapter_config.json", "adapter_model.safetensors"}
     assert "config.json" not in names

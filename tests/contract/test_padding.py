@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .cases import PAD, Case, build, cases, first_output, inputs_of, token_ids
+from .cases import PAD, Case, build, cases, first_output, inputs_of, token_ids, with_core
 
 LENGTH = 9
 # positions of the real tokens in a padded row
@@ -18,19 +18,23 @@ LAYOUTS = {
 WIDTH = 14
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
-every_case = pytest.mark.parametrize("case", cases(), ids=str)
+every_case = pytest.mark.parametrize("case", cases(composed=True), ids=str)
 
 
 def pad(inputs: dict[str, torch.Tensor], places: list[int]) -> dict[str, torch.Tensor]:
-    ids = inputs["input_ids"]
-    padded = torch.full((*ids.shape[:-1], WIDTH), PAD)
-    mask = torch.zeros_like(padded)
-    padded[..., places] = ids
-    mask[..., places] = 1
-    return {"input_ids": padded, "attention_mask": mask}
+    """Move ids, of a decoder too, to these places and mask the others."""
+    moved = {}
+    for name in [name for name in inputs if name.endswith("input_ids")]:
+        ids = inputs[name]
+        padded = torch.full((*ids.shape[:-1], WIDTH), PAD)
+        mask = torch.zeros_like(padded)
+        padded[..., places] = ids
+        mask[..., places] = 1
+        moved |= {name: padded, name.replace("input_ids", "attention_mask"): mask}
+    return moved
 
 
-@every_case
+@pytest.mark.parametrize("case", with_core(cases()))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_padding_changes_nothing(case: Case, layout: str):
     model = build(case)
@@ -53,7 +57,7 @@ def test_rows_of_a_batch_are_independent(case: Case):
     whole = inputs_of(case, batch=3, length=LENGTH)
     padded = pad(whole, LAYOUTS["left"])
     for row, layout in enumerate(("right", "left", "inside")):
-        one = pad({"input_ids": whole["input_ids"][row : row + 1]}, LAYOUTS[layout])
+        one = pad({name: ids[row : row + 1] for name, ids in whole.items()}, LAYOUTS[layout])
         for name, values in one.items():
             padded[name][row] = values[0]
     together = first_output(model, **padded)

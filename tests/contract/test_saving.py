@@ -9,24 +9,27 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from .cases import Case, build, cases, first_output, inputs_of, token_ids
+from .cases import VOCABULARY, Case, build, cases, first_output, inputs_of, token_ids, with_core
 
-every_case = pytest.mark.parametrize("case", cases(), ids=str)
+every_case = pytest.mark.parametrize("case", cases(composed=True), ids=str)
 
 
-@every_case
-def test_reloads_bit_identical(case: Case, tmp_path):
+@pytest.mark.parametrize("case", with_core(cases()))
+def test_reloads_bit_identical(case: Case, moved, tmp_path):
     model = build(case)
-    inputs = inputs_of(case)
-    wanted = first_output(model, **inputs)
+    inputs, one_row = inputs_of(case), inputs_of(case, batch=1)  # products with one row are the most sensitive ones
+    wanted, wanted_of_one = first_output(model, **inputs), first_output(model, **one_row)
     model.save_pretrained(tmp_path)
+    moved(tmp_path)
     loaded, info = case.cls.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert torch.equal(first_output(loaded.eval(), **inputs), wanted)
+    assert torch.equal(first_output(loaded, **one_row), wanted_of_one)
     auto = getattr(transformers, case.auto).from_pretrained(tmp_path)
     assert type(auto) is case.cls
     assert torch.equal(first_output(auto.eval(), **inputs), wanted)
     assert {p.name for p in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
+    assert len({path.stat().st_mode for path in tmp_path.rglob("*.*") if path.is_file()}) == 1  # the umask's
 
 
 @every_case
@@ -71,13 +74,13 @@ def test_resize_token_embeddings(case: Case, size: int, tmp_path):
     kept = min(size, before.weight.shape[0])
     old = before.weight[:kept].detach().clone()
     inputs = inputs_of(case)
-    inputs["input_ids"] = inputs["input_ids"].clamp(max=kept - 1)
+    inputs |= {name: ids.clamp(max=kept - 1) for name, ids in inputs.items() if name.endswith("input_ids")}
     wanted = first_output(model, **inputs)
     model.resize_token_embeddings(size)
     assert model.config.vocab_size == size
     assert torch.equal(model.get_input_embeddings().weight[:kept], old)
     got = first_output(model, **inputs)
-    if case.auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM"):
+    if wanted.shape[-1] == VOCABULARY:
         assert got.shape[-1] == size
         got, wanted = got[..., :kept], wanted[..., :kept]
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
@@ -88,6 +91,10 @@ def test_resize_token_embeddings(case: Case, size: int, tmp_path):
 
 @every_case
 def test_inputs_embeds_equal_ids(case: Case):
+    if case.composed:  # what the second model reads is drawn, or turned round, as ids
+        with pytest.raises(TypeError, match="input_ids"):
+            build(case)(inputs_embeds=torch.zeros(2, 9, 16))
+        return
     if not case.takes("inputs_embeds"):
         pytest.fail(f"{case.cls.__name__}.forward takes no inputs_embeds")
     model = build(case)
@@ -102,7 +109,10 @@ def test_hidden_states_one_a_layer(case: Case):
     model = build(case)
     with torch.no_grad():
         outputs = model(**inputs_of(case), output_hidden_states=True)
-    assert len(outputs.hidden_states) == model.config.num_hidden_layers + 1
+    kinds = (
+        ("encoder_hidden_states", "decoder_hidden_states") if case.takes("decoder_input_ids") else ("hidden_states",)
+    )
+    assert [len(outputs[kind]) for kind in kinds] == [model.config.num_hidden_layers + 1] * len(kinds)
     as_tuple = model(**inputs_of(case), return_dict=False)
     assert isinstance(as_tuple, tuple)
 

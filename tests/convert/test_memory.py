@@ -7,7 +7,7 @@ import torch
 
 from hf_lnlm import DNCConfig, DNCForSequenceTransduction
 from hf_lnlm.convert.memory import from_deepmind_dnc
-from hf_lnlm.ops.dnc_memory.reference import memory_step
+from hf_lnlm.ops.memory.dnc.reference import memory_step
 
 SIZE, INPUTS, OUTPUTS, WIDTH, SLOTS = 11, 5, 3, 4, 9
 

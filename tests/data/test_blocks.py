@@ -1,4 +1,4 @@
-"""Tokens, packed blocks, streams, lanes and epochs, on hand-worked cases and on the standard library."""
+"""Tokens, packed blocks, streams of either kind and epochs, on hand-worked cases and on the standard library."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from hf_lnlm.data.blocks import PackedBlocks, PackedStream, pack
+from hf_lnlm.data.bptt_streams import BPTTStreams
 from hf_lnlm.data.epochs import EpochRows, EpochStream
-from hf_lnlm.data.lanes import Lanes
+from hf_lnlm.data.pieces import PIECE, split_text
 from hf_lnlm.data.tokenizers import build_tokenizer
-from hf_lnlm.data.tokens import PIECE, Encoder, byte_offset, split_text
+from hf_lnlm.data.tokens import Encoder, byte_offset
 
 from .subwords import subword_tokenizer, texts
 
@@ -194,7 +195,7 @@ def test_only_byte_tokenizers_take_the_byte_path() -> None:
 
 
 def test_lanes_by_hand() -> None:
-    lanes = Lanes(rows_of(TEXT), BYTE, 3, 2)
+    lanes = BPTTStreams(rows_of(TEXT), BYTE, 3, 2)
     assert len(lanes) == 4
     assert [ids(lanes[k]) for k in range(4)] == [STREAM[0:3], STREAM[6:9], STREAM[3:6], STREAM[9:12]]
     assert [lanes[k]["next_id"] for k in range(4)] == [STREAM[3], STREAM[9], STREAM[6], STREAM[12]]
@@ -204,14 +205,14 @@ def test_lanes_by_hand() -> None:
 
 
 def test_lanes_count_positions_across_windows() -> None:
-    lanes = Lanes(rows_of(TEXT), BYTE, 3, 2, boundaries=True)
+    lanes = BPTTStreams(rows_of(TEXT), BYTE, 3, 2, boundaries=True)
     assert [lanes[k]["position_ids"].tolist() for k in range(4)] == [[0, 1, 2], [0, 1, 2], [3, 4, 5], [3, 0, 1]]
     assert [lanes[k]["next_id"] for k in range(4)] == [STREAM[3], STREAM[9], -100, STREAM[12]]
 
 
 def test_lanes_are_contiguous_on_real_text() -> None:
-    lanes = Lanes(rows_of(texts()), BYTE, 32, 5)
-    stream = lanes.stream.ids.slice(0, len(lanes.stream))
+    lanes = BPTTStreams(rows_of(texts()), BYTE, 32, 5)
+    stream = lanes.tokens.ids.slice(0, len(lanes.tokens))
     for lane in range(5):
         windows = np.concatenate([lanes[window * 5 + lane]["input_ids"] for window in range(lanes.num_windows)])
         assert np.array_equal(windows, stream[lane * len(windows) : (lane + 1) * len(windows)])
@@ -219,17 +220,17 @@ def test_lanes_are_contiguous_on_real_text() -> None:
 
 
 def test_lane_shards_are_the_lanes_accelerate_gives_a_process() -> None:
-    lanes = Lanes(rows_of(texts()), BYTE, 32, 4)
+    lanes = BPTTStreams(rows_of(texts()), BYTE, 32, 4)
     for rank in range(2):
         shard = lanes.shard(rank, 2)
         batches = [index for index in range(len(lanes)) if index // 2 % 2 == rank]
         assert [shard[i]["example_id"] for i in range(len(shard))] == batches
-    with pytest.raises(ValueError, match="4 lanes must be a multiple of world_size"):
+    with pytest.raises(ValueError, match="4 streams must be a multiple of world_size"):
         lanes.shard(0, 3)
     with pytest.raises(
-        ValueError, match=r"12 documents with \d+ tokens, but 10000 lanes of one window of 100 tokens need"
+        ValueError, match=r"12 documents with \d+ tokens, but 10000 streams of one window of 100 tokens need"
     ):
-        Lanes(rows_of(texts()), BYTE, 100, 10_000)
+        BPTTStreams(rows_of(texts()), BYTE, 100, 10_000)
 
 
 class Collect:
@@ -246,7 +247,7 @@ def test_epoch_reaches_the_workers(kind: str, workers: int, persistent: bool) ->
     dataset = {
         "blocks": lambda: PackedBlocks(documents, BYTE, 500),
         "stream": lambda: PackedStream(documents, BYTE, 500),
-        "lanes": lambda: Lanes(documents, BYTE, 500, 2),
+        "lanes": lambda: BPTTStreams(documents, BYTE, 500, 2),
         "rows": lambda: EpochRows(rows_of(list("abcdefghij"))),
         "row stream": lambda: EpochStream(rows_of(list("abcdefghij")).to_iterable_dataset()),
     }[kind]()
@@ -271,7 +272,7 @@ def test_streams_of_many_shards_lose_nothing(workers: int) -> None:
 
 
 def test_datasets_travel_to_spawned_workers() -> None:
-    for dataset in (PackedBlocks(rows_of(texts(2)), BYTE, 100), Lanes(rows_of(texts(2)), BYTE, 10, 2)):
+    for dataset in (PackedBlocks(rows_of(texts(2)), BYTE, 100), BPTTStreams(rows_of(texts(2)), BYTE, 10, 2)):
         copy = pickle.loads(pickle.dumps(dataset))
         assert np.array_equal(copy[3]["input_ids"], dataset[3]["input_ids"])
 

@@ -242,7 +242,7 @@ def test_names_and_bytes_are_deterministic(family):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda row: row.name)
 def test_transformers_finds_every_file_that_is_carried(family, tmp_path):
-    names = bundle.write_code(family.model_type, tmp_path)
+    names = bundle.write_code(family.config_class(), tmp_path)
     reached, todo = set(), [f"configuration_{family.name}", f"modeling_{family.name}"]
     while todo:
         module = todo.pop()
@@ -263,7 +263,9 @@ def test_auto_map_names_every_head_and_leaves_the_model_alone(tmp_path):
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert saved == FAMILIES[0].auto_map()
-    assert getattr(model.config, "auto_map", None) is None
+    assert model.config.auto_map == {}
+    model.config.auto_map["AutoModelForX"] = "x.X"  # as transformers does for a class that was registered by hand
+    assert model.config.auto_map == {"AutoModelForX": "x.X"} and tiny().config.auto_map == {}
     assert model._auto_class is None
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 from huggingface_hub import constants
 
+from hf_lnlm.data.sources import load_documents
+from hf_lnlm.errors import UsageProblem
+from hf_lnlm.flows.models import load_config
+from hf_lnlm.flows.recipe import ModelSection
+from hf_lnlm.hub import connection
 from hf_lnlm.hub.push import Patience, PushFailed, published_files, push_folder
 
 from .loopback import TOKEN, LoopbackHub
@@ -116,3 +123,39 @@ def test_wrong_token(folder, hub):
 def test_nothing_to_publish(tmp_path, hub):
     with pytest.raises(ValueError, match="nothing to publish"):
         push(tmp_path, hub)
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """Address of a server that takes connections and never answers."""
+    monkeypatch.setattr(connection, "TRY_SECONDS", 0.2)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(64)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_silent_hub_is_given_up_with_a_message_after_each_try(folder, silent, capsys):
+    patience = Patience(tries=3, pause=0.5, sleep=pauses.append)
+    with pytest.raises(PushFailed, match="user/model: gave up after 3 attempts"):
+        push_folder(folder, "user/model", token=TOKEN, endpoint=silent, patience=patience)
+    said = capsys.readouterr().err.splitlines()
+    assert [line[:30] for line in said] == ["user/model: try 1 of 3 failed ", "user/model: try 2 of 3 failed "]
+    assert pauses == [0.5, 1.0]
+
+
+def test_what_a_silent_hub_should_give_is_refused_or_taken_from_the_cache(silent, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "ENDPOINT", silent)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UsageProblem, match=r"user/model: .* doesn't answer \(gave up after"):
+        load_config(ModelSection(checkpoint="user/model"))
+    with pytest.raises(OSError, match=r"user/rows: .* doesn't answer"):
+        load_documents("user/rows")
+    snapshot = tmp_path / "models--user--model" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text('{"model_type": "gpt2", "n_layer": 3}')
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.utils._cache_manager.HF_HUB_CACHE", str(tmp_path), raising=False)
+    connection.knock("user/model")
+    assert constants.HF_HUB_OFFLINE and "user/model is taken from the cache" in capsys.readouterr().err

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 import transformers
 
-from hf_lnlm.cli.finetune import finetuning_parts, resolve_task
-from hf_lnlm.cli.output import plain_when_piped
-from hf_lnlm.cli.recipe import Recipe, load_recipe
-from hf_lnlm.cli.run import Parts, own_metrics, training_arguments
+from hf_lnlm.flows.finetune import finetuning_setup, resolve_task
+from hf_lnlm.flows.output import plain_when_piped
+from hf_lnlm.flows.recipe import Recipe, load_recipe
+from hf_lnlm.flows.run import TrainingSetup, own_metrics
 from hf_lnlm.trainer.trainer import LNLMTrainer
 
 CORPORA: dict[str, dict[str, Any]] = {
@@ -83,17 +83,9 @@ def recipe_of(corpus: str, family: str, data: Path, seed: int, **training: Any) 
     return recipe
 
 
-def trainer_of(recipe: Recipe, parts: Parts) -> LNLMTrainer:
+def trainer_of(recipe: Recipe, setup: TrainingSetup) -> LNLMTrainer:
     """The Trainer that `finetune` would use."""
-    arguments = training_arguments(recipe, True)
-    trainer = LNLMTrainer(
-        model=parts.model,
-        args=arguments,
-        train_dataset=parts.train,
-        eval_dataset=parts.validation,
-        data_collator=parts.goal.collator(parts.tokenizer, arguments.seed, bookkeeping=True),
-        objective=parts.goal,
-    )
+    trainer = setup.trainer(recipe)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -104,21 +96,21 @@ def run(corpus: str, family: str, data: Path, seed: int, seconds: float) -> dict
         options: dict[str, Any] = {"output_dir": folder, "max_steps": WARM_UP + MEASURED}
         recipe = recipe_of(corpus, family, data, seed, **options)
         clock = Clock()
-        rehearsal = trainer_of(recipe, finetuning_parts(recipe))
+        rehearsal = trainer_of(recipe, finetuning_setup(recipe))
         rehearsal.add_callback(clock)
         rehearsal.train()
         recipe = recipe_of(corpus, family, data, seed, **options)
-        parts = finetuning_parts(recipe)
-        longest = MOST_EPOCHS * len(parts.train) // BATCH
+        setup = finetuning_setup(recipe)
+        longest = MOST_EPOCHS * len(setup.train) // BATCH
         recipe.training["max_steps"] = steps = min(max(int(seconds / clock.seconds), 1), longest)
-        trainer = trainer_of(recipe, parts)
+        trainer = trainer_of(recipe, setup)
         began = time.process_time()
         trainer.train()
         spent = time.process_time() - began
         metrics = own_metrics(trainer.evaluate())
-    size = sum(p.numel() for p in parts.model.parameters())
+    size = sum(p.numel() for p in setup.model.parameters())
     row = {"corpus": corpus, "family": family, "seed": seed, "parameters": size, "steps": steps}
-    row |= {"epochs": round(steps * BATCH / len(parts.train), 1), "cpu_seconds": round(spent, 1)}
+    row |= {"epochs": round(steps * BATCH / len(setup.train), 1), "cpu_seconds": round(spent, 1)}
     return row | {"test": {name: round(value, 4) for name, value in metrics.items()}}
 
 

@@ -46,10 +46,12 @@ from hf_lnlm.data.algorithmic import (
     pad_rows,
     wrong_bits,
 )
-from hf_lnlm.data.babi import babi_vocabulary, pad_questions, read_babi
+from hf_lnlm.data.labelled import load_rows
 from hf_lnlm.trainer.arguments import LNLMTrainingArguments
 from hf_lnlm.trainer.curriculum import CurriculumCallback
 from hf_lnlm.trainer.trainer import LNLMTrainer
+
+from .babi_questions import babi_vocabulary, pad_questions
 
 SEEDS = (1, 2, 3, 4, 5)
 COMMAND = "python -m tests.learning.memory --data FOLDER --json"
@@ -317,13 +319,13 @@ def babi(number: int, data: Path, seconds: float, seed: int, keep: Path | None) 
     A tenth of the training questions is held out: training ends early when none of it is wrong.
     """
     (home,) = data.glob(f"qa{number:02d}_*")
-    lines = read_babi(home / "train.jsonl.gz")
+    lines, asked = (
+        load_rows(str(home / f"{part}.jsonl.gz"), ["context", "question", "answer"], task="babi").train
+        for part in ("train", "test")
+    )
     vocabulary = babi_vocabulary(lines)
     cut = 9 * len(lines) // 10
-    rows, held, test = (
-        [vocabulary.encode(line) for line in read]
-        for read in (lines[:cut], lines[cut:], read_babi(home / "test.jsonl.gz"))
-    )
+    rows, held, test = ([vocabulary.encode(line) for line in read] for read in (lines[:cut], lines[cut:], asked))
     torch.manual_seed(seed)
     model = DNCForSequenceClassification(
         DNCConfig(

@@ -28,6 +28,7 @@ from torch.utils.data import IterableDataset
 from transformers import MambaConfig, MambaForCausalLM, TrainerCallback
 
 from hf_lnlm import SelectiveSSMConfig, SelectiveSSMForCausalLM
+from hf_lnlm.data.token_tasks import induction_heads, multi_query_recall, parity, selective_copying
 from hf_lnlm.trainer.arguments import LNLMTrainingArguments
 from hf_lnlm.trainer.trainer import LNLMTrainer
 
@@ -35,54 +36,6 @@ SEEDS = (0, 1, 2)
 IGNORED = -100
 Batch = dict[str, torch.Tensor]
 Draw = Callable[[torch.Generator, int, int], Batch]
-
-
-def asked(ids: torch.Tensor, answers: torch.Tensor) -> Batch:
-    """A batch that asks for `answers` (-100: nothing) at each position; the loss shifts labels, so they move on by one."""
-    return {
-        "input_ids": torch.nn.functional.pad(ids, (0, 1)),
-        "labels": torch.nn.functional.pad(answers, (1, 0), value=IGNORED),
-    }
-
-
-def places(generator: torch.Generator, rows: int, length: int, count: int) -> torch.Tensor:
-    """`count` different places below `length` for each row, ascending."""
-    return torch.rand(rows, length, generator=generator).argsort(1)[:, :count].sort(1).values
-
-
-def induction(generator: torch.Generator, rows: int, length: int) -> Batch:
-    """Noise of 15 tokens; token 15 comes eight times, and what followed it first must follow it always."""
-    ids = torch.randint(15, (rows, length), generator=generator)
-    special = places(generator, rows, length // 2 - 1, 8) * 2
-    followers = ids.gather(1, special[:, :1] + 1)
-    ids.scatter_(1, special, 15).scatter_(1, special + 1, followers.expand(-1, 8))
-    answers = torch.full_like(ids, IGNORED).scatter_(1, special[:, 1:], followers.expand(-1, 7))
-    return asked(ids, answers)
-
-
-def selective_copying(generator: torch.Generator, rows: int, length: int) -> Batch:
-    """Eight tokens (1 to 14) among blanks (0); eight marks (15) then ask for them in order."""
-    tokens = torch.randint(1, 15, (rows, 8), generator=generator)
-    body = torch.zeros(rows, length, dtype=torch.long).scatter_(1, places(generator, rows, length, 8), tokens)
-    ids = torch.cat([body, torch.full((rows, 8), 15)], 1)
-    return asked(ids, torch.cat([torch.full_like(body, IGNORED), tokens], 1))
-
-
-def associative_recall(generator: torch.Generator, rows: int, length: int) -> Batch:
-    """Four pairs of key (1 to 31) and value (32 to 63), then every key once among blanks (0), asking for its value."""
-    keys = torch.rand(rows, 31, generator=generator).argsort(1)[:, :4] + 1
-    values = torch.randint(32, 64, (rows, 4), generator=generator)
-    pairs = torch.stack([keys, values], 2).flatten(1)
-    where = torch.rand(rows, length - 8, generator=generator).argsort(1)[:, :4]
-    rest = torch.zeros(rows, length - 8, dtype=torch.long).scatter_(1, where, keys)
-    answers = torch.full_like(rest, IGNORED).scatter_(1, where, values)
-    return asked(torch.cat([pairs, rest], 1), torch.cat([torch.full_like(pairs, IGNORED), answers], 1))
-
-
-def parity(generator: torch.Generator, rows: int, length: int) -> Batch:
-    """Bits; every position asks for the parity so far."""
-    ids = torch.randint(2, (rows, length), generator=generator)
-    return asked(ids, ids.cumsum(1) % 2)
 
 
 @dataclass(frozen=True)
@@ -123,7 +76,7 @@ COSINE: dict[str, Any] = {"schedule": "cosine", "steps": 3000}  # rotations must
 RECIPES = (
     Recipe(
         "induction heads",
-        induction,
+        induction_heads,
         {0: (64, 64), 150: (64, 256)},
         {256: 0.99, 1024: 0.95},
         150,
@@ -133,7 +86,7 @@ RECIPES = (
     Recipe("selective copying", selective_copying, {0: (64, 64)}, {64: 0.95}, 300, fields=SMALL),
     Recipe(
         "associative recall",
-        associative_recall,
+        multi_query_recall,
         {0: (64, 64)},
         {64: 0.95},
         200,

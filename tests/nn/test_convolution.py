@@ -6,11 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_lnlm.nn import four_taps
 from hf_lnlm.nn.convolution import (
     CausalConvolution,
     TimeConvolution,
-    check_mask,
     convolve,
     init_centred,
     justify,
@@ -18,7 +16,6 @@ from hf_lnlm.nn.convolution import (
     restore,
     window_mask,
 )
-from hf_lnlm.nn.window_product import gated_windows
 
 
 @pytest.fixture(autouse=True)
@@ -131,41 +128,6 @@ def test_gradients_equal_those_of_the_definition(weight_norm, gated, kernel_size
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_the_fused_step_passes_gradcheck():
-    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 6, 3), (4, 6), (4,), (4,))]
-    assert torch.autograd.gradcheck(lambda *given: gated_windows(*given, 2), leaves)
-    assert torch.autograd.gradcheck(lambda x, v, b: gated_windows(x, v, None, b, 2), [*leaves[:2], leaves[3]])
-
-
-@pytest.mark.parametrize("length", [1, 3, 4, 11])
-def test_nine_products_equal_sixteen(length, monkeypatch):
-    """Values and every gradient, for whole tiles and for a part of one."""
-    convolution = CausalConvolution(3, 4, 4, weight_norm=True, gated=True).double()
-    frames = torch.randn(2, length, 3, dtype=torch.float64, requires_grad=True)
-    leaves, found = [frames, *convolution.parameters()], []
-    for enough in (10**6, 1):
-        monkeypatch.setattr(four_taps, "MIN_CHANNELS", enough)
-        monkeypatch.setattr(four_taps, "MIN_FRAMES", 0 if length > 3 else enough)
-        output, _ = convolution(frames)
-        with torch.no_grad():
-            torch.testing.assert_close(convolution(frames)[0], output, rtol=0.0, atol=1e-12)
-        gradients = torch.autograd.grad((output * torch.linspace(-1, 1, length)[:, None]).sum(), leaves)
-        found.append([output, *gradients])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-12)
-
-
-def test_nine_products_pass_gradcheck_and_leave_frozen_frames_alone(monkeypatch):
-    monkeypatch.setattr(four_taps, "MIN_CHANNELS", 1)
-    monkeypatch.setattr(four_taps, "MIN_FRAMES", 0)
-    frames, weight = torch.randn(2, 9, 2, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
-    bias, gain = torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64) + 0.5
-    assert four_taps.four_taps_pay(frames, weight, 4)
-    leaves = [tensor.requires_grad_() for tensor in (frames, weight, gain, bias)]
-    assert torch.autograd.gradcheck(lambda *given: gated_windows(*given, 4), leaves)
-    assert torch.autograd.gradcheck(lambda *given: gated_windows(frames.detach(), *given, 4), leaves[1:])
-
-
 def test_a_filter_without_length_stays_finite():
     convolution = CausalConvolution(3, 4, 2, weight_norm=True, gated=True)
     nn.init.zeros_(convolution.projection.weight)
@@ -229,11 +191,6 @@ def test_justify_and_restore(row):
 def test_window_mask_says_which_windows_see_a_token():
     mask = torch.tensor([[1, 0, 0, 0, 1]]).bool()
     assert window_mask(mask, 2, 1).tolist() == [[True, True, False, False, True, True]]
-
-
-def test_a_mask_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"\(2, 5\), got \(2, 4\)"):
-        check_mask(torch.ones(2, 4), 2, 5)
 
 
 @pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 1), (1, 2)])

@@ -62,8 +62,8 @@ def test_rows_hold_the_documents(pattern):
     documents, length = documents_of(mask, starts), mask.shape[1]
     assert layout.lengths.tolist() == [len(document) for document in documents]
     for row, document in enumerate(documents):
-        assert cells(layout.index[row, : len(document)], length) == document
-        assert cells(layout.reversed_index[row, : len(document)], length) == document[::-1]
+        assert cells(layout.gather_index[row, : len(document)], length) == document
+        assert cells(layout.reversed_gather_index[row, : len(document)], length) == document[::-1]
     for row in range(mask.shape[0]):
         mine = [number for number, document in enumerate(documents) if document[0][0] == row]
         assert layout.last_row[row] == (mine[-1] if mine else -1)
@@ -72,6 +72,11 @@ def test_rows_hold_the_documents(pattern):
 
 
 @settings(max_examples=300)
+def _both_ways(plan):
+    forward = plan.gather_index, plan.scatter_index
+    return forward, (plan.reversed_gather_index, plan.reversed_scatter_index)
+
+
 @given(pattern=patterns())
 def test_scattering_undoes_gathering(pattern):
     mask, starts = pattern
@@ -80,11 +85,11 @@ def test_scattering_undoes_gathering(pattern):
     layout = row_layout(mask, starts)
     if layout is None:
         return
-    for index, place in ((layout.index, layout.place), (layout.reversed_index, layout.reversed_place)):
+    for index, place in _both_ways(layout):
         assert torch.equal(scatter_rows(gather_rows(values, index), place, mask), wanted)
     for exact in (False, True):
         blocks = row_blocks(layout, exact)
-        for index, place in ((blocks.index, blocks.place), (blocks.reversed_index, blocks.reversed_place)):
+        for index, place in _both_ways(blocks):
             tokens = torch.cat([gather_blocks(values, index), torch.zeros(1, 3)])
             assert torch.equal(scatter_blocks(tokens, place), wanted)
 
@@ -98,7 +103,7 @@ def test_blocks_hold_the_rows(pattern, exact):
         return
     blocks = row_blocks(layout, exact)
     documents, length = documents_of(mask, starts), mask.shape[1]
-    assert sum(rows * steps for rows, steps in blocks.sizes) == blocks.index.numel()
+    assert sum(rows * steps for rows, steps in blocks.sizes) == blocks.gather_index.numel()
     rows_of_blocks = [rows for rows, _ in blocks.sizes]
     assert rows_of_blocks == sorted(rows_of_blocks, reverse=True)
     assert len(blocks.sizes) <= 8 or blocks.batch_sizes.tolist() == rows_of_blocks
@@ -110,7 +115,7 @@ def test_blocks_hold_the_rows(pattern, exact):
         assert set(layout.lengths.tolist()) <= ends
     start, offset = 0, 0
     for rows, steps in blocks.sizes:
-        block = blocks.index[offset : offset + rows * steps].view(rows, steps)
+        block = blocks.gather_index[offset : offset + rows * steps].view(rows, steps)
         for rank in range(rows):
             document = documents[int(blocks.order[rank])][start : start + steps]
             assert cells(block[rank, : len(document)], length) == document
@@ -129,7 +134,7 @@ def test_no_token_at_all():
     assert layout.lengths.numel() == 0
     state = torch.ones(2, 4)
     assert torch.equal(batch_state(torch.zeros(0, 4), state, layout), state)
-    assert not scatter_rows(torch.zeros(0, 1, 5), layout.place, mask).any()
+    assert not scatter_rows(torch.zeros(0, 1, 5), layout.scatter_index, mask).any()
     for exact in (False, True):
         assert row_blocks(layout, exact).sizes == ()
 

@@ -48,6 +48,12 @@ def test_what_was_written_is_read():
     assert layer.batch_size == 3
 
 
+def test_states_are_read_in_the_order_they_are_asked_for():
+    layer = written()
+    layer.keep(dict(reversed(layer.tensors().items())))
+    assert list(layer.read("lstm", 3, SHAPES)) == list(SHAPES)
+
+
 @pytest.mark.parametrize(
     ("kind", "batch", "shapes", "said"),
     [

@@ -8,8 +8,8 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig
 
 from hf_lnlm.data.tokenizers import build_tokenizer
+from hf_lnlm.models.composed.modeling_bidirectional import BidirectionalForPreTraining, reversal
 from hf_lnlm.objectives import objective
-from hf_lnlm.objectives.bidirectional_model import BidirectionalForPreTraining, reversal
 from tests.trainer import scale
 
 TOKENIZER = build_tokenizer("byte")
@@ -93,13 +93,14 @@ def test_words_are_shared_and_parts_load_by_themselves(name: str, tmp_path) -> N
         assert torch.equal(alone(row).logits, back(row).logits)
 
 
-def test_hidden_states_of_both_directions_side_by_side() -> None:
+def test_hidden_states_of_both_directions_in_the_order_of_the_text() -> None:
     model, ids = model_of("lnlm_rnn"), torch.arange(10, 18)[None]
     with torch.no_grad():
-        found = model(ids, output_hidden_states=True).hidden_states
+        found = model(ids, output_hidden_states=True)
         back = model.backwards(ids.flip(1), output_hidden_states=True).hidden_states
-    assert len(found) == 3 and found[-1].shape == (1, 8, 32)
-    assert torch.equal(found[-1][..., 16:], back[-1].flip(1))
+    assert len(found.hidden_states) == len(found.backward_hidden_states) == 3
+    assert found.hidden_states[-1].shape == (1, 8, 16)
+    assert torch.equal(found.backward_hidden_states[-1], back[-1].flip(1))
 
 
 def test_accumulated_batches_equal_one_big_batch(tmp_path) -> None:

@@ -21,7 +21,7 @@ from transformers import (
 
 import hf_lnlm  # noqa: F401 (registers the families)
 from hf_lnlm.data.blocks import PackedBlocks
-from hf_lnlm.data.lanes import Lanes
+from hf_lnlm.data.bptt_streams import BPTTStreams
 from hf_lnlm.data.tokenizers import build_tokenizer
 from hf_lnlm.objectives import objective
 from hf_lnlm.objectives.randomness import generator
@@ -64,12 +64,12 @@ def test_lanes_bring_their_next_token() -> None:
     assert batch["shift_labels"].tolist() == [[11, 12, 13], [21, 22, -100]]
     assert batch["labels"].tolist() == batch["input_ids"].tolist()
     assert batch["reset"].tolist() == [True, False]
-    lanes = Lanes(Dataset.from_dict({"text": texts(3)}), TOKENIZER, 8, 2, boundaries=True)
-    whole = lanes.stream.ids.slice(0, len(lanes.stream))
+    lanes = BPTTStreams(Dataset.from_dict({"text": texts(3)}), TOKENIZER, 8, 2, boundaries=True)
+    whole = lanes.tokens.ids.slice(0, len(lanes.tokens))
     labels = [
         objective("causal").collator(TOKENIZER)([lanes[k]])["shift_labels"][0].tolist() for k in range(0, len(lanes), 2)
     ]
-    wanted = np.where(lanes.stream.positions(0, len(whole)) == 0, -100, whole)[1 : 1 + 8 * lanes.num_windows]
+    wanted = np.where(lanes.tokens.positions(0, len(whole)) == 0, -100, whole)[1 : 1 + 8 * lanes.num_windows]
     assert np.concatenate(labels).tolist() == wanted.tolist()
 
 
@@ -163,7 +163,7 @@ MISFITS = [
     ("masked", GPT2Config(), "gpt2 reads left to right only. Objectives that fit gpt2: causal"),
     ("masked", T5Config(), "Objectives that fit t5: span"),
     ("span", GPT2Config(), "objective 'span' needs a model that reads with an encoder and writes with a decoder"),
-    ("span", rnn(), "Models that fit 'span': t5"),
+    ("span", rnn(), "Models that fit 'span': lnlm_seq2seq, t5"),
     ("causal", BertConfig(), "bert reads in both directions. Objectives that fit bert: masked, replaced_token, s"),
     ("masked", dnc(bidirectional=True), "needs AutoModelForMaskedLM, and lnlm_dnc has no such head. "),
     ("causal", dnc(bidirectional=True), "and lnlm_dnc reads in both directions. Objectives that fit lnlm_dnc: none"),

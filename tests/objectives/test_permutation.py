@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import BertConfig, DataCollatorForPermutationLanguageModeling, XLNetConfig, XLNetLMHeadModel
 
-from hf_lnlm.data.lanes import Lanes
+from hf_lnlm.data.bptt_streams import BPTTStreams
 from hf_lnlm.data.tokenizers import build_tokenizer
 from hf_lnlm.objectives import objective
 from hf_lnlm.objectives.permutation import choose_targets, hidden_from
@@ -207,7 +207,7 @@ def test_the_memory_is_carried_from_batch_to_batch(tmp_path) -> None:
 
 def test_a_row_with_its_memory_reads_on_where_the_last_row_ended() -> None:
     model = xlnet(mem_len=LENGTH)
-    lanes = Lanes(Dataset.from_dict({"text": texts(4)}), TOKENIZER, LENGTH, 2)
+    lanes = BPTTStreams(Dataset.from_dict({"text": texts(4)}), TOKENIZER, LENGTH, 2)
     learnt = objective("permutation", whole_word=False, memory=True)
     first, second = (learnt.collator(TOKENIZER)([lanes[2 * k], lanes[2 * k + 1]]) for k in (0, 1))
     with torch.no_grad():

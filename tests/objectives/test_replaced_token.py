@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from hf_lnlm.data.tokenizers import build_tokenizer
-from hf_lnlm.objectives import objective, replaced_token_model
+from hf_lnlm.models.composed import modeling_replaced_token
+from hf_lnlm.models.composed.modeling_replaced_token import ReplacedTokenForPreTraining, sample
+from hf_lnlm.objectives import objective
 from hf_lnlm.objectives.replaced_token import area_under_curve, narrowed
-from hf_lnlm.objectives.replaced_token_model import ReplacedTokenForPreTraining, sample
 from tests.trainer import runs, scale
 
 VOCAB, LENGTH = 60, 12
@@ -97,7 +98,7 @@ def test_a_batch_by_hand(padded: bool) -> None:
         odds = whole[row, place].double().softmax(-1).numpy()
         corrupted[row, place] = int((np.cumsum(odds) <= float(batch["uniforms"][row, place])).sum())
     assert torch.equal(found.corrupted, corrupted)
-    assert torch.equal(found.replaced, corrupted != original)
+    assert torch.equal(found.replaced.bool(), corrupted != original)
     nll = sum(-float(whole[r, p].log_softmax(-1)[batch["labels"][r, p]]) for r, p in chosen.nonzero().tolist())
     binary, tokens = 0.0, 0
     for row, place in np.ndindex(3, LENGTH):
@@ -115,8 +116,8 @@ def test_a_lucky_sample_counts_as_original(monkeypatch) -> None:
     model, batch = model_of(), batch_of()
     right = batch["labels"][batch["labels"] != -100]
     drawn = torch.where(torch.arange(9) % 2 == 0, right, (right + 1) % VOCAB)
-    monkeypatch.setattr(replaced_token_model, "sample", lambda *args: drawn)
-    replaced = model(**batch).replaced[batch["labels"] != -100]
+    monkeypatch.setattr(modeling_replaced_token, "sample", lambda *args: drawn)
+    replaced = model(**batch).replaced[batch["labels"] != -100].bool()
     assert replaced.tolist() == [index % 2 == 1 for index in range(9)]
 
 
@@ -263,7 +264,7 @@ def test_metrics_by_hand_and_whatever_the_batching() -> None:
     added = learnt.summary({name: sum(found[name] for found in each) for name in each[0]})
     assert added == pytest.approx(whole, rel=1e-5)
     seen = batch["attention_mask"].bool()
-    logits, replaced = outputs.logits[seen], outputs.replaced[seen]
+    logits, replaced = outputs.logits[seen], outputs.replaced[seen].bool()
     wanted = functional.binary_cross_entropy_with_logits(logits, replaced.float())
     assert whole["discriminator_loss"] == pytest.approx(float(wanted), rel=1e-5)
     assert whole["replaced_share"] == pytest.approx(float(replaced.float().mean()))
@@ -277,12 +278,12 @@ def test_a_run_that_goes_on_keeps_its_generator_and_may_change_the_rest(tmp_path
     options = {"generator_fraction": 0.5, "generator": {"num_hidden_layers": 2}, "temperature": 2.0, "weight": 20.0}
     model_of("bert", **options).save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    assert objective("replaced_token").going_on(config, ()) == {}, "what isn't given stays as it was"
+    assert objective("replaced_token").continuation_overrides(config, ()) == {}, "what isn't given stays as it was"
     same = objective("replaced_token", **options)
-    changed = same.going_on(config, options)
+    changed = same.continuation_overrides(config, options)
     assert changed == {"temperature": 2.0, "weight": 20.0}, "the recipe that made it goes on"
     other = objective("replaced_token", weight=1.0, share_embeddings=True)
-    changed = other.going_on(config, ("weight", "share_embeddings"))
+    changed = other.continuation_overrides(config, ("weight", "share_embeddings"))
     assert ReplacedTokenForPreTraining.from_pretrained(tmp_path, **changed).config.weight == 1.0
     for given, message in (
         ({"generator_fraction": 0.25}, r"another generator \(\w+=.*leave generator and generator_fraction out"),
@@ -290,8 +291,9 @@ def test_a_run_that_goes_on_keeps_its_generator_and_may_change_the_rest(tmp_path
         ({"share_embeddings": False}, "made with share_embeddings=True, got False"),
     ):
         with pytest.raises(ValueError, match=message):
-            objective("replaced_token", **given).going_on(config, given)
-    assert objective("replaced_token", generator_fraction=0.5).going_on(ENCODERS["bert"], ("generator_fraction",)) == {}
+            objective("replaced_token", **given).continuation_overrides(config, given)
+    half = objective("replaced_token", generator_fraction=0.5)
+    assert half.continuation_overrides(ENCODERS["bert"], ("generator_fraction",)) == {}
 
 
 @pytest.mark.parametrize("encoder", ["rnn", "bert"])
@@ -300,7 +302,7 @@ def test_activation_checkpointing_changes_nothing(encoder: str) -> None:
     for checkpointing in (False, True):
         model = model_of(encoder).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         loss = model(**batch_of()).loss
         loss.backward()
         found.append([loss.detach(), *(value.grad for value in model.parameters())])

@@ -11,8 +11,8 @@ from transformers import AlbertConfig, AlbertForPreTraining, AutoConfig, AutoMod
 
 from hf_lnlm.data.pairs import SegmentPairs
 from hf_lnlm.data.tokenizers import build_tokenizer
+from hf_lnlm.models.composed.modeling_sentence_pair import SentencePairForPreTraining
 from hf_lnlm.objectives import objective
-from hf_lnlm.objectives.sentence_pair_model import SentencePairForPreTraining
 from hf_lnlm.objectives.sentence_pairs import Part, cut_place, shortened, whole_segments
 from tests.data.subwords import texts
 
@@ -192,7 +192,7 @@ def test_a_random_second_part_begins_and_ends_where_segments_do():
 
 
 def test_a_model_of_the_other_relation_is_refused():
-    from hf_lnlm.objectives.sentence_pair_model import compose
+    from hf_lnlm.models.composed.modeling_sentence_pair import compose
 
     config = compose(
         BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2), "next_sentence_label"

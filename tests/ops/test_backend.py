@@ -11,9 +11,19 @@ import torch
 
 import hf_lnlm
 from hf_lnlm.ops import backend
-from hf_lnlm.ops.backend import pick_backend
+from hf_lnlm.ops.backend import Operation, check_backend, family_backends
+from hf_lnlm.ops.report import OPERATIONS
 
 ALL = ("reference", "eager", "cpu", "gpu")
+
+
+def operation(*names: str, **facts) -> Operation:
+    """An operation whose implementations are their names."""
+    loaders = {name: (lambda name=name: name) if name in ("cpu", "gpu") else name for name in names}
+    return Operation("test", **loaders, **facts)
+
+
+WHOLE = operation(*ALL)
 
 
 @pytest.fixture
@@ -23,6 +33,7 @@ def machine(monkeypatch):
     def have(numba: str | None, triton: str | None) -> None:
         monkeypatch.setattr(backend, "numba_reason", lambda: numba)
         monkeypatch.setattr(backend, "triton_reason", lambda: triton)
+        monkeypatch.setattr(WHOLE, "_able", {})
 
     return have
 
@@ -33,7 +44,7 @@ def machine(monkeypatch):
         ("cpu", None, None, torch.float32, "cpu"),
         ("cpu", None, None, torch.float64, "eager"),
         ("cpu", "missing", None, torch.float32, "eager"),
-        ("cuda", None, None, torch.bfloat16, "gpu"),
+        ("cuda", None, None, torch.bfloat16, "eager"),
         ("cuda", None, "missing", torch.float32, "eager"),
         ("cuda", None, None, torch.float64, "eager"),
         ("mps", None, None, torch.float32, "eager"),
@@ -41,9 +52,10 @@ def machine(monkeypatch):
 )
 def test_auto_takes_the_fastest_that_can_run(machine, device, numba, triton, dtype, picked):
     machine(numba, triton)
-    assert pick_backend("auto", device, ALL, dtype) == picked
-    assert pick_backend("auto", device, ("reference", "eager"), dtype) == "eager"
-    assert pick_backend("auto", device, ("reference",), dtype) == "reference"
+    assert WHOLE.pick("auto", device, dtype) == picked
+    assert operation("reference", "eager").pick("auto", device, dtype) == "eager"
+    assert operation("reference").pick("auto", device, dtype) == "reference"
+    assert WHOLE.load(picked) == picked
 
 
 @pytest.mark.parametrize(
@@ -56,7 +68,7 @@ def test_auto_takes_the_fastest_that_can_run(machine, device, numba, triton, dty
 )
 def test_a_demand_that_cannot_be_met_is_an_error(requested, device, said):
     with pytest.raises(ValueError, match=said):
-        pick_backend(requested, device, ALL)
+        WHOLE.pick(requested, device)
 
 
 def test_a_missing_compiler_is_named_with_its_extra(machine):
@@ -64,24 +76,38 @@ def test_a_missing_compiler_is_named_with_its_extra(machine):
         "numba is not installed (pip install 'hf_lnlm[cpu]')", "triton is not installed (pip install 'hf_lnlm[gpu]')"
     )
     with pytest.raises(ValueError, match=r"'cpu' cannot run: numba is not installed \(pip install 'hf_lnlm\[cpu\]'\)"):
-        pick_backend("cpu", "cpu", ALL)
+        WHOLE.pick("cpu", "cpu")
     with pytest.raises(ValueError, match=r"hf_lnlm\[gpu\]"):
-        pick_backend("gpu", "cuda", ALL)
+        WHOLE.pick("gpu", "cuda")
+
+
+def test_a_missing_compiler_that_matters_is_told(machine, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(backend.logger, "warning_once", lambda text, *values: said.append(text % values))
+    loops = operation(*ALL, needs_compiler=True)
+    machine("numba is not installed (pip install 'hf_lnlm[cpu]')", None)
+    assert (
+        WHOLE.pick("auto", "cpu") == loops.pick("auto", "cuda") == loops.pick("auto", "cpu", torch.float64) == "eager"
+    )
+    assert not said
+    assert loops.pick("auto", "cpu") == "eager" and "pip install 'hf_lnlm[cpu]'" in said[0] and len(said) == 1
+    machine(None, None)
+    assert operation(*ALL, needs_compiler=True).pick("auto", "cpu") == "cpu" and len(said) == 1
 
 
 def test_a_named_backend_that_can_run_is_taken(machine):
     machine(None, None)
     for name in ("reference", "eager", "cpu"):
-        assert pick_backend(name, "cpu", ALL) == name
-    assert pick_backend("gpu", "cuda", ALL) == "gpu"
+        assert WHOLE.pick(name, "cpu") == name
+    assert WHOLE.pick("gpu", "cuda") == "gpu"
 
 
 def test_a_compiled_backend_refuses_float64(machine):
     machine(None, None)
     for name, device in (("cpu", "cpu"), ("gpu", "cuda")):
         with pytest.raises(ValueError, match="computes in float32"):
-            pick_backend(name, device, ALL, torch.float64)
-    assert pick_backend("eager", "cpu", ALL, torch.float64) == "eager"
+            WHOLE.pick(name, device, torch.float64)
+    assert WHOLE.pick("eager", "cpu", torch.float64) == "eager"
 
 
 @pytest.mark.parametrize(
@@ -96,13 +122,56 @@ def test_numba_is_really_imported(monkeypatch, module, said):
     assert said in backend.numba_reason.__wrapped__()
 
 
+def test_facts_of_a_call_say_what_cannot_run_and_what_auto_leaves_out(machine):
+    machine(None, None)
+    picky = operation(
+        "eager",
+        "cpu",
+        unfit=lambda backend, size: "it is too large" if backend == "cpu" and size > 9 else None,
+        wasteful=lambda backend, size: "it is too small" if backend == "cpu" and size < 3 else None,
+    )
+    assert [picky.pick("auto", "cpu", None, size) for size in (2, 5, 10)] == ["eager", "cpu", "eager"]
+    assert picky.pick("cpu", "cpu", None, 2) == "cpu"
+    with pytest.raises(ValueError, match="test: backend 'cpu' cannot run: it is too large"):
+        picky.pick("cpu", "cpu", None, 10)
+    with pytest.raises(ValueError, match="'cpu' cannot run: it is too large"):
+        check_backend("cpu", [operation("eager"), picky], 10)
+
+
+def test_a_family_has_the_backends_of_its_operations(machine):
+    machine(None, "no CUDA device")
+    parts = operation("reference", "eager"), operation("eager", "gpu")
+    assert family_backends(parts) == ("reference", "eager", "gpu")
+    assert family_backends(()) == ("eager",)
+    assert [part.own("gpu") for part in parts] == ["auto", "gpu"]
+    check_backend("auto", parts)
+    check_backend("reference", parts)
+    with pytest.raises(ValueError, match="backend 'gpu' cannot run: no CUDA device"):
+        check_backend("gpu", parts)
+
+
 def test_the_user_can_ask_which_one_is_in_use():
     report = hf_lnlm.backends("cpu")
-    folders = {path.parent.name for path in Path(backend.__file__).parent.glob("*/reference.py")}
-    assert folders <= set(report)
-    for operation, row in report.items():
-        assert row[row["in use"]] == "can run", operation
-        assert set(row) - {"in use"} <= set(ALL)
+    root = Path(backend.__file__).parent
+    folders = {"_".join(reversed(path.parent.relative_to(root).parts)) for path in root.glob("**/reference.py")}
+    assert folders == set(report) == {operation.name for operation in OPERATIONS}
+    for row in report.values():
+        assert row[row["in use"]] == "can run"
+        assert set(row) - {"in use", "limits"} <= set(ALL)
+        assert row.get("gpu", "experimental").startswith("experimental")
     assert report["recurrence"] == {"in use": "eager", "reference": "can run", "eager": "can run"}
-    for row in hf_lnlm.backends("cuda").values():
+    assert "below 16 slots" in report["ntm_memory"]["limits"]
+    for name, row in hf_lnlm.backends("cuda").items():
+        assert row["in use"] == ("none" if name == "mamba_inner" else "eager")
         assert row.get("cpu", "the tensors are on cuda") != "can run"
+
+
+@pytest.mark.parametrize(
+    "name", ["RNN", "GPT3", "SparseTransformer", "Linformer", "GatedCNN", "SelectiveSSM", "NTM", "DNC"]
+)
+def test_no_family_builds_a_model_whose_backend_cannot_run(name):
+    if torch.cuda.is_available() or backend.triton_interpreted():
+        pytest.skip("Triton can run here")
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1}
+    with pytest.raises(ValueError, match=r"backend must be auto or one of|backend 'gpu' cannot run"):
+        getattr(hf_lnlm, f"{name}ForCausalLM")(getattr(hf_lnlm, f"{name}Config")(**sizes, backend="gpu"))

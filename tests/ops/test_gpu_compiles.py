@@ -38,18 +38,18 @@ torch.set_num_threads(1)
 """
 
 MEMORY = """
-from hf_lnlm.ops.{op}.gpu import {op}_gpu
-from hf_lnlm.ops.{op}.layout import {options} as Options
-from tests.ops.{op}.cases import layer
+from hf_lnlm.ops.memory.{op}.gpu import {op}_memory_gpu as run
+from hf_lnlm.ops.memory.{op}.layout import {options} as Options
+from tests.ops.memory.{op}.cases import layer
 
 for options in [{variants}]:
     inputs, weights, state = layer(options, batch=1, steps=3, slots=32, width=8, dtype=torch.float32)
-    {op}_gpu(inputs, weights, state, options).outputs.sum().backward()
+    run(inputs, weights, state, options).outputs.sum().backward()
 """
 
-NTM = MEMORY.format(op="ntm_memory", options="NTMOptions", variants="Options()")
+NTM = MEMORY.format(op="ntm", options="NTMOptions", variants="Options()")
 DNC = MEMORY.format(
-    op="dnc_memory",
+    op="dnc",
     options="DNCOptions",
     variants="Options(1, 2, masking=True, deallocation=True)",
 )
@@ -61,18 +61,18 @@ full = arguments(1, 20, 40, 16) | marks(1, 20)
 bare = full | dict.fromkeys(("D", "z", "dt_bias", "initial_state", "mask", "reset"))
 bare |= {n: bare[n].bfloat16() for n in ("u", "dt", "B", "C")}
 for call, softplus in ((full, True), (bare, False)):
-    y, state, entries = run(call, softplus, True)
-    back(torch.empty_like(y), state, call, entries, softplus)
+    y, state, entries = run(*call.values(), softplus, True)
+    back(torch.empty_like(y), state, entries, *call.values(), softplus)
 """
 CONV = """
 from hf_lnlm.ops.causal_conv.gpu import causal_conv_gpu as run, causal_conv_gpu_backward as back
 from tests.ops.causal_conv.test_causal_conv import arguments, marks
 
-full = arguments(1, 33, 20, 4) | {"taps": marks(1, 33, 4)[1]}
-bare = full | dict.fromkeys(("bias", "state", "taps")) | {"x": full["x"].bfloat16()}
+full = arguments(1, 33, 20, 4) | {"gather_index": marks(1, 33, 4)[1]}
+bare = full | dict.fromkeys(("bias", "state", "gather_index")) | {"x": full["x"].bfloat16()}
 for call, activation in ((full, True), (bare, False)):
-    y, state = run(call, activation)
-    back(torch.empty_like(y), state, call, activation)
+    y, state, kept = run(*call.values(), activation, True)
+    back(torch.empty_like(y), state, kept, *call.values(), activation)
 """
 SSD = """
 from hf_lnlm.ops.ssd.gpu import ssd_gpu as run, ssd_gpu_backward as back
@@ -80,8 +80,8 @@ from tests.ops.ssd.test_ssd import arguments, marks
 
 call = arguments(1, 70, 2, 16, 1, 16) | {"reset": marks(1, 70)["reset"], "diagonal": torch.rand(1, 70, 2)}
 call |= {n: call[n].bfloat16() for n in ("x", "B", "C")}
-y, state, entries = run(call, 32, True)
-back(torch.empty_like(y), state, call, entries, 32)
+y, state, entries = run(*call.values(), 32, True)
+back(torch.empty_like(y), state, entries, *call.values(), 32)
 """
 KERNELS = {"ntm_memory": (NTM, 2), "dnc_memory": (DNC, 2), "selective_scan": (SCAN, 4), "causal_conv": (CONV, 6)}
 KERNELS["ssd"] = (SSD, 2)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from hf_lnlm.cli.recipe import read_recipe
-from hf_lnlm.cli.tasks import TASKS as LABELLED
 from hf_lnlm.convert.sparse_attention import linformer_checkpoint
 from hf_lnlm.data.algorithmic import TASKS
+from hf_lnlm.flows.recipe import read_recipe
 from hf_lnlm.hub.check import check_folder, is_fit
+from hf_lnlm.tasks import TASKS as LABELLED
 from hf_lnlm.trainer.alignment import METHODS
 
 from ..cli.running import QUICK, copy_library, run, settings, small_library, succeed

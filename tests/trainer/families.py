@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import transformers as T
 
-from hf_lnlm.cli.answers import QuestionAnswering
-from hf_lnlm.cli.recipe import DataSection
 from hf_lnlm.data.labelled import Rows
+from hf_lnlm.data.section import DataSection
 from hf_lnlm.data.tokenizers import build_tokenizer
+from hf_lnlm.tasks.question_answering import QuestionAnswering
 
 VOCAB, LENGTH, ROWS = 40, 12, 8
 Row = dict[str, Any]
@@ -153,7 +153,8 @@ def questions() -> tuple[Any, Rows]:
         rows.append({"question": "aa", "context": " ".join(words), "answers": words[-1]})
     task = QuestionAnswering(stride=2)
     known = tokenizer()
-    held, _ = task.encode_held(rows, DataSection(), known, T.BertConfig(type_vocab_size=2), LENGTH)
+    read = [task.read(row, DataSection()) for row in rows]
+    held, _ = task.encode_held(read, DataSection(), known, T.BertConfig(type_vocab_size=2), LENGTH)
     assert len(known) <= VOCAB and len({len(row["windows"]) for row in held}) > 2
     return task.measuring(held), Rows(held)
 

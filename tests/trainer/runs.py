@@ -22,7 +22,7 @@ import torch
 import transformers as T
 from datasets import Dataset
 
-from hf_lnlm.data.lanes import Lanes
+from hf_lnlm.data.bptt_streams import BPTTStreams
 from hf_lnlm.data.tokenizers import build_tokenizer
 from hf_lnlm.models.recurrent.configuration_rnn import RNNConfig
 from hf_lnlm.models.recurrent.modeling_rnn import RNNForCausalLM
@@ -93,7 +93,7 @@ def rows_of(case: Case, tokenizer: Any, learnt: Any, documents: Dataset) -> Any:
     """Return the case's dataset: packed blocks, a stream of them, or lanes."""
     if case["data"] == "lanes":
         lanes, length = case.get("lanes", BATCH * int(os.environ.get("WORLD_SIZE", "1"))), learnt.raw_length(LENGTH)
-        return Lanes(documents, tokenizer, length, lanes, boundaries=case["objective"] == "causal")
+        return BPTTStreams(documents, tokenizer, length, lanes, boundaries=case["objective"] == "causal")
     return learnt.rows(documents if case["data"] == "map" else Stream(documents), tokenizer, LENGTH)
 
 
@@ -256,9 +256,9 @@ class Noting(T.TrainerCallback):
         self.path = path
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600)
-        os.pwrite(descriptor, f"{state.global_step:8d}".encode(), 0)
-        os.close(descriptor)
+        draft = Path(f"{self.path}.draft")
+        draft.write_text(str(state.global_step))
+        os.replace(draft, self.path)
 
 
 def train_noting(case: Case, folder: str, progress: str, **settings: Any) -> None:
@@ -307,6 +307,8 @@ def stops_on(number: int, while_evaluating: bool = False, workers: int = 0) -> d
 
         def run() -> None:
             os.setpgid(0, 0)
+            if number == signal.SIGHUP:  # ignored where the tests were started by nohup
+                signal.signal(number, signal.SIG_DFL)
             evaluation = {"eval_steps": 5, "eval_strategy": "steps" if while_evaluating else "no"}
             trainer = trainer_of(case, folder, **settings, **evaluation)
             trainer.add_callback(Slow(progress, while_evaluating))

@@ -84,7 +84,7 @@ def test_dpo_learns_and_checkpointing_changes_nothing(model_type, tmp_path):
     for on in (True, False):
         trainer, losses = trained("dpo", model_type, tmp_path / str(on), gradient_checkpointing=on, **options)
         found[on] = losses
-        assert trainer.model.is_activation_checkpointing is on, "or the comparison would say nothing"
+        assert trainer.model.is_gradient_checkpointing is on, "or the comparison would say nothing"
     assert found[True] == pytest.approx(found[False], rel=1e-3)
     assert found[True][0] == pytest.approx(0.6931, abs=0.02)
     assert found[True][-1] <= 0.65

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_lnlm.data.lanes import Lanes
+from hf_lnlm.data.bptt_streams import BPTTStreams
 from hf_lnlm.data.tokenizers import build_tokenizer
-from hf_lnlm.trainer.recurrent_state import CarriedState, initial_state, lane_fault, state_file
+from hf_lnlm.trainer.recurrent_state import CarriedState, initial_state, state_file, stream_fault
 from hf_lnlm.trainer.trainer import LNLMTrainer
 from tests.trainer import families, runs, scale
 
@@ -37,7 +37,7 @@ def test_losses_and_gradients_are_those_of_the_windows_by_hand(tmp_path: Path) -
     again = trainer_of(tmp_path)
     model, cache = again.model.train(), None
     for entry, batch in zip(found, batches(again.train_dataset, again.data_collator, 5), strict=True):
-        batch.pop("num_bytes")
+        batch = {name: value for name, value in batch.items() if name not in ("num_bytes", "reset")}
         cache = cache or DynamicCache(config=model.config)
         outputs = model(**batch, past_key_values=cache, use_cache=True)
         model.zero_grad()
@@ -93,6 +93,7 @@ def test_evaluation_carries_state_through_its_lanes(tmp_path: Path) -> None:
     num_bytes = 0
     for batch in batches(trainer.train_dataset, trainer.data_collator, number):
         num_bytes += int(batch.pop("num_bytes").sum())
+        batch.pop("reset")
         items = int(batch["shift_labels"].ne(-100).sum())
         with torch.no_grad():
             outputs = model(**batch, past_key_values=cache, use_cache=True)
@@ -152,15 +153,15 @@ def test_what_cannot_carry_state_is_refused(tmp_path: Path) -> None:
         trainer_of(tmp_path, train_sampling_strategy="random")
     with pytest.raises(ValueError, match="auto_find_batch_size"):
         trainer_of(tmp_path, auto_find_batch_size=True)
-    with pytest.raises(ValueError, match=r"num_lanes must be batch size x processes = 2 x 1 = 2, got 3"):
+    with pytest.raises(ValueError, match=r"num_streams must be batch size x processes = 2 x 1 = 2, got 3"):
         trainer_of(tmp_path, per_device_train_batch_size=2)
     model, rows = families.build("GPT2LMHeadModel")
     with pytest.raises(ValueError, match="needs a stateful model, got GPT2LMHeadModel"):
         scale.trainer(model, rows, str(tmp_path), 2, 1, carry_state=True)
-    assert "needs a dataset of contiguous lanes" in (lane_fault(rows, 2, 1) or "")
+    assert "needs a dataset of contiguous streams" in (stream_fault(rows, 2, 1) or "")
     trainer = trainer_of(tmp_path, per_device_eval_batch_size=2)
     tokenizer = build_tokenizer("byte", sentinels=20)
-    with pytest.raises(ValueError, match="evaluation: num_lanes"):
-        trainer.evaluate(Lanes(runs.texts(), tokenizer, 8, 4))
+    with pytest.raises(ValueError, match="evaluation: num_streams"):
+        trainer.evaluate(BPTTStreams(runs.texts(), tokenizer, 8, 4))
     with pytest.raises(ValueError, match="recurrent states only"):
         CarriedState().keep(DynamicCache())

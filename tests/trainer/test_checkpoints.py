@@ -1,9 +1,10 @@
-"""Checkpoint folders: manifest, damage, rotation, sweeping, what the Trainer does with them."""
+"""Checkpoint folders: manifest, damage, rotation, clearing, what the Trainer does with them."""
 
 import errno
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,18 @@ from safetensors.torch import save_file
 
 from hf_lnlm.trainer import checkpoints
 from hf_lnlm.trainer.trainer import LNLMTrainer
+from tests.contract.cases import add_noise
 from tests.trainer import families, scale
 
 
-def make(folder: Path, sealed: bool = True) -> Path:
+def make(folder: Path, listed: bool = True) -> Path:
     """Write a small checkpoint, as the stock Trainer would or as ours does."""
     folder.mkdir(parents=True)
     save_file({"weight": torch.arange(6.0)}, folder / "model.safetensors")
     torch.save({"step": 1}, folder / "optimizer.pt")
     (folder / "trainer_state.json").write_text('{"global_step": 1}')
-    if sealed:
-        checkpoints.seal(folder)
+    if listed:
+        checkpoints.write_manifest(folder)
     return folder
 
 
@@ -37,17 +39,17 @@ def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_a_sealed_checkpoint_is_whole(tmp_path: Path) -> None:
+def test_a_listed_checkpoint_is_whole(tmp_path: Path) -> None:
     folder = make(tmp_path / "checkpoint-1")
     listing = json.loads((folder / checkpoints.MANIFEST_NAME).read_text())["files"]
     assert sorted(listing) == ["model.safetensors", "optimizer.pt", "trainer_state.json"]
     assert checkpoints.find_fault(folder) is None
 
 
-@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
-def test_a_file_cut_off_is_noticed(tmp_path: Path, name: str, sealed: bool) -> None:
-    folder = make(tmp_path / "checkpoint-1", sealed)
+def test_a_file_cut_off_is_noticed(tmp_path: Path, name: str, listed: bool) -> None:
+    folder = make(tmp_path / "checkpoint-1", listed)
     path = folder / name
     path.write_bytes(path.read_bytes()[:-9])
     assert name in (checkpoints.find_fault(folder) or "")
@@ -75,7 +77,7 @@ def test_a_bad_manifest_is_damage_not_a_crash(tmp_path: Path, manifest: str) -> 
     "content", [b"", b"\x00" * 8, b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]", b"\x10\0\0\0\0\0\0\0" + b'{"a": 3}        ']
 )
 def test_nonsense_safetensors_are_damage(tmp_path: Path, content: bytes) -> None:
-    folder = make(tmp_path / "checkpoint-1", sealed=False)
+    folder = make(tmp_path / "checkpoint-1", listed=False)
     (folder / "model.safetensors").write_bytes(content)
     assert "model.safetensors" in (checkpoints.find_fault(folder) or "")
 
@@ -105,16 +107,16 @@ def test_publishing_replaces_and_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".staging", "checkpoint-5"]
 
 
-def test_the_sweep_finishes_or_undoes_what_a_kill_left(tmp_path: Path) -> None:
-    make(tmp_path / ".staging" / "checkpoint-9", sealed=False)
+def test_clearing_finishes_or_undoes_what_a_kill_left(tmp_path: Path) -> None:
+    make(tmp_path / ".staging" / "checkpoint-9", listed=False)
     make(tmp_path / ".deleted-checkpoint-3")
     make(tmp_path / ".replaced-checkpoint-6")  # killed between the two renames: 6 must come back
     make(tmp_path / ".replaced-checkpoint-7")
     make(tmp_path / "checkpoint-7")
     (tmp_path / "notes.txt").touch()
-    checkpoints.sweep(tmp_path)
+    checkpoints.remove_staging(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "checkpoint-7", "notes.txt"]
-    checkpoints.sweep(tmp_path / "nowhere")
+    checkpoints.remove_staging(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -183,6 +185,16 @@ def test_stock_checkpoints_can_be_resumed_and_ours_by_stock(tmp_path: Path) -> N
     for path in (tmp_path / "ours").rglob(checkpoints.MANIFEST_NAME):
         path.unlink()
     assert resumed(tmp_path / "ours", 8).state.global_step == 8
+
+
+def test_where_a_file_puts_the_first_weights_changes_no_bit(tmp_path: Path, moved: Callable[[Path], None]) -> None:
+    model, rows = families.build("BertForSequenceClassification, regression")
+    add_noise(model, 1).save_pretrained(tmp_path / "base")
+    moved(tmp_path / "base")
+    read = type(model).from_pretrained(tmp_path / "base")
+    for start in (model, read):
+        scale.step(start, rows, str(tmp_path / "run"), 1, 1, max_steps=3)  # one row: the most sensitive products
+    assert all(map(torch.equal, model.state_dict().values(), read.state_dict().values()))
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

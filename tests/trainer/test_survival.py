@@ -2,12 +2,16 @@
 
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from hf_lnlm.trainer.signals import StopSignal
 
 OBJECTIVES, DATA, WORKERS, ACCUMULATION = ("causal", "masked", "span"), ("map", "stream", "lanes"), (0, 2), (1, 2)
 CASES = list(itertools.product(OBJECTIVES, DATA, WORKERS, ACCUMULATION))
@@ -77,16 +81,36 @@ def test_kills_signals_and_a_full_disk(repository: Path) -> None:
         ("stops_on", {"number": 15}),
         ("stops_on", {"number": 2, "while_evaluating": True}),
         ("stops_on", {"number": 2, "workers": 2}),
+        ("stops_on", {"number": 1, "workers": 2}),
     ]
-    kills, disk, term, evaluating, interrupt = ask(repository, requests)
+    kills, disk, term, evaluating, interrupt, hangup = ask(repository, requests)
     survives(kills, 5)
     assert disk == {"statuses": [3, 0], "left": {"checkpoint-4": None}, "last": None}
-    for answer, status in ((term, 143), (evaluating, 130), (interrupt, 130)):
+    for answer, status in ((term, 143), (evaluating, 130), (interrupt, 130), (hangup, 129)):
         assert answer["statuses"] == [status, 0, 0]
         assert len(answer["left"]) == 1 and answer["equal"]
 
 
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_hangup_that_was_ignored_at_the_start_stays_ignored(ignored: bool) -> None:
+    begun = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        listening = StopSignal()
+        listening.install()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert listening.received == (None if ignored else signal.SIGHUP)
+        listening.uninstall()
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, begun)
+
+
 @pytest.mark.slow
-def test_fifty_kills(repository: Path) -> None:
-    (answer,) = ask(repository, [("survives_kills", {"number": 50, "seed": 1})])
-    survives(answer, 50)
+def test_a_hundred_kills_of_whole_runs(repository: Path) -> None:
+    """Twelve of each kind: while a run begins, goes on, trains, saves, and ends."""
+    command = [sys.executable, "-m", "tests.kills", "--number", "12", "--seed", "1"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=1500)
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0 and len(answers) == 9, done.stdout + done.stderr
+    for answer in answers:
+        assert answer["kills"] == 12 and answer["same"] and not answer["faults"] and not answer["left"], answer

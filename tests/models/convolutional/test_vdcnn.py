@@ -170,7 +170,7 @@ def test_other_depths_are_refused():
 
 def test_inputs_that_do_not_fit_are_refused():
     model, ids = make(), token_ids(2, 5)
-    with pytest.raises(ValueError, match=r"length >= 1, got shape \(2, 0\)"):
+    with pytest.raises(ValueError, match=r"no positions: input_ids has shape \(2, 0\)"):
         model(ids[:, :0])
     with pytest.raises(ValueError, match=r"\(2, 5\), got \(2, 4\)"):
         model(ids, torch.ones(2, 4))

@@ -13,16 +13,16 @@ from transformers import BartConfig, BertConfig, BertForMaskedLM, BertModel, GPT
 from transformers.modeling_outputs import BaseModelOutput
 
 import hf_lnlm
-from hf_lnlm.cli.adapters import add_adapter
-from hf_lnlm.cli.recipe import LoraSection, ModelSection
-from hf_lnlm.cli.wrapped import load_wrapped
+from hf_lnlm.convert import stock_attention as stock
+from hf_lnlm.flows.adapters import add_adapter
+from hf_lnlm.flows.encoder_head import load_wrapped
+from hf_lnlm.flows.recipe import LoraSection, ModelSection
 from hf_lnlm.models.hybrid.configuration_encoder_cnn import EncoderCNNConfig
 from hf_lnlm.models.hybrid.modeling_encoder_cnn import (
     EncoderCNNForSequenceClassification,
     EncoderCNNForTokenClassification,
     EncoderCNNModel,
 )
-from hf_lnlm.models.sparse_attention import stock
 from hf_lnlm.registry import family
 from tests.contract.cases import add_noise, token_ids
 
@@ -350,6 +350,9 @@ def test_a_tagger_of_first_tokens_is_refused():
 
 def test_an_encoder_without_hidden_states_is_refused_where_they_are_needed():
     class Silent(nn.Module):
+        def get_input_embeddings(self):
+            return None
+
         def forward(self, input_ids, output_hidden_states=None, **_):
             return BaseModelOutput(last_hidden_state=torch.zeros(*input_ids.shape, 16))
 
@@ -365,7 +368,7 @@ def test_inputs_that_do_not_fit_are_refused():
         model()
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model(ids, inputs_embeds=torch.zeros(2, 5, 16))
-    with pytest.raises(ValueError, match=r"length >= 1, got shape \(2, 0\)"):
+    with pytest.raises(ValueError, match=r"no positions: input_ids has shape \(2, 0\)"):
         model(ids[:, :0])
     with pytest.raises(ValueError, match=r"\(2, 5\), got \(2, 4\)"):
         model(ids, torch.ones(2, 4))

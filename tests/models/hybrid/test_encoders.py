@@ -85,9 +85,7 @@ def test_a_checkpoint_is_one_folder_and_a_stock_encoder_stays_stock(name, tmp_pa
     assert torch.equal(logits(again.eval(), ids, mask), logits(model, ids, mask))
     assert type(again.model.encoder) is type(model.model.encoder)
     files = {path.name for path in tmp_path.glob("*.py")}
-    assert {"modeling_encoder_cnn.py", "configuration_encoder_cnn.py", "own_encoder.py"} <= {
-        file.replace("models_hybrid_", "") for file in files
-    }
+    assert {"modeling_encoder_cnn.py", "configuration_encoder_cnn.py", "models_own_parts.py"} <= files
     assert any(f"modeling_{name}.py" in file for file in files) == (name in OURS)
     config = json.loads((tmp_path / "config.json").read_text())
     assert set(config["auto_map"]) == {

@@ -147,9 +147,9 @@ def test_the_other_familys_and_a_recurrent_networks_state_are_refused(name):
     recurrent = RNNForCausalLM(RNNConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2)).eval()
     with pytest.raises(ValueError, match="lnlm_"):
         causal(name)(ids(), past_key_values=recurrent(ids(), use_cache=True).past_key_values)
-    with pytest.raises(ValueError, match="recurrent states"):
+    with pytest.raises(ValueError, match="the states of 2 layers"):
         causal(name)(ids(), past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match="recurrent states"):
+    with pytest.raises(ValueError, match="the states of 2 layers"):
         causal(name)(ids(), past_key_values=causal(name, num_hidden_layers=1)(ids(), use_cache=True).past_key_values)
 
 
@@ -157,13 +157,13 @@ def test_the_other_familys_and_a_recurrent_networks_state_are_refused(name):
 def test_a_bidirectional_model_refuses_a_state(name):
     model = BODIES[name](CONFIGS[name](**TINY, bidirectional=True)).eval()
     cache = causal(name)(ids(), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="bidirectional"):
+    with pytest.raises(ValueError, match="reads both ways"):
         model(ids(), past_key_values=cache)
 
 
 @family
 def test_a_row_without_any_token_keeps_the_initial_state(name):
-    model, mask = causal(name), torch.ones(2, 9)
+    model, mask = causal(name), torch.ones(2, 9, dtype=torch.long)
     mask[0] = 0
     out = model(ids(), attention_mask=mask, use_cache=True)
     alone = model(ids()[1:], use_cache=True)

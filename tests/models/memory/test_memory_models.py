@@ -134,7 +134,7 @@ def test_recomputed_states_change_nothing(name, kind, backend):
     """Lengths that chunks don't divide; padding on both sides and inside; a carried state."""
     fields = RECOMPUTED[kind] | {"backend": backend}
     mask = torch.tensor([[0, 0] + [1] * 10, [1] * 5 + [0] + [1] * 3 + [0] * 3])
-    mask = mask if "bidirectional" in fields else torch.cat([torch.ones(2, 9), mask], 1)
+    mask = mask if "bidirectional" in fields else torch.cat([mask.new_ones(2, 9), mask], 1)
     for inputs in ({}, {"attention_mask": mask}, {"attention_mask": torch.zeros_like(mask)}):
         expected = trained(name, fields, **inputs)
         found = trained(name, fields | {"recompute_states": True}, **inputs)

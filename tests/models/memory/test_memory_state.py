@@ -15,10 +15,8 @@ from hf_lnlm import (
     NTMForSequenceClassification,
     NTMForTokenClassification,
 )
-from hf_lnlm.models.memory.modeling_dnc import DNCCell
-from hf_lnlm.ops.dnc_memory import cpu as dnc_cpu
-from hf_lnlm.ops.dnc_memory.layout import places
-from hf_lnlm.ops.ntm_memory import cpu as ntm_cpu
+from hf_lnlm.ops.memory.dnc import cpu as dnc_cpu
+from hf_lnlm.ops.memory.ntm import cpu as ntm_cpu
 from hf_lnlm.trainer.recurrent_state import CarriedState
 
 from .test_memory_models import BITS, BODIES, CAUSAL, CONFIGS, TINY, TRANSDUCERS, causal, family, ids
@@ -95,18 +93,6 @@ def test_masked_steps_leave_the_whole_state_alone(name, backend):
             torch.testing.assert_close(one[:, places], other, rtol=1e-4, atol=1e-6)
 
 
-@torch.no_grad()
-def without_ties(model: Any) -> Any:
-    """A neural computer that writes by content only: which of the unused slots comes first, rounding decides."""
-    for layer in model.model.layers:
-        cell = layer.forwards
-        if isinstance(cell, DNCCell):
-            at = places(cell.options, TINY["memory_width"])
-            gates = slice(at.allocation_gates, at.write_gates)
-            cell.interface_proj.weight[gates], cell.interface_proj.bias[gates] = 0.0, -20.0
-    return model
-
-
 @family
 @pytest.mark.parametrize("packed", [False, True])
 def test_addressing_of_the_fast_path_is_the_references(name, packed):
@@ -114,7 +100,7 @@ def test_addressing_of_the_fast_path_is_the_references(name, packed):
     if packed:
         inputs = {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0] * 5 + [1] * 4])}
     fast, slow = (
-        without_ties(causal(name, backend=backend, num_read_heads=2, num_write_heads=2)).model(
+        causal(name, backend=backend, num_read_heads=2, num_write_heads=2).model(
             ids(), output_addressing=True, **inputs
         )
         for backend in ("cpu", "reference")
@@ -128,9 +114,9 @@ def test_addressing_of_the_fast_path_is_the_references(name, packed):
 
 @family
 def test_addressing_needs_no_slower_path(name, monkeypatch):
-    module, operation = (ntm_cpu, "ntm_memory_cpu") if name == "ntm" else (dnc_cpu, "dnc_memory_cpu")
-    fast, calls = getattr(module, operation), []
-    monkeypatch.setattr(module, operation, lambda *args: calls.append(1) or fast(*args))
+    loop, calls = (ntm_cpu if name == "ntm" else dnc_cpu).CPULoop, []
+    fast = loop.run_forward
+    monkeypatch.setattr(loop, "run_forward", lambda *arguments: calls.append(1) or fast(*arguments))
     model = causal(name, backend="cpu")
     plain, shown = model(ids()), model(ids(), output_addressing=True)
     assert len(calls) == 2 * TINY["num_hidden_layers"] and torch.equal(plain.logits, shown.logits)

@@ -217,7 +217,7 @@ def test_dropped_weights_get_no_gradient(cell, monkeypatch):
         masks.append(torch.rand(weight.shape) < 0.5)
         return weight * masks[-1] / (1 - p)
 
-    monkeypatch.setattr("hf_lnlm.models.recurrent.modeling_rnn.dropout", recorded)
+    monkeypatch.setattr("hf_lnlm.models.recurrent.layers.dropout", recorded)
     model(token_ids(2, 7)).last_hidden_state.sum().backward()
     gradient = model.layers[0].forwards.recurrent_gates.weight.grad
     assert len(masks) == 1, "one mask a forward pass, for all time steps"
@@ -355,7 +355,7 @@ def test_inputs_that_do_not_fit_are_refused():
         model(ids, inputs_embeds=model.embed_tokens(ids))
     with pytest.raises(ValueError, match="no positions"):
         model(ids[:, :0])
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="input_ids must be between 0"):
         model(ids + 100)
 
 
@@ -363,16 +363,16 @@ def test_states_that_do_not_fit_are_refused():
     model = make(RNNModel)
     ids = token_ids(2, 5)
     others = {
-        "recurrent states": DynamicCache(),
+        "the states of 2 layers": DynamicCache(),
         "'gru' layer": make(RNNModel, cell_type="gru")(ids, use_cache=True).past_key_values,
         r"shape \(5,\) a row": make(RNNModel, hidden_size=5)(ids, use_cache=True).past_key_values,
-        "must hold 2": make(RNNModel, num_hidden_layers=3)(ids, use_cache=True).past_key_values,
+        "the states of 2 layers, as": make(RNNModel, num_hidden_layers=3)(ids, use_cache=True).past_key_values,
         "3 rows": model(token_ids(3, 5), use_cache=True).past_key_values,
     }
     for said, cache in others.items():
         with pytest.raises(ValueError, match=said):
             model(ids, past_key_values=cache)
-    with pytest.raises(ValueError, match="bidirectional"):
+    with pytest.raises(ValueError, match="reads both ways"):
         make(RNNModel, bidirectional=True)(ids, past_key_values=model(ids, use_cache=True).past_key_values)
 
 

@@ -153,8 +153,8 @@ def test_a_strided_step_reads_only_what_it_sees(monkeypatch):
 def test_a_cache_filled_under_another_pattern_is_refused(kind):
     """Its keys may be gone, and nothing else would tell."""
     ids = tokens()
-    banded = in_chunks(build("gpt3"), ids, (0, 20))[1]
-    other = build("gpt3", band_size=9) if kind == "gpt3" else build("sparse", num_key_value_heads=4)
+    banded = in_chunks(build(kind), ids, (0, 20))[1]
+    other = build("gpt3", band_size=9) if kind == "gpt3" else build("sparse", attention_pattern="strided")
     with pytest.raises(ValueError, match=r"past_key_values was filled under .* this layer attends by"):
         other(ids[:, 20:], past_key_values=banded)
 
@@ -296,10 +296,10 @@ def test_bad_inputs():
     with pytest.raises(ValueError, match="no positions"):
         model(ids[:, :0])
     other = DynamicCache()
-    with pytest.raises(ValueError, match="sparse-attention layers"):
+    with pytest.raises(ValueError, match="the states of 2 layers"):
         model(ids, past_key_values=other)
     past = in_chunks(model, ids, (0, 10))[1]
-    with pytest.raises(ValueError, match="holds 2 rows"):
+    with pytest.raises(ValueError, match="holds the state of 2 rows"):
         model(ids[:1], past_key_values=past)
     with pytest.raises(ValueError, match="cannot begin inside"):
         model(ids, past_key_values=past, seq_idx=torch.tensor([0] * 5 + [1] * 5).expand(2, -1))

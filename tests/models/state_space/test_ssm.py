@@ -370,7 +370,7 @@ def test_no_positions_no_inputs_and_unknown_ids():
     with pytest.raises(ValueError, match="exactly one"):
         model()
     for bad in (VOCABULARY, -1):
-        with pytest.raises(IndexError):
+        with pytest.raises(ValueError, match=f"input_ids must be .*got {bad}"):
             model(torch.full((1, 3), bad))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_lnlm.ops.causal_conv import causal_conv, tap_table
+from hf_lnlm.ops.causal_conv import causal_conv, conv_gather_index
 
 FAST = ("eager", "cpu")
 
@@ -24,7 +24,7 @@ def arguments(batch=2, length=33, channels=20, kernel=4):
 def marks(batch, length, kernel, seed=1):
     torch.manual_seed(seed)
     mask = (torch.rand(batch, length) > 0.3).long()
-    return mask, tap_table(mask, torch.rand(batch, length) > 0.8, kernel)
+    return mask, conv_gather_index(mask, torch.rand(batch, length) > 0.8, kernel)
 
 
 def relative(got, expected):
@@ -52,6 +52,7 @@ def compare(call, backend, **options):
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("activation", [True, False])
 @pytest.mark.parametrize("shape", [(2, 33, 20, 4), (1, 200, 33, 3), (1, 2, 7, 4), (3, 9, 5, 2), (2, 5, 4, 1)], ids=str)
+@pytest.mark.core
 def test_matches_the_reference(backend, activation, shape):
     compare(arguments(*shape), backend, activation=activation)
 
@@ -65,7 +66,7 @@ def test_optional_arguments(backend, absent):
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_masks_and_documents(backend, reverse):
-    compare(arguments(), backend, taps=marks(2, 33, 4)[1], reverse=reverse)
+    compare(arguments(), backend, gather_index=marks(2, 33, 4)[1], reverse=reverse)
 
 
 @pytest.mark.parametrize("backend", ("reference", *FAST))
@@ -95,7 +96,7 @@ def test_masked_tokens_are_as_if_absent(backend):
     call = arguments(batch=1)
     mask = marks(1, 33, 4)[0]
     real = mask[0].bool()
-    y, state = causal_conv(**call, taps=tap_table(mask, None, 4), backend=backend)
+    y, state = causal_conv(**call, gather_index=conv_gather_index(mask, None, 4), backend=backend)
     alone, last = causal_conv(**(call | {"x": call["x"][:, real]}), backend=backend)
     torch.testing.assert_close(y[:, real], alone, rtol=1e-6, atol=1e-6)
     assert torch.equal(state, last)
@@ -106,7 +107,7 @@ def test_documents_do_not_see_each_other(backend):
     call = arguments(batch=1, length=12)
     reset = torch.zeros(1, 12, dtype=torch.bool)
     reset[0, 5] = reset[0, 7] = True
-    y, state = causal_conv(**call, taps=tap_table(torch.ones(1, 12), reset, 4), backend=backend)
+    y, state = causal_conv(**call, gather_index=conv_gather_index(torch.ones(1, 12), reset, 4), backend=backend)
     for first, last in ((5, 7), (7, 12)):
         alone, end = causal_conv(**(call | {"x": call["x"][:, first:last], "state": None}), backend=backend)
         torch.testing.assert_close(y[:, first:last], alone, rtol=1e-6, atol=1e-6)
@@ -120,7 +121,7 @@ def test_documents_do_not_see_each_other(backend):
         ({"weight": torch.zeros(19, 4)}, "weight"),
         ({"bias": torch.zeros(19)}, r"bias must be \(20,\), got \(19,\)"),
         ({"state": torch.zeros(2, 4, 20)}, "state"),
-        ({"taps": torch.zeros(2, 33, 3, dtype=torch.long)}, "taps"),
+        ({"gather_index": torch.zeros(2, 33, 3, dtype=torch.long)}, "gather_index"),
         ({"backend": "gpu"}, "backend"),
     ],
 )

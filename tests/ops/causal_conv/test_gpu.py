@@ -14,7 +14,7 @@ def compared(shape, absent=(), marked=False, **options) -> dict[str, float]:
     """Relative error of everything that comes out, against the float64 sum."""
     call = arguments(*shape) | dict.fromkeys(absent)
     batch, length, _, kernel = shape
-    options |= {"taps": marks(batch, length, kernel)[1]} if marked else {}
+    options |= {"gather_index": marks(batch, length, kernel)[1]} if marked else {}
     doubled = {n: None if v is None else v.double().requires_grad_() for n, v in call.items()}
     single = {n: None if v is None else v.clone().requires_grad_() for n, v in call.items()}
     expected = causal_conv(**doubled, backend="reference", **options)
@@ -92,7 +92,7 @@ def test_causal_conv1d_serves_what_it_can(monkeypatch, carried):
     monkeypatch.setattr(gpu, "causal_conv1d_fn", stand_in)
     call = arguments(2, 6, 16, 4) | ({} if carried else {"state": None})
     expected = causal_conv(**call, backend="eager")
-    torch.testing.assert_close(gpu.causal_conv_gpu(call | {"taps": None}, True), expected)
+    torch.testing.assert_close(gpu.causal_conv_gpu(*call.values(), None, True, False)[:2], expected)
     assert calls == [(2, 16, 6)]
-    assert not gpu._suits_causal_conv1d(arguments(2, 6, 9, 4) | {"taps": None})
-    assert not gpu._suits_causal_conv1d(call | {"taps": marks(2, 6, 4)[1]})
+    assert not gpu._suits_causal_conv1d(arguments(2, 6, 9, 4) | {"gather_index": None})
+    assert not gpu._suits_causal_conv1d(call | {"gather_index": marks(2, 6, 4)[1]})

@@ -48,6 +48,7 @@ def test_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("chunk", [1, 7, 23, 1000])
+@pytest.mark.core
 def test_chunked_is_the_whole(dtype, bias, chunk):
     hidden, weight, offset, labels = problem(dtype=dtype, bias=bias)
     leaves = [t for t in (hidden, weight, offset) if t is not None]

@@ -104,6 +104,7 @@ SINGLE = {"rtol": 1e-4, "atol": 1e-5}
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.core
 def test_eager_is_the_reference(cell, bias):
     inputs, states, weights = problem(cell, bias=bias)
     leaves = [inputs, *states, *(w for w in weights if w is not None)]
@@ -115,6 +116,7 @@ def test_eager_is_the_reference(cell, bias):
 @pytest.mark.parametrize("backend", ["reference", "eager"])
 @pytest.mark.parametrize("lengths", [[6, 4, 1], [6, 6, 6], [5, 3, 3]], ids=str)
 @pytest.mark.parametrize("stepwise", [False, True], ids=["blocks", "stepwise"])
+@pytest.mark.core
 def test_blocks_are_the_reference(cell, backend, lengths, stepwise):
     """Rows of unequal lengths, longest first, in rectangles or step by step, against the masked loop."""
     inputs, states, weights = problem(cell)

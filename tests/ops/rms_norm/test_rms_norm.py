@@ -36,6 +36,7 @@ def test_by_hand() -> None:
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("shape", "groups"), [((2, 3, 48), 1), ((1, 300, 130), 2), ((5, 7), 1), ((2, 70, 600), 3)])
+@pytest.mark.core
 def test_equals_the_reference(backend: str, gated: bool, shape: tuple[int, ...], groups: int) -> None:
     for strided in (False, True):
         call = draw(*shape, gated=gated, strided=strided)

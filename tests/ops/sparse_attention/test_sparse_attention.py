@@ -71,6 +71,7 @@ def path(request, monkeypatch):
 
 
 @pytest.mark.parametrize(("kind", "causal"), list(itertools.product(SPARSE_KINDS, (True, False))))
+@pytest.mark.core
 def test_equals_dense_mask_in_value_and_gradient(kind, causal, path):
     torch.manual_seed(0)
     pattern = SparsePattern(kind, STRIDE, SUMMARY, causal)

@@ -81,8 +81,8 @@ def long_chunks() -> dict[str, float]:
     grad = torch.randn_like(call["x"]), torch.randn_like(call["initial_state"])
     results = []
     for chunk in (50, 100):
-        y, state, entries = ssd_gpu(call, chunk, True)
-        results.append({"y": y, "state": state} | ssd_gpu_backward(*grad, call, entries, chunk))
+        y, state, entries = ssd_gpu(*call.values(), chunk, True)
+        results.append({"y": y, "state": state} | ssd_gpu_backward(*grad, entries, *call.values(), chunk))
     names = [name for name in results[0] if name != "diagonal"]
     return {name: relative(results[1][name], results[0][name].double()) for name in names}
 

@@ -56,6 +56,7 @@ def compare(call, backend, **options):
     [(2, 70, 4, 8, 2, 16), (1, 129, 4, 8, 1, 64), (3, 64, 3, 5, 3, 8), (1, 1, 4, 8, 4, 8), (2, 33, 2, 7, 1, 128)],
     ids=str,
 )
+@pytest.mark.core
 def test_outputs_state_and_gradients_match_the_reference(backend, shape):
     compare(arguments(*shape), backend)
 

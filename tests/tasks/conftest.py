@@ -1,0 +1,3 @@
+from ..cli.conftest import _small_stdlib, library
+
+__all__ = ["_small_stdlib", "library"]
