@@ -355,7 +355,9 @@ class LanguageModelConfig(LNLMConfig):
 
     def unread(self) -> dict[str, str]:
         """The precision of a head that the config doesn't choose; see `LNLMConfig.unread`."""
-        return super().unread() | ({} if self.loss_head == "chunked" else {"loss_dtype": "loss_head='chunked'"})
+        found = {} if self.loss_head == "chunked" else {"loss_dtype": "loss_head='chunked'"}
+        adaptive = ("adaptive_cutoffs", "adaptive_div_value") if self.loss_head != "adaptive" else ()
+        return super().unread() | found | dict.fromkeys(adaptive, "loss_head='adaptive'")
 
     @property
     def head_width(self) -> int:

@@ -162,12 +162,15 @@ def test_one_more_token_costs_the_same_after_any_context():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"loss_head": "chunked", "loss_chunk_size": 4}, {"loss_head": "adaptive", "adaptive_cutoffs": [10, 30]}],
+    [
+        {"loss_head": "chunked", "loss_chunk_size": 4},
+        {"loss_head": "adaptive", "adaptive_cutoffs": [10, 30], "adaptive_div_value": 2.0},
+    ],
     ids=["chunked", "adaptive"],
 )
 def test_heads_without_logits_give_the_same_loss(fields):
     tied = fields["loss_head"] != "adaptive"
-    model, ids = make(tie_word_embeddings=tied, adaptive_div_value=2.0, **fields).train(), token_ids(3, 9)
+    model, ids = make(tie_word_embeddings=tied, **fields).train(), token_ids(3, 9)
     training = model(ids, labels=ids)
     evaluation = model.eval()(ids, labels=ids)
     assert training.logits is None
