@@ -82,10 +82,6 @@ class VDCNNConfig(LNLMConfig):
         given = {"num_hidden_layers": sum(blocks), "stage_blocks": blocks, "normalization": "batch", **fields}
         return cls(**given)
 
-    def unread(self) -> dict[str, str]:
-        """The groups of another normalisation; see `LNLMConfig.unread`."""
-        return super().unread() | ({"num_groups": "normalization='group'"} if self.normalization == "batch" else {})
-
     def check_bounds(self) -> None:
         """Check ranges and choices, and what they mean together; see the class for the fields."""
         super().check_bounds()
