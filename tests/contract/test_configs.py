@@ -179,7 +179,6 @@ UNREAD: list[tuple[str, dict[str, Any], str, Any]] = [
     ("linformer", {}, "loss_dtype", "bfloat16"),
     ("gpt3", {}, "adaptive_cutoffs", [100]),
     ("ssm", {"loss_head": "chunked"}, "adaptive_div_value", 2.0),
-    ("gated_cnn", {"layer_kernels": [3, 3]}, "kernel_width", 3),
     ("rnn", {"cell_type": "gru"}, "forget_bias", 0.0),
     ("ntm", {"memory_init": "learned"}, "memory_init_value", 0.5),
     ("dnc", {}, "mask_min", 0.1),

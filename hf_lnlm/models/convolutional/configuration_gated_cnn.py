@@ -71,10 +71,6 @@ class GatedCNNConfig(LanguageModelConfig):
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
 
-    def unread(self) -> dict[str, str]:
-        """The width of layers that have widths of their own; see `LNLMConfig.unread`."""
-        return super().unread() | ({} if self.layer_kernels is None else {"kernel_width": "layer_kernels=None"})
-
     def check_bounds(self) -> None:
         """Check ranges and choices, and what they mean together; see the class for the fields."""
         super().check_bounds()
