@@ -89,7 +89,9 @@ def stock_config_class(model_type: str) -> type:
 
     if model_type not in CONFIG_MAPPING:
         ours = [row.model_type for row in FAMILIES]
-        hint = did_you_mean(model_type, [*ours, *STOCK, *CONFIG_MAPPING.keys()])
+        named = [row.model_type for row in FAMILIES if model_type.lower() in f"{row.model_type} {row.title}".lower()]
+        close = did_you_mean(model_type, [*ours, *STOCK, *CONFIG_MAPPING.keys()])
+        hint = f" (did you mean {named[0]!r}?)" if named and model_type else close
         raise UsageProblem(
             f"no family {model_type!r}{hint}; hf_lnlm has {', '.join(ours)}; "
             f"of transformers' own {', '.join(STOCK)} are the usual ones"

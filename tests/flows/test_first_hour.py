@@ -8,8 +8,10 @@ import json
 import pytest
 
 import hf_lnlm
+from hf_lnlm.errors import UsageProblem
 from hf_lnlm.flows.keys import MEANINGS, UNSAID, recipe_keys_starting
 from hf_lnlm.flows.recipe import Recipe, field_types, load_recipe
+from hf_lnlm.flows.sizes import stock_config_class
 from hf_lnlm.objectives import OBJECTIVES
 from hf_lnlm.tasks import TASKS
 from hf_lnlm.trainer.arguments import LNLMTrainingArguments
@@ -66,3 +68,9 @@ def test_a_family_with_several_heads_wants_a_task_of_those_that_fit(words, rnn, 
     said = run("finetune", *given, "--data", text_file, "--output", tmp_path / "out").err
     assert "no task: give --task, one of sequence_classification" in said and "multiple_choice" not in said
     assert ("causal" in said) == ("RNN" in words) and "span" not in said
+
+
+@pytest.mark.parametrize(("word", "meant"), [("rnn", "lnlm_rnn"), ("LSTM", "lnlm_rnn"), ("turing", "lnlm_ntm")])
+def test_a_family_by_its_everyday_name_is_recognised(word: str, meant: str):
+    with pytest.raises(UsageProblem, match=f"no family '{word}' .did you mean '{meant}'"):
+        stock_config_class(word)
