@@ -21,6 +21,12 @@ TENSOR_FILES = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Keys under which training scripts keep a state dict among other things."""
+_OF_FAIRSEQ = ("argparse.", "omegaconf.", "fairseq.")
+_EXPORT = (
+    "`from fairseq.checkpoint_utils import load_checkpoint_to_cpu as load; from safetensors.torch import save_file`, then "
+    "`save_file({{name: t.clone() for name, t in load({0!r})['model'].items()}}, 'weights.safetensors')`"
+)
+"""The two lines for fairseq's checkpoints; `clone`, for embeddings that are shared."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,11 @@ def _unpickled(path: Path) -> dict[str, Any]:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         if named is None:
             raise ValueError(f"{path} is no file of torch, or damaged: {str(error).splitlines()[0][:200]}") from None
+        if named[1].startswith(_OF_FAIRSEQ):
+            raise ValueError(
+                f"{path} is a whole training checkpoint ({named[1]} is pickled in it), and reading it would run its code. "
+                f"Where it was made, export its tensors by two lines: {_EXPORT.format(path.name)}"
+            ) from None
         raise ValueError(
             f"{path} holds a pickled object ({named[1]}), and reading it would run its code. Where it was made, save the "
             "tensors alone: torch.save(model.state_dict(), 'weights.pt')"

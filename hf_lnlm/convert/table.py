@@ -140,6 +140,12 @@ CONVERTERS: tuple[Converter, ...] = (
         "exact; its tensors, not the pickled module",
     ),
     Converter(
+        "fairseq-lstm", "fairseq's `lstm` and `lstm_luong_wmt_en_de`: translation", "lnlm_seq2seq",
+        "what fairseq trains", _named("encoder.embed_tokens.weight", "encoder.lstm.weight_ih_l0"),
+        lambda source: _from("fairseq").fairseq_lstm(source.state, source.fields),
+        notes="exact; its tensors, not the pickled checkpoint; dropouts by `--set`, an adaptive softmax is refused",
+    ),
+    Converter(
         "nn.LSTM", "`nn.LSTM` or `nn.GRU` of torch", "lnlm_rnn", "any, one or two directions", _has_rnn,
         lambda source: _from("recurrent").torch_rnn(source.state, source.fields),
         lambda model: (_from("recurrent").to_torch_rnn(model.state_dict()), None),

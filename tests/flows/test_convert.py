@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def logits(folder, **inputs):
 
 
 def test_every_row_is_tried_here_and_stands_in_the_table():
-    other = {"state-spaces", "word_language_model", "nn.LSTM", "dnc", "word-vectors"}
+    other = {"state-spaces", "word_language_model", "nn.LSTM", "dnc", "word-vectors", "fairseq-lstm"}
     assert {row.kind for row in CONVERTERS} >= {*STOCK, *other}
     told = (Path(hf_lnlm.__file__).parents[1] / "model_cards" / "README.md").read_text(encoding="utf-8")
     assert f"<!-- converters -->\n{markdown_table()}\n<!-- /converters -->" in told, (
@@ -178,6 +179,7 @@ def test_word_vectors_fill_a_checkpoint(tmp_path):
 
 def test_what_would_run_code_or_fits_nothing_is_refused_and_leaves_nothing(tmp_path):
     torch.save(Example("LSTM"), tmp_path / "module.pt")
+    torch.save({"args": argparse.Namespace(arch="lstm"), "model": Example("LSTM").state_dict()}, tmp_path / "whole.pt")
     (tmp_path / "damaged.pt").write_bytes(b"PK\x03\x04 nothing")
     (tmp_path / "damaged.npz").write_bytes(b"PK\x03\x04 nothing")
     save_file({"weight": torch.ones(2)}, tmp_path / "other.safetensors")
@@ -195,6 +197,11 @@ def test_what_would_run_code_or_fits_nothing_is_refused_and_leaves_nothing(tmp_p
     before = sorted(path.name for path in tmp_path.iterdir())
     for source, words, said in (
         ("module.pt", [], "would run its code. Where it was made, save the tensors alone"),
+        (
+            "whole.pt",
+            [],
+            "argparse.Namespace is pickled in it), and reading it would run its code. Where it was made, export",
+        ),
         ("damaged.pt", [], "no file of torch, or damaged"),
         ("objects.npz", [], "must hold arrays of numbers"),
         ("damaged.npz", [], "must hold arrays of numbers"),
