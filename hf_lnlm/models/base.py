@@ -38,7 +38,7 @@ MAX_LAYERS = 10_000
 MAX_SIZE = 2**24
 MAX_VOCABULARY = 2**26
 MAX_LABELS = 2**20
-LOSS_HEADS = ("full", "chunked", "adaptive")
+LOSS_HEADS = ("auto", "full", "chunked", "adaptive")
 LOSS_DTYPES = ("float32", "bfloat16")
 TESTED_TRANSFORMERS = ("5.21", "5.24")  # oldest and newest minor version
 ALIGNMENT = 64  # bytes: where torch's allocator begins every tensor on a CPU
@@ -327,7 +327,8 @@ class LanguageModelConfig(LNLMConfig):
     """Fields of the families that have a softmax over the vocabulary.
 
     Args:
-        loss_head: `full` logits, `chunked` (never all logits while training) or `adaptive` softmax (Grave et al. 2017).
+        loss_head: `full` logits, `chunked` (never all logits while training), `auto` (chunked where a training batch
+            would have more than 2**26 logits, with the same loss and gradients), or `adaptive` softmax (Grave et al. 2017).
         loss_chunk_size: tokens a chunk of the chunked head.
         loss_dtype: `float32` or `bfloat16` products in the chunked head.
         adaptive_cutoffs: where the adaptive softmax's clusters begin, ascending, below `vocab_size`.
@@ -339,7 +340,7 @@ class LanguageModelConfig(LNLMConfig):
 
     _bounds: ClassVar[dict[str, Bound]] = {"adaptive_div_value": (1.0, 1e6)}
 
-    loss_head: str = "full"
+    loss_head: str = "auto"
     loss_chunk_size: int = 256
     loss_dtype: str = "float32"
     adaptive_cutoffs: list[int] | tuple[int, ...] | None = None

@@ -35,7 +35,11 @@ from ..nn.loss_heads import (
     classification_loss,
     next_token_labels,
     normalised,
+    product_dtype,
 )
+
+MOST_LOGITS = 2**26
+"""Logits of a training batch that `loss_head="auto"` computes at once: a quarter of a gigabyte in float32."""
 
 
 class Head:
@@ -64,7 +68,7 @@ class Head:
 
 
 class VocabularyHead(Head):
-    """Full, chunked or adaptive softmax over the vocabulary, as `config.loss_head` says.
+    """Full, chunked or adaptive softmax over the vocabulary, as `config.loss_head` says; "auto" is full or chunked.
 
     Attributes:
         untied_bias: whether a full or chunked softmax that is not tied to the embeddings has a bias.
@@ -117,6 +121,8 @@ class VocabularyHead(Head):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return loss and logits; while training with a chunked or adaptive head the logits are never computed.
 
+        With "auto" that is where they would be more than `MOST_LOGITS`.
+
         Args:
             hidden: `(batch, length, output_size)`.
             targets: `(batch, length)` the token that each position is to predict, -100 where ignored; None for no loss.
@@ -125,10 +131,17 @@ class VocabularyHead(Head):
         """
         if self.output_projection is not None:
             hidden = self.output_projection(hidden)
-        if targets is not None and self.training and self.config.loss_head != "full" and not is_torchdynamo_compiling():
+        if targets is not None and self._leaves_logits_out(targets):
             return self._loss_without_logits(hidden, targets, items), None
         logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         return None if targets is None else self.vocabulary_loss(logits, targets, items), logits
+
+    def _leaves_logits_out(self, targets: torch.Tensor) -> bool:
+        """Tell whether a training step's loss is taken without ever having all logits."""
+        if not self.training or is_torchdynamo_compiling():
+            return False
+        head = self.config.loss_head
+        return targets.numel() * self.config.vocab_size > MOST_LOGITS if head == "auto" else head != "full"
 
     def vocabulary_loss(self, logits: torch.Tensor, targets: torch.Tensor, items: Any) -> torch.Tensor:
         """Return the mean loss in nats a labelled token, by the loss that transformers gives a causal model."""
@@ -140,7 +153,7 @@ class VocabularyHead(Head):
         if self.config.loss_head == "adaptive":
             total = self.lm_head.summed_loss(flat, labels)
         else:
-            dtype = getattr(torch, self.config.loss_dtype)
+            dtype = product_dtype(flat) if self.config.loss_head == "auto" else getattr(torch, self.config.loss_dtype)
             total = chunked_loss(self.lm_head, flat, labels, self.config.loss_chunk_size, dtype)
         return normalised(total, (labels != IGNORED).sum(), items)
 
@@ -198,7 +211,8 @@ class CausalLMHead(VocabularyHead):
 
         Returns:
             loss in nats a token, logits `(batch, kept, vocab_size)`, and what the base model returns besides its last
-            hidden state. While training with a chunked or adaptive head the logits are None: they are never computed.
+            hidden state. While training with a chunked or adaptive head the logits are None: they are never computed
+            (with `loss_head="auto"`, where they would be more than 2**26).
 
         Raises:
             ValueError: labels are no token ids, or of another shape.

@@ -147,6 +147,16 @@ def chunked_loss(
     return linear_cross_entropy(hidden, weight, bias, labels, chunk_size, dtype)
 
 
+def product_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """Return the precision of the products that a head called on `hidden` would have; float32 in place of float16.
+
+    Kept gradients of float16 products would not have been scaled up against underflow.
+    """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, config: Any, num_items_in_batch: Items = None
 ) -> torch.Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
 
+from hf_lnlm.models import heads
 from hf_lnlm.nn.inputs import CACHE_FIELD
 
 from .cases import (
@@ -200,6 +201,24 @@ def test_chunked_head_equals_the_full_one(case: Case):
         found.append({"loss": outputs.loss.detach()} | {n: p.grad for n, p in model.named_parameters()})
     for name, wanted in found[0].items():
         torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@vocabulary_case
+def test_many_logits_are_left_out_by_themselves(case: Case, monkeypatch: pytest.MonkeyPatch):
+    """`loss_head="auto"`, the default: full up to `MOST_LOGITS` numbers, chunked above, the same loss and gradients."""
+    inputs = inputs_of(case, batch=3)
+    inputs |= labels_of(case, inputs)
+    count, found = inputs["labels"].numel() * VOCABULARY, []
+    for most in (count, count - 1):
+        monkeypatch.setattr(heads, "MOST_LOGITS", most)
+        model = build(case, loss_chunk_size=4).train()
+        outputs = model(**inputs, num_items_in_batch=7)
+        outputs.loss.backward()
+        assert (outputs.logits is None) == (most < count)
+        assert model.eval()(**inputs).logits is not None
+        found.append({"loss": outputs.loss.detach()} | {n: p.grad for n, p in model.named_parameters()})
+    for name, wanted in found[0].items():
+        assert (found[1][name] - wanted).norm() <= 1e-6 * (1.0 + wanted.norm()), name
 
 
 @vocabulary_case
