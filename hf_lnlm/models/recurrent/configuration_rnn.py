@@ -27,8 +27,9 @@ class RNNConfig(LanguageModelConfig):
         activation_penalty: AR, weight of the mean square of the dropped output (Merity 2017, section 4.5).
         temporal_penalty: TAR, weight of the mean square of the change of the raw output.
         forget_bias: initial bias of an LSTM's forget gate.
-        initializer_range: standard deviation of the initial classifier and untied LM head. Embeddings start with
-            standard deviation 1 (LSTM) or 0.25 (GRU), gates Glorot-uniform (inputs) and orthogonal (recurrence).
+        initializer_range: standard deviation of the initial classifier and untied LM head. Embeddings start with standard
+            deviation 1 as the first layer reads them (a GRU's at scale 1: 0.25), gates Glorot-uniform (inputs) and orthogonal
+            (recurrence).
         pooling: how sequence classification sums up a text: `last` real token (of the backward direction: the
             first), `mean` or `max`.
         classifier_dropout: dropout before the classifier.

@@ -20,9 +20,10 @@ States = tuple[torch.Tensor, ...]
 CELL_TYPES = ("lstm", "gru")
 POOLINGS = ("last", "mean", "max")
 EMBEDDING_STD = {"lstm": 1.0, "gru": 0.25}
-"""Standard deviation of initial embeddings. Smaller ones leave an LSTM's gates blind to their input for a long time
-(after 120 steps on Python sources, 160 wide, tied: 4.78 nats a token at 1.0, 5.07 at 0.25, 5.60 at 0.1); a GRU's output
-has no gate to shrink it, so that tied logits start too large (5.15 at 1.0, 4.35 at 0.25, 4.44 at 0.1)."""
+"""Most standard deviation of a table's first values. Where tied logits read the table that the layers read, unscaled, a
+smaller one leaves an LSTM's gates blind to their input for a long time (after 120 steps on Python sources, 160 wide: 4.78 nats
+a token at 1.0, 5.07 at 0.25, 5.60 at 0.1), and a larger one makes a GRU's first logits too large (5.15 at 1.0, 4.35 at 0.25,
+4.44 at 0.1). A scale apart has neither fault: see `init_embedding`."""
 
 
 class RNNDirection(nn.Module):
