@@ -284,6 +284,22 @@ FAMILIES: tuple[Family, ...] = (
         norm_layers=_ENCODER_NORMS,
     ),
     Family(
+        model_type="lnlm_transfo_xl",
+        title="Transformer-XL",
+        room="hybrid",
+        name="transfo_xl",
+        config="TransformerXLConfig",
+        models=_heads("TransformerXL", "CausalLM", "SequenceClassification"),
+        paper="Dai, Yang, Yang, Carbonell, Le and Salakhutdinov 2019",
+        sizes={
+            "tiny": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "mem_len": 128},
+            "small": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8},
+            "base": {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048},
+        },
+        lora_targets=("q_net", "kv_net", "r_net", "o_net", "fc1", "fc2"),
+        norm_layers=("norm",),
+    ),
+    Family(
         model_type="lnlm_linformer",
         title="Linformer",
         room="sparse_attention",

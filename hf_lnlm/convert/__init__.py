@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import did_you_mean
 
-_ROOMS = ("memory", "recurrent", "sparse_attention", "state_space", "stock_attention", "word_vectors")
+_ROOMS = ("memory", "recurrent", "sparse_attention", "state_space", "stock_attention", "transfo_xl", "word_vectors")
 
 
 def __getattr__(name: str) -> Any:

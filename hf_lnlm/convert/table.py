@@ -31,6 +31,8 @@ class Converter:
         read: a source → our model; None if nothing comes in.
         write: our model → what goes out; None if nothing does.
         notes: what is exact, and what must be told.
+        vocabulary: a source → the tokenizer of its words, or None if it has none; for projects whose own files no
+            tokenizer of transformers reads.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class Converter:
     read: Read | None
     write: Write | None = None
     notes: str = "exact"
+    vocabulary: Callable[[Source], Any] | None = None
 
 
 def _from(module: str) -> Any:
@@ -103,6 +106,13 @@ def _has_rnn(source: Source) -> bool:
 
 def _is_original_ssm(source: Source) -> bool:
     return not source.model_type and {"d_model", "n_layer", "vocab_size"} <= source.config.keys()
+
+
+def _is_transfo_xl(source: Source) -> bool:
+    """By its config, the names of its tensors, or the module that its training script pickles."""
+    pickled = source.path / "model.pt"
+    known = source.model_type == "transfo-xl" or _named("dec_attn.qkv_net.weight", "emb_layers.0.weight")(source)
+    return known or (source.weights is None and not source.config and pickled.is_file())
 
 
 def _has_words(source: Source) -> bool:
@@ -173,6 +183,13 @@ CONVERTERS: tuple[Converter, ...] = (
     Converter(
         "gpt_neo", "GPT-Neo of transformers", "lnlm_gpt3", "EleutherAI/gpt-neo-125m … 2.7B", _stock("gpt_neo"),
         lambda source: _from("sparse_attention").gpt3_from_gpt_neo(source.stock(), **source.fields),
+    ),
+    Converter(
+        "transfo-xl", "Transformer-XL of transformers to 4.36, and of kimiyoung/transformer-xl (PyTorch)",
+        "lnlm_transfo_xl", "transfo-xl/transfo-xl-wt103", _is_transfo_xl,
+        lambda source: _from("transfo_xl").transfo_xl(source),
+        notes="exact; words too, without unpickling; kimiyoung's clusters in one table, memory and norms by `--set`",
+        vocabulary=lambda source: _from("transfo_xl").transfo_xl_words(source),
     ),
     Converter(
         "word-vectors", "word2vec or GloVe text, `.npz`, `.npy`", "any", "GoogleNews, glove.6B, fastText's `.vec`",

@@ -108,6 +108,26 @@ def build_tokenizer(
     return tokenizer
 
 
+def word_tokenizer(
+    words: Sequence[str], *, unknown: str | None = None, end: str | None = None, lower: bool = False
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of another project's words, split at white space.
+
+    Args:
+        words: Each once, in the order of the ids.
+        unknown: The word that stands for all others; without one they are an error.
+        end: The word that ends a text or line.
+        lower: Whether texts are lower-cased first.
+    """
+    backend = _word_backend(words, unknown)
+    if lower:
+        backend.normalizer = normalizers.Lowercase()
+    special = {"unk_token": unknown, "eos_token": end}
+    backend.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in (unknown, end) if word])
+    given: dict[str, Any] = {name: word for name, word in special.items() if word}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **given)
+
+
 def _learnt_backend(kind: str, texts: Iterable[str] | None, room: int | None) -> Tokenizer:
     """The backends whose vocabulary comes from text; `room` is the vocabulary without sentinels."""
     if texts is None:
@@ -156,8 +176,9 @@ def _protein_backend() -> Tokenizer:
     return backend
 
 
-def _word_backend(vocabulary: Sequence[str]) -> Tokenizer:
-    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+def _word_backend(vocabulary: Sequence[str], unknown: str | None = "<unk>") -> Tokenizer:
+    known = {} if unknown is None else {"unk_token": unknown}
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, **known))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return backend
 

@@ -62,10 +62,11 @@ def convert(
     values = dict(fields) if isinstance(fields, Mapping) else dict(_field(item) for item in fields)
     with quiet_libraries():
         if to_kind is not None:
-            made = _taken_out(str(place), converter(to_kind), values)
+            made, words = _taken_out(str(place), converter(to_kind), values), None
         else:
-            made = _brought_in(Source(place, None if into is None else Path(into), values), from_kind, tokenizer)
-        beside = _tokenizer(place if into is None else Path(into), tokenizer, made)
+            read_from = Source(place, None if into is None else Path(into), values)
+            made, words = _brought_in(read_from, from_kind, tokenizer)
+        beside = _tokenizer(place if into is None else Path(into), tokenizer, made, words)
         _write(made, beside, target)
     return target
 
@@ -93,7 +94,8 @@ def _local(source: str | Path) -> Path:
         raise UsageProblem(f"{source} is nothing here, and the Hub doesn't give it: {said}") from None
 
 
-def _brought_in(source: Source, kind: str | None, tokenizer: str | Path | None) -> Any:
+def _brought_in(source: Source, kind: str | None, tokenizer: str | Path | None) -> tuple[Any, Any]:
+    """The model, and the tokenizer that the project's own vocabulary makes, if it has one that is wanted."""
     row = converter(kind) if kind is not None else recognised(source)
     if row is None:
         known = ", ".join(row.kind for row in CONVERTERS)
@@ -108,7 +110,8 @@ def _brought_in(source: Source, kind: str | None, tokenizer: str | Path | None) 
     if tokenizer is not None and row.kind == "nn.LSTM":
         source.fields.setdefault("vocab_size", len(load_tokenizer(str(tokenizer))))
     try:
-        return row.read(source)
+        words = None if row.vocabulary is None or tokenizer is not None else row.vocabulary(source)
+        return row.read(source), words
     except (ValueError, TypeError, KeyError) as error:
         said = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UsageProblem(f"{source.path} as {row.kind}: {said}") from None
@@ -131,8 +134,11 @@ def _taken_out(name: str, row: Converter, values: Mapping[str, Any]) -> Any:
         raise UsageProblem(f"{name} as {row.kind}: {' '.join(str(error).split())}") from None
 
 
-def _tokenizer(place: Path, given: str | Path | None, made: Any) -> Any:
-    """The tokenizer that goes beside the result, None if there is none."""
+def _tokenizer(place: Path, given: str | Path | None, made: Any, words: Any = None) -> Any:
+    """The tokenizer that goes beside the result, None if there is none; `words` is one made of the project's own files."""
+    if words is not None:
+        check_vocabulary(words, made.config)
+        return fit_length(words, made.config)
     if given is None and not any((place / name).is_file() for name in _TOKENIZERS):
         return None
     tokenizer = load_tokenizer(str(place if given is None else given))

@@ -102,7 +102,9 @@ def check_prompt(method: str, config: Any) -> None:
         raise ValueError(f"{name}, which has no attention of its own: LoRA and IA3 fit it")
     fits = any(row.model_type == config.model_type and row.takes_prefix for row in FAMILIES)
     if method in _WITH_KEYS and (not fits or config.reads_both_ways):
-        raise ValueError(f"{name} as built, which keeps no keys and values: prompt tuning and LoRA fit it")
+        raise ValueError(
+            f"{name} as built, whose cache no learnt keys and values can stand in: prompt tuning and LoRA fit it"
+        )
 
 
 def _attends(config: Any) -> bool:

@@ -352,7 +352,16 @@ class LanguageModelConfig(LNLMConfig):
         check_choice("loss_dtype", self.loss_dtype, LOSS_DTYPES)
         super().check_bounds()
         if self.loss_head == "adaptive":
-            _check_adaptive(self, self.head_width)
+            self.check_adaptive()
+
+    def check_adaptive(self) -> None:
+        """Check the fields of an adaptive softmax against each other and the width of the hidden states that reach it.
+
+        Raises:
+            ValueError: cutoffs that are no clusters, tied embeddings, or a last cluster without width.
+        """
+        check_cutoffs(self)
+        _check_untied(self, self.head_width)
 
     def unread(self) -> dict[str, str]:
         """The precision of a head that the config doesn't choose; see `LNLMConfig.unread`."""
@@ -366,11 +375,11 @@ class LanguageModelConfig(LNLMConfig):
         return self.hidden_size
 
 
-def _check_adaptive(config: "LanguageModelConfig", width: int) -> None:
-    """Check the fields of an adaptive softmax against each other and the width of the hidden states that reach it.
+def check_cutoffs(config: "LanguageModelConfig") -> int:
+    """Return how many clusters an adaptive softmax has beside its shortlist.
 
     Raises:
-        ValueError: cutoffs that are no clusters, tied embeddings, or a last cluster without width.
+        ValueError: cutoffs that are no clusters.
     """
     cutoffs = list(config.adaptive_cutoffs or [])
     fits = cutoffs and cutoffs == sorted(set(cutoffs)) and cutoffs[0] > 0 and cutoffs[-1] < config.vocab_size
@@ -379,13 +388,19 @@ def _check_adaptive(config: "LanguageModelConfig", width: int) -> None:
             f"adaptive_cutoffs must ascend strictly between 0 and vocab_size ({config.vocab_size}), "
             f"got {config.adaptive_cutoffs}"
         )
+    return len(cutoffs)
+
+
+def _check_untied(config: "LanguageModelConfig", width: int) -> None:
+    """Check an adaptive softmax with weights of its own against the width of the hidden states that reach it."""
+    clusters = len(config.adaptive_cutoffs or [])
     if config.tie_word_embeddings:
         raise ValueError("loss_head='adaptive' has its own projections: tie_word_embeddings must be false, got true")
     narrowing = config.adaptive_div_value
-    hopeless = math.log2(narrowing) * len(cutoffs) > 64  # asked first: the power might not fit a float
-    if hopeless or int(width // narrowing ** len(cutoffs)) < 1:
+    hopeless = math.log2(narrowing) * clusters > 64  # asked first: the power might not fit a float
+    if hopeless or int(width // narrowing**clusters) < 1:
         raise ValueError(
-            f"adaptive_div_value leaves the last of {len(cutoffs)} clusters no width: it must be smaller or the hidden "
+            f"adaptive_div_value leaves the last of {clusters} clusters no width: it must be smaller or the hidden "
             f"size larger, got {narrowing}"
         )
 

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .masks import SegmentInfo, segment_info
-from .state import RecurrentStateLayer, StateCache
+from .state import StateCache
 
 CACHE_FIELD = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
 """Name of the cache among the outputs of this transformers."""
@@ -321,7 +321,7 @@ def own_cache(model: Any, cache: Cache | None, use_cache: bool | None, rows: int
             if found not in (None, rows):
                 raise ValueError(f"past_key_values holds the state of {found} rows, the input has {rows}")
             layer.kind = model.state_kind
-    if _recomputed(model) and not all(isinstance(layer, RecurrentStateLayer) for layer in layers):
+    if _recomputed(model) and not all(getattr(layer, "survives_recomputing", False) for layer in layers):
         raise ValueError(
             "gradient checkpointing runs a layer twice, which cannot extend keys and values: past_key_values must be None"
         )

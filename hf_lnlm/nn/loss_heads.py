@@ -83,8 +83,61 @@ def normalised(total: torch.Tensor, count: torch.Tensor | int, num_items_in_batc
     return total / (divisor.to(total.device) if isinstance(divisor, torch.Tensor) else divisor)
 
 
-class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
+class ClusteredSoftmax:
     """Adaptive softmax [1] as an LM head: called with hidden states it returns log-probabilities, which serve as logits.
+
+    A mixin: the class beside it has the weights, and says what the scores of the head and of each tail are.
+    """
+
+    cutoffs: list[int]
+    """Where the clusters end, ascending; the last one is the number of classes."""
+    shortlist_size: int
+    n_classes: int
+
+    def head_scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return scores `(tokens, shortlist_size + clusters)` of `(tokens, hidden_size)`."""
+        raise NotImplementedError(f"{type(self).__name__} must score the shortlist and the clusters")
+
+    def tail_scores(self, cluster: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return scores `(tokens, classes of the cluster)`; clusters count from 0."""
+        raise NotImplementedError(f"{type(self).__name__} must score the classes of a cluster")
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return log-probabilities `(..., vocab_size)` of hidden states `(..., hidden_size)`, in float32 at least.
+
+        They are sums of two logarithms: rounded to bfloat16 they would be off by several percent of a probability.
+        """
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        head = self._log_softmax(self.head_scores(flat))
+        parts = [head[:, : self.shortlist_size]]
+        for i in range(len(self.cutoffs) - 1):
+            parts.append(self._log_softmax(self.tail_scores(i, flat)) + head[:, self.shortlist_size + i, None])
+        return torch.cat(parts, 1).view(*hidden.shape[:-1], self.n_classes)
+
+    def summed_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the summed cross-entropy of `(tokens, hidden_size)` against `(tokens,)`, negative labels ignored."""
+        kept = labels >= 0
+        hidden, labels = hidden[kept], labels[kept]
+        edges = torch.tensor(self.cutoffs[:-1], device=labels.device)
+        cluster = torch.bucketize(labels, edges, right=True)  # 0 is the shortlist
+        column = torch.where(cluster == 0, labels, self.shortlist_size + cluster - 1)
+        found = self._log_softmax(self.head_scores(hidden)).gather(1, column[:, None]).squeeze(1)
+        for i in range(len(self.cutoffs) - 1):
+            rows = (cluster == i + 1).nonzero().squeeze(1)
+            if rows.numel():
+                own = (labels[rows] - self.cutoffs[i])[:, None]
+                scores = self.tail_scores(i, hidden[rows])
+                found = found.index_add(0, rows, self._log_softmax(scores).gather(1, own).squeeze(1))
+        return -found.sum()
+
+    @staticmethod
+    def _log_softmax(scores: torch.Tensor) -> torch.Tensor:
+        """Logarithms of a softmax `(tokens, outputs)`, as everywhere of products in the model's own precision."""
+        return torch.log_softmax(scores if scores.dtype == torch.float64 else scores.float(), 1)
+
+
+class AdaptiveSoftmax(ClusteredSoftmax, nn.AdaptiveLogSoftmaxWithLoss):  # type: ignore[misc]  # another `forward`
+    """Adaptive softmax with weights of its own: those of torch's module.
 
     Args:
         hidden_size: width of the hidden states.
@@ -96,39 +149,13 @@ class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
     def __init__(self, hidden_size: int, vocab_size: int, cutoffs: list[int], div_value: float = 4.0) -> None:
         super().__init__(hidden_size, vocab_size, cutoffs, div_value=div_value)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Return log-probabilities `(..., vocab_size)` of hidden states `(..., hidden_size)`, in float32 at least.
+    def head_scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return scores `(tokens, shortlist_size + clusters)` of `(tokens, hidden_size)`."""
+        return self.head(hidden)
 
-        They are sums of two logarithms: rounded to bfloat16 they would be off by several percent of a probability.
-        """
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        head = self._log_softmax(self.head, flat)
-        parts = [head[:, : self.shortlist_size]]
-        parts += [
-            self._log_softmax(tail, flat) + head[:, self.shortlist_size + i, None] for i, tail in enumerate(self.tail)
-        ]
-        return torch.cat(parts, 1).view(*hidden.shape[:-1], self.n_classes)
-
-    def summed_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the summed cross-entropy of `(tokens, hidden_size)` against `(tokens,)`, negative labels ignored."""
-        kept = labels >= 0
-        hidden, labels = hidden[kept], labels[kept]
-        edges = torch.tensor(self.cutoffs[:-1], device=labels.device)
-        cluster = torch.bucketize(labels, edges, right=True)  # 0 is the shortlist
-        column = torch.where(cluster == 0, labels, self.shortlist_size + cluster - 1)
-        found = self._log_softmax(self.head, hidden).gather(1, column[:, None]).squeeze(1)
-        for i, tail in enumerate(self.tail):
-            rows = (cluster == i + 1).nonzero().squeeze(1)
-            if rows.numel():
-                own = (labels[rows] - self.cutoffs[i])[:, None]
-                found = found.index_add(0, rows, self._log_softmax(tail, hidden[rows]).gather(1, own).squeeze(1))
-        return -found.sum()
-
-    @staticmethod
-    def _log_softmax(projection: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Logarithms of a softmax `(tokens, outputs)`, as everywhere of products in the model's own precision."""
-        logits = projection(hidden)
-        return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), 1)
+    def tail_scores(self, cluster: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return scores `(tokens, classes of the cluster)`; clusters count from 0."""
+        return self.tail[cluster](hidden)
 
 
 def chunked_loss(

@@ -83,6 +83,20 @@ def _at_next_real(starts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return mask & (pending > before)
 
 
+def continuing_tokens(real: torch.Tensor | None, documents: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the real tokens whose document can still go on, those of each row's last one; None if all are.
+
+    Args:
+        real: `(batch, length)` true at real tokens; None if all are.
+        documents: `(batch, length)` number of each token's document in its row; None if each row is one.
+    """
+    if documents is None:
+        return real
+    real = torch.ones_like(documents, dtype=torch.bool) if real is None else real
+    last = documents.masked_fill(~real, -1).amax(1, keepdim=True)
+    return real & (documents == last)
+
+
 def segment_info(
     inputs: torch.Tensor,
     attention_mask: torch.Tensor | None,

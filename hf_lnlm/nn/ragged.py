@@ -138,6 +138,19 @@ def gather_rows(tensor: torch.Tensor, gather_index: torch.Tensor) -> torch.Tenso
     return tensor.reshape(-1, tensor.shape[-1])[gather_index]
 
 
+def gather_heads(states: torch.Tensor, gather_index: torch.Tensor) -> torch.Tensor:
+    """Collect `(batch, heads, length, head_dim)` into rows `(rows, heads, row width, head_dim)`, as `gather_rows` does."""
+    flat = gather_rows(states.transpose(1, 2).flatten(2), gather_index)
+    return flat.unflatten(2, states.shape[1::2]).transpose(1, 2)
+
+
+def scatter_heads(rows: torch.Tensor, layout: RowLayout) -> torch.Tensor:
+    """Undo `gather_heads`: `(batch, heads, length, head_dim)`, zero at padding."""
+    shape = rows.shape[1::2]
+    out = scatter_rows(rows.transpose(1, 2).flatten(2), layout.scatter_index, layout.mask)
+    return out.unflatten(2, shape).transpose(1, 2)
+
+
 def scatter_rows(rows: torch.Tensor, scatter_index: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Undo `gather_rows` by a layout's `scatter_index`; masked positions become zero."""
     if rows.shape[0] == 0:

@@ -42,6 +42,8 @@ class StateLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
     supports_early_init = False
+    survives_recomputing: ClassVar[bool] = False
+    """Whether a model's layer may run twice with it: gradient checkpointing does so."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
@@ -156,6 +158,7 @@ class RecurrentStateLayer(StateLayer):
     """
 
     lnlm_layer_type = RECURRENT_LAYER_TYPE
+    survives_recomputing = True  # states are written after the layer has run
 
     def reset(self) -> None:
         """Forget everything: the next read gives the initial state."""
@@ -209,6 +212,17 @@ class RecurrentStateLayer(StateLayer):
         self.states = dict(states)
         self.seen_tokens += num_tokens
         self.is_initialized = True
+
+    def take_rows(self, other: "RecurrentStateLayer", rows: torch.Tensor) -> None:
+        """Replace some rows by another state's.
+
+        Args:
+            other: with the same names and as many rows.
+            rows: `(batch,)` booleans.
+        """
+        for name, tensor in self.states.items():
+            chosen = rows.reshape(-1, *[1] * (tensor.dim() - 1))
+            self.states[name] = torch.where(chosen, other.states[name].to(tensor.dtype), tensor)
 
 
 DYNAMIC_LAYER_TYPE_MAPPING.setdefault(RECURRENT_LAYER_TYPE, RecurrentStateLayer)

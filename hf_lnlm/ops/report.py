@@ -12,6 +12,7 @@ from .memory.dnc import DNC_MEMORY
 from .memory.ntm import NTM_MEMORY
 from .recompute import RECOMPUTE
 from .recurrence import RECURRENCE
+from .relative_attention import RELATIVE_ATTENTION
 from .rms_norm import RMS_NORM
 from .selective_scan import SELECTIVE_SCAN
 from .sparse_attention.attention import SPARSE_ATTENTION
@@ -27,6 +28,7 @@ OPERATIONS = (
     NTM_MEMORY,
     RECOMPUTE,
     RECURRENCE,
+    RELATIVE_ATTENTION,
     RMS_NORM,
     SELECTIVE_SCAN,
     SPARSE_ATTENTION,

@@ -92,9 +92,7 @@ class CarriedState:
         """Give the model's initial state, which needn't be zero, to some rows."""
         initial = initial_state(model, reset.shape[0], reset.device)
         for layer, fresh in zip(self.cache.layers, initial.layers, strict=True):
-            for name, tensor in layer.states.items():
-                rows = reset.reshape(-1, *[1] * (tensor.dim() - 1))
-                layer.states[name] = torch.where(rows, fresh.states[name].to(tensor.dtype), tensor)
+            layer.take_rows(fresh, reset)
 
     def keep(self, cache: Any) -> None:
         """Take the state that a batch left and cut it from its graph.

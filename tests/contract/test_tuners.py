@@ -90,6 +90,11 @@ def attends(case: Case) -> bool:
     return case.family.takes_prefix or case.composite
 
 
+def remembers(case: Case) -> bool:
+    """Whether it attends, over a cache that is a memory of hidden states."""
+    return not attends(case) and any("attention" in kind for kind in build(case).config.layer_types)
+
+
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")  # which generate gives
 @prompt_kind
 @pytest.mark.parametrize("case", [c for c in cases(causal=True) if attends(c)], ids=str)
@@ -123,10 +128,18 @@ def test_prompts_and_prefixes_of_other_heads(case: Case, tmp_path):
 
 
 @prompt_kind
-@pytest.mark.parametrize("case", [c for c in one_case_a_family() if not attends(c)], ids=str)
+@pytest.mark.parametrize("case", [c for c in one_case_a_family() if not attends(c) and not remembers(c)], ids=str)
 def test_prompts_are_refused_without_attention(case: Case, kind: str):
     with pytest.raises(ValueError, match=f"does not fit {case.family.model_type}, which has no attention of its own"):
         prompted(case, kind)
+
+
+@pytest.mark.parametrize("case", [c for c in cases(causal=True) if remembers(c)], ids=str)
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING"])
+def test_a_memory_takes_prompts_and_no_prefix(case: Case, kind: str):
+    check_learning(prompted(case, kind), case, "prompt_encoder")
+    with pytest.raises(ValueError, match=f"prefix tuning does not fit {case.family.model_type} as built, whose cache"):
+        prompted(case, "PREFIX_TUNING")
 
 
 def test_a_hybrid_takes_prompts_and_no_prefix():

@@ -17,8 +17,8 @@ from torch.nn.functional import dropout as drop
 from transformers.cache_utils import Cache
 
 from ...nn.inputs import Batch
-from ...nn.masks import SegmentInfo
-from ...nn.ragged import RowLayout, gather_rows, scatter_rows
+from ...nn.masks import SegmentInfo, continuing_tokens
+from ...nn.ragged import RowLayout, gather_heads, scatter_heads
 from ...ops.sparse_attention.attention import sparse_attention
 from ...ops.sparse_attention.pattern import SparsePattern, Tokens, logical_positions
 from ...ops.sparse_attention.reference import masked_attention_weights
@@ -131,7 +131,7 @@ def attend(
     past = layer is not None and layer.seen_tokens > 0
     if layer is not None:
         layer.check_patterns(patterns)
-    kept = continuing_tokens(plan) if layer is not None else None
+    kept = continuing_tokens(plan.real, plan.documents) if layer is not None else None
     extended = None if layer is None else layer.extend(key, value, kept)
     weights = None
     if plan.dense:
@@ -151,15 +151,6 @@ def attend(
     return out.transpose(1, 2).flatten(2), weights if plan.weights else None
 
 
-def continuing_tokens(plan: AttentionPlan) -> torch.Tensor | None:
-    """Real tokens whose document can still go on: those of each row's last one."""
-    if plan.documents is None:
-        return plan.real
-    real = torch.ones_like(plan.documents, dtype=torch.bool) if plan.real is None else plan.real
-    last = plan.documents.masked_fill(~real, -1).amax(1, keepdim=True)
-    return real & (plan.documents == last)
-
-
 def in_rows(
     function: Callable[..., torch.Tensor], states: tuple[torch.Tensor, ...], layout: RowLayout | None
 ) -> torch.Tensor:
@@ -177,15 +168,7 @@ def in_rows(
         return function(*states)
     if layout.lengths.numel() == 0:
         return torch.zeros_like(states[0])
-    out = function(*(_gather_heads(x, layout.gather_index) for x in states))
-    out = scatter_rows(out.transpose(1, 2).flatten(2), layout.scatter_index, layout.mask)
-    return out.unflatten(2, states[0].shape[1::2]).transpose(1, 2)
-
-
-def _gather_heads(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Collect `(batch, heads, length, head_dim)` into rows `(rows, heads, row length, head_dim)`."""
-    flat = gather_rows(states.transpose(1, 2).flatten(2), index)
-    return flat.unflatten(2, states.shape[1::2]).transpose(1, 2)
+    return scatter_heads(function(*(gather_heads(x, layout.gather_index) for x in states)), layout)
 
 
 def _dense(tokens: Tokens, visible: torch.Tensor, scale: float, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:

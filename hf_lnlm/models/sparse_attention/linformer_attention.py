@@ -18,8 +18,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...nn.effective_weight import unwrapped
+from ...nn.masks import continuing_tokens
 from ...ops.sparse_attention.reference import masked_attention_weights
-from .attention import AttentionPlan, continuing_tokens, in_rows
+from .attention import AttentionPlan, in_rows
 from .cache import SparseAttentionCacheLayer
 from .configuration_linformer import LinformerConfig
 from .linformer_projection import LearnedProjection, TokenPlan, WindowProjection, build_projection
@@ -258,7 +259,7 @@ class LinformerSegmentAttention(LinformerAttention):
         past = layer.seen_tokens > 0
         if plan.dense and plan.documents is not None:
             raise ValueError("packed documents need the default attention implementation and no output_attentions")
-        extended = layer.extend(heads[1], heads[2], continuing_tokens(plan))
+        extended = layer.extend(heads[1], heads[2], continuing_tokens(plan.real, plan.documents))
         dropout = self.attention_dropout if self.training else 0.0
         if past or plan.dense:
             at = extended.query_positions, extended.key_positions
