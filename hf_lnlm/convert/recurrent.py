@@ -69,7 +69,7 @@ def to_torch_rnn(state_dict: StateDict) -> StateDict:
 def from_word_language_model(state_dict: StateDict) -> StateDict:
     """Rename a state dict of PyTorch's word_language_model example (LSTM or GRU) to that of `RNNForCausalLM`.
 
-    The config it fits: `embedding_size` and `hidden_size` as trained with `--emsize` and `--nhid`,
+    The config it fits: `embedding_size` and `hidden_size` as trained with `--emsize` and `--nhid`, `embedding_scale=1`,
     `project_embeddings=False`, and `tie_word_embeddings=False`: a tied example's decoder has a bias, and its weight loads
     as a copy.
 
@@ -94,8 +94,12 @@ def from_word_language_model(state_dict: StateDict) -> StateDict:
     return {new: state_dict[old] for old, new in fixed.items()} | from_torch_rnn(recurrent, "model.")
 
 
-def to_word_language_model(state_dict: StateDict) -> StateDict:
+def to_word_language_model(state_dict: StateDict, scale: float = 1.0) -> StateDict:
     """Rename the state dict of an `RNNForCausalLM` to that of PyTorch's word_language_model example.
+
+    Args:
+        state_dict: of the model.
+        scale: its `config.input_scale`, which the example's embeddings have in them.
 
     Raises:
         ValueError: the model has a part that the example lacks; names it.
@@ -113,7 +117,8 @@ def to_word_language_model(state_dict: StateDict) -> StateDict:
         raise ValueError(
             f"the example has embeddings, one-directional layers and a decoder, and no other part; got {odd}"
         )
-    return {new: state_dict[old] for old, new in fixed.items()} | recurrent
+    found = {new: state_dict[old] for old, new in fixed.items()} | recurrent
+    return found if scale == 1 else found | {"encoder.weight": found["encoder.weight"] * scale}
 
 
 def torch_rnn(state: StateDict, fields: Mapping[str, Any]) -> RNNModel:
@@ -167,6 +172,7 @@ def _sizes(layers: StateDict) -> dict[str, Any]:
         "num_hidden_layers": 1 + max(int(name.split(".")[1]) for name in layers),
         "bidirectional": any(".backwards." in name for name in layers),
         "project_embeddings": False,
+        "embedding_scale": 1.0,
         "tie_word_embeddings": False,
     }
 

@@ -146,7 +146,7 @@ CONVERTERS: tuple[Converter, ...] = (
         "word_language_model", "PyTorch's word_language_model example, LSTM or GRU", "lnlm_rnn", "what the example saves",
         _named("encoder.weight", "decoder.weight", "weight_ih_l0"),
         lambda source: _from("recurrent").word_language_model(source.state, source.fields),
-        lambda model: (_from("recurrent").to_word_language_model(model.state_dict()), None),
+        lambda model: (_from("recurrent").to_word_language_model(model.state_dict(), model.config.input_scale), None),
         "exact; its tensors, not the pickled module",
     ),
     Converter(

@@ -139,7 +139,9 @@ def load_word_vectors(model: Any, vocabulary: Mapping[str, int], vectors: Vector
     """
     if not isinstance(vectors, dict):
         vectors = read_word_vectors(vectors, set(vocabulary))
-    tables = [model.get_input_embeddings().weight]
+    embeddings = model.get_input_embeddings()
+    scale = float(getattr(embeddings, "embed_scale", 1.0))  # the model is to read the vectors as they are
+    tables = [embeddings.weight]
     tables += [weight for name, weight in model.named_parameters() if name.endswith("static_tokens.weight")]
     known = [word for word in vocabulary if word in vectors]
     for word in known:
@@ -150,7 +152,7 @@ def load_word_vectors(model: Any, vocabulary: Mapping[str, int], vectors: Vector
                 f"{tuple(vector.shape)}"
             )
         for table in tables:
-            table[row] = vector.to(table)
+            table[row] = (vector / scale).to(table)
     return known
 
 

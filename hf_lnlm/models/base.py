@@ -190,6 +190,7 @@ class LNLMConfig(PreTrainedConfig):
     _bounds: ClassVar[dict[str, Bound]] = {"initializer_range": (0.0, 100.0)}
     _operations: ClassVar[tuple[Operation, ...]] = ()  # what the family is made of, which says what `backend` may be
     _compiled_variants: ClassVar[tuple[dict[str, str], ...]] = ({},)  # fields that between them reach all its kernels
+    _later_fields: ClassVar[dict[str, Any]] = {}  # fields that saved configs may lack → what such a config means
 
     vocab_size: int = 32000
     hidden_size: int = 256
@@ -216,6 +217,21 @@ class LNLMConfig(PreTrainedConfig):
             # followed for heads that the family lacks, and be published with the next save of a model trained from it.
             kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make the config that a saved one, as plain values, describes; see transformers' `PreTrainedConfig.from_dict`.
+
+        Args:
+            config_dict: as saved, perhaps by an older version: a field that is missing means what was so without it.
+            kwargs: as in transformers.
+        """
+        return super().from_dict(cls.with_later_fields(config_dict), **kwargs)
+
+    @classmethod
+    def with_later_fields(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return a saved config's plain values with the fields that are younger than it."""
+        return {**cls._later_fields, **saved}
 
     def check_bounds(self) -> None:
         """Check every numeric field against its bounds. Runs first, before anything derived is built.

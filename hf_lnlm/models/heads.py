@@ -85,14 +85,15 @@ class VocabularyHead(Head):
         self.make_vocabulary_head(bias=self.untied_bias and not config.tie_word_embeddings)
 
     def make_vocabulary_head(self, bias: bool = False) -> None:
-        """Make `lm_head`, and `output_projection` where tied embeddings have another width than the hidden states.
+        """Make `lm_head`, and `output_projection` where tied embeddings have another width or `config.project_output`.
 
         Args:
             bias: whether a full or chunked softmax has one.
         """
         config = self.config
         width, embedding = config.head_width, int(getattr(config, "embedding_size", None) or config.hidden_size)
-        narrowed = config.tie_word_embeddings and width != embedding
+        projects = bool(getattr(config, "project_output", False))
+        narrowed = config.tie_word_embeddings and (width != embedding or projects)
         self.output_projection = nn.Linear(width, embedding, bias=False) if narrowed else None
         width = embedding if narrowed else width
         if config.loss_head == "adaptive":

@@ -30,9 +30,9 @@ def part_config(name: str, given: dict[str, Any]) -> PreTrainedConfig:
     model_type = fields.pop("model_type", None)
     if model_type is None:
         raise ValueError(f"{name} must name its model_type, got the fields {sorted(map(str, given))[:8]}")
-    if model_type not in CARRIED and model_type not in CONFIG_MAPPING:
+    config_class = part_config_class(model_type)
+    if config_class is None:
         raise ValueError(f"{name}: transformers knows no model type {model_type!r} here")
-    config_class = CARRIED[model_type][0] if model_type in CARRIED else CONFIG_MAPPING[model_type]
     known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     known |= set(PreTrainedConfig().to_dict()) | {"torch_dtype", "num_labels"}
     for field in fields:  # a stock config would keep it and go on with the default
@@ -40,6 +40,14 @@ def part_config(name: str, given: dict[str, Any]) -> PreTrainedConfig:
         if close:
             raise ValueError(f"{name}: a {model_type} has no field {field!r} (did you mean {close[0]!r}?)")
     return config_class(**fields)
+
+
+def part_config_class(model_type: Any) -> Any:
+    """Return the config class of a part's family: the carried one, else what transformers has; None for an unknown one."""
+    if model_type in CARRIED:
+        return CARRIED[model_type][0]
+    known = model_type in CONFIG_MAPPING  # whose `get` finds nothing: it loads lazily
+    return CONFIG_MAPPING[model_type] if known else None
 
 
 def part_class(config: PreTrainedConfig, auto_class: str) -> type[PreTrainedModel] | None:
@@ -92,6 +100,13 @@ def longest_input(config: Any) -> int | None:
     return table - ((inner.pad_token_id or 0) + 1 if "roberta" in inner.model_type else 0)
 
 
+def _with_later_fields(part: Any) -> Any:
+    """A saved part's plain values with the fields of its family that are younger; anything else as it is."""
+    config_class = part_config_class(part.get("model_type")) if isinstance(part, dict) else None
+    complete = getattr(config_class, "with_later_fields", None)
+    return part if complete is None else complete(part)
+
+
 @strict_config
 class NestedConfig(LNLMConfig):
     """Configuration of a model with others inside, each of which has a field of its own, listed in `sub_configs_defaults`.
@@ -123,6 +138,14 @@ class NestedConfig(LNLMConfig):
             for name, part in self.parts.items():  # transformers has just unset them
                 if implementations[name] is not None:
                     part._attn_implementation = implementations[name]
+
+    @classmethod
+    def with_later_fields(cls, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return a saved config's plain values, its parts' too, with the fields that are younger than it."""
+        found = super().with_later_fields(saved)
+        if isinstance(found.get("parts"), dict):  # as checkpoints of 0.1 have them
+            found["parts"] = {name: _with_later_fields(part) for name, part in found["parts"].items()}
+        return found | {name: _with_later_fields(found[name]) for name in cls.sub_configs_defaults if name in found}
 
     def _refuse_unknown_parts(self, given: dict[str, Any]) -> None:
         """Refuse what looks like a part, or a part's misspelt name: a default would be built in its place."""

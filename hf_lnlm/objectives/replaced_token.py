@@ -173,7 +173,7 @@ class ReplacedTokenObjective(Objective):
             values = {name: getattr(config, name, None) for name in COMMON} | fields
             values = {name: value for name, value in values.items() if value is not None}
         try:
-            made = CONFIG_MAPPING[kind].from_dict(values)
+            made = CONFIG_MAPPING[kind](**values)
         except (ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"the generator ({kind}): {reason}; set generator_fraction or generator") from None

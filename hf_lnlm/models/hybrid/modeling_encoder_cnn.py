@@ -18,6 +18,7 @@ Complexity: the encoder's, and O(length · Σ k · n · H · maps) multiplicatio
 """
 
 import inspect
+import math
 import os
 from typing import Any, NamedTuple
 
@@ -195,6 +196,11 @@ class EncoderCNNPreTrainedModel(LNLMPreTrainedModel):
             init.ones_(module.scale)
         elif isinstance(module, TimeConvolution):
             init.xavier_uniform_(module.projection.weight)
+        classifier: Any = getattr(module, "classifier", None)
+        if isinstance(classifier, nn.Linear):  # maxima over time are large, and many: logits begin near zero
+            init.normal_(
+                classifier.weight, std=min(self.config.initializer_range, 0.1 / math.sqrt(classifier.in_features))
+            )
 
     @classmethod
     def from_encoder_pretrained(

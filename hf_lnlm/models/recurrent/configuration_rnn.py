@@ -1,5 +1,6 @@
 """Configuration of LSTM and GRU models."""
 
+import math
 from typing import Any, ClassVar
 
 from ...ops.backend import Operation
@@ -15,10 +16,14 @@ class RNNConfig(LanguageModelConfig):
     Args:
         cell_type: `lstm` or `gru`.
         embedding_size: width of the token embeddings; `hidden_size` if None.
+        embedding_scale: factor by which the first layer reads the table of embeddings, which a tied softmax reads as it
+            is; the root of their width if None. Configs saved before there was this field mean 1.
         last_hidden_size: width of the last layer; `hidden_size` if None.
         project_embeddings: whether a linear layer carries embeddings of another width to `hidden_size`, and the last
             layer's output back for tied embeddings. If false the first layer reads the embeddings as they are, as in
             AWD-LSTM and PyTorch's word_language_model.
+        project_output: whether a linear layer stands before a tied softmax even where the widths agree (the projection of
+            Press and Wolf 2017); as `project_embeddings` if None. Configs saved before there was this field mean false.
         bidirectional: whether each layer also reads backwards; its output is both directions, concatenated, so
             twice as wide. None becomes true in a masked language model and false in all others.
         embedding_dropout: share of vocabulary rows dropped (Merity 2017, section 4.3).
@@ -28,7 +33,7 @@ class RNNConfig(LanguageModelConfig):
         temporal_penalty: TAR, weight of the mean square of the change of the raw output.
         forget_bias: initial bias of an LSTM's forget gate.
         initializer_range: standard deviation of the initial classifier and untied LM head. Embeddings start with standard
-            deviation 1 as the first layer reads them (a GRU's at scale 1: 0.25), gates Glorot-uniform (inputs) and orthogonal
+            deviation 1 as the first layer reads them (a GRU's at scale 1: 0.25), gates Glorot-uniform and orthogonal
             (recurrence).
         pooling: how sequence classification sums up a text: `last` real token (of the backward direction: the
             first), `mean` or `max`.
@@ -45,10 +50,14 @@ class RNNConfig(LanguageModelConfig):
         "activation_penalty": (0.0, 1e6),
         "temporal_penalty": (0.0, 1e6),
         "forget_bias": (-100.0, 100.0),
+        "embedding_scale": (1e-3, 1e6),
     }
+    _later_fields: ClassVar[dict[str, Any]] = {"embedding_scale": 1.0, "project_output": False}
 
     cell_type: str = "lstm"
     embedding_size: int | None = None
+    embedding_scale: float | int | None = None
+    project_output: bool | None = None
     last_hidden_size: int | None = None
     project_embeddings: bool = True
     bidirectional: bool | None = None
@@ -69,6 +78,8 @@ class RNNConfig(LanguageModelConfig):
             self.embedding_size = self.hidden_size
         if self.last_hidden_size is None:
             self.last_hidden_size = self.hidden_size
+        if self.project_output is None:
+            self.project_output = self.project_embeddings
 
     def check_bounds(self) -> None:
         """Check ranges and choices, and what they mean together; see the class for the fields."""
@@ -82,6 +93,8 @@ class RNNConfig(LanguageModelConfig):
         return super().unread() | ({"forget_bias": "cell_type='lstm'"} if self.cell_type == "gru" else {})
 
     def _check_tying(self) -> None:
+        if not self.project_embeddings and self.project_output:
+            raise ValueError("project_output needs project_embeddings: it must be false or None, got True")
         if self.bidirectional or not self.tie_word_embeddings or self.project_embeddings:
             return
         embedding, last = self.embedding_size or self.hidden_size, self.last_hidden_size or self.hidden_size
@@ -95,6 +108,11 @@ class RNNConfig(LanguageModelConfig):
     def reads_both_ways(self) -> bool:
         """Whether a token's output depends on what follows it."""
         return bool(self.bidirectional)
+
+    @property
+    def input_scale(self) -> float:
+        """Factor between the table of embeddings and what the first layer reads."""
+        return math.sqrt(self.input_width) if self.embedding_scale is None else float(self.embedding_scale)
 
     @property
     def state_kind(self) -> str:

@@ -21,9 +21,9 @@ CELL_TYPES = ("lstm", "gru")
 POOLINGS = ("last", "mean", "max")
 EMBEDDING_STD = {"lstm": 1.0, "gru": 0.25}
 """Most standard deviation of a table's first values. Where tied logits read the table that the layers read, unscaled, a
-smaller one leaves an LSTM's gates blind to their input for a long time (after 120 steps on Python sources, 160 wide: 4.78 nats
-a token at 1.0, 5.07 at 0.25, 5.60 at 0.1), and a larger one makes a GRU's first logits too large (5.15 at 1.0, 4.35 at 0.25,
-4.44 at 0.1). A scale apart has neither fault: see `init_embedding`."""
+smaller one leaves an LSTM's gates blind to their input for a long time (after 120 steps on Python sources, 160 wide: 4.78
+nats a token at 1.0, 5.07 at 0.25, 5.60 at 0.1), and a larger one makes a GRU's first logits too large (5.15 at 1.0, 4.35 at
+0.25, 4.44 at 0.1). A scale apart has neither fault: see `init_embedding`."""
 
 
 class RNNDirection(nn.Module):
@@ -128,9 +128,12 @@ def init_gates(direction: RNNDirection) -> None:
     init.zeros_(direction.recurrent_gates.bias)
 
 
-def init_embedding(embedding: nn.Embedding, cell_type: str) -> None:
-    """Draw token embeddings as a cell reads them best; the padding row is zero."""
-    init.normal_(embedding.weight, std=EMBEDDING_STD[cell_type])
+def init_embedding(embedding: nn.Embedding, cell_type: str, scale: float = 1.0) -> None:
+    """Draw token embeddings with standard deviation 1 as a cell, which gets them times `scale`, reads them.
+
+    At most `EMBEDDING_STD` in the table. The padding row is zero.
+    """
+    init.normal_(embedding.weight, std=min(EMBEDDING_STD[cell_type], 1 / scale))
     # The slice loses the flag by which init spares loaded weights, so it is asked for here.
     if embedding.padding_idx is not None and not getattr(embedding.weight, "_is_hf_initialized", False):
         init.zeros_(embedding.weight[embedding.padding_idx])

@@ -4,11 +4,15 @@ References:
     [1] Zaremba, Sutskever and Vinyals 2014, "Recurrent Neural Network Regularization".
     [2] Merity, Keskar and Socher 2017, "Regularizing and Optimizing LSTM Language Models" (AWD-LSTM).
     [3] Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Decoder" (GRU).
+    [4] Press and Wolf 2017, "Using the Output Embedding to Improve Language Models" (tied embeddings).
 
 Glossary (paper symbol: variable): h_t: `states[0]`, c_t: `states[1]`; W: `input_gates.weight`, U: `recurrent_gates.weight`;
 alpha, beta of [2]: `config.activation_penalty`, `config.temporal_penalty`.
 
 Deliberate deviations:
+    * Embeddings are scaled by the root of their width where they are read, so that tied logits begin near zero and the
+      gates still see their input; [2] begins with a table that is small for both. A tied softmax reads the last layer
+      through a linear layer (P of [4]), which learns faster at every vocabulary that was tried.
     * Gates are two `nn.Linear` children a direction, whose weights go to torch's fused kernels. So LoRA, quantisation
       and offloading work on them as on any linear layer, and every code path sees the same effective weight.
     * AR and TAR of [2] are averaged over the positions that carry a label, so that accumulated batches add up exactly.
@@ -32,6 +36,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ...nn.dropout import EmbeddingDropout, LockedDropout
+from ...nn.embedding import ScaledEmbedding
 from ...nn.inputs import CACHE_FIELD, prepare
 from ...nn.loss_heads import (
     IGNORED,
@@ -107,11 +112,11 @@ class RNNPreTrainedModel(LNLMPreTrainedModel):
         if isinstance(module, RNNDirection):
             init_gates(module)
         elif isinstance(module, nn.Embedding):
-            init_embedding(module, self.config.cell_type)
-        for name in ("embedding_projection", "output_projection"):
-            projection = getattr(module, name, None)
+            init_embedding(module, self.config.cell_type, self.config.input_scale)
+        for name, gain in (("embedding_projection", 1.0), ("output_projection", 0.5)):  # logits begin near zero
+            projection: Any = getattr(module, name, None)
             if projection is not None:
-                init.xavier_uniform_(projection.weight)
+                init.xavier_uniform_(projection.weight, gain=gain)
 
 
 class RNNModel(RNNPreTrainedModel):
@@ -125,7 +130,7 @@ class RNNModel(RNNPreTrainedModel):
         config.bidirectional = bool(config.bidirectional)  # so that a checkpoint says which it is
         super().__init__(config)
         width = int(config.embedding_size or config.hidden_size)
-        self.embed_tokens = nn.Embedding(config.vocab_size, width, config.pad_token_id)
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, width, config.pad_token_id, config.input_scale)
         projected = config.project_embeddings and width != config.hidden_size
         self.embedding_projection = nn.Linear(width, config.hidden_size, bias=False) if projected else None
         self.layers = nn.ModuleList([RNNLayer(config, i) for i in range(config.num_hidden_layers)])
