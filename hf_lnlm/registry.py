@@ -272,7 +272,7 @@ FAMILIES: tuple[Family, ...] = (
         room="hybrid",
         name="encoder_cnn",
         config="EncoderCNNConfig",
-        models=_heads("EncoderCNN", "SequenceClassification", "TokenClassification"),
+        models=_heads("EncoderCNN", "MaskedLM", "SequenceClassification", "TokenClassification"),
         paper="Safaya, Abdullatif and Yuret 2020, BERT-CNN for Offensive Speech Identification; Kim 2014",
         sizes={
             "tiny": {"hidden_size": 128, "num_hidden_layers": 2},

@@ -6,6 +6,7 @@ import inspect
 from typing import Any, ClassVar
 
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -78,6 +79,18 @@ def build_part(name: str, config: Any, auto_class: str) -> Any:
         raise ValueError(f"{name} must be of a family with {auto_class}, got {config.model_type}")
     pools = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
     return cls._from_config(config, **({"add_pooling_layer": False} if pools else {}))
+
+
+def name_of(module: nn.Module, root: nn.Module) -> str:
+    """The dotted name of a module inside another.
+
+    Raises:
+        ValueError: it isn't in there.
+    """
+    for name, found in root.named_modules():
+        if found is module:
+            return name
+    raise ValueError(f"{type(module).__name__} isn't a part of {type(root).__name__}")
 
 
 def hidden_width(config: Any) -> int:

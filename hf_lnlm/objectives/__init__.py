@@ -44,15 +44,18 @@ def objective(name: str, **options: Any) -> Objective:
 def table() -> str:
     """The table of objectives and families in Markdown, from the registry and the stock families that are covered.
 
-    A mark says that the family learns the objective, in one of its reading directions.
+    A mark says that the family learns the objective, in one of its reading directions. Families with the same marks share
+    a row; those without any, which learn from labels alone, have the last.
     """
     from ..registry import FAMILIES
     from .families import STOCK, stock_config, variants
 
     kinds = {row.model_type: variants(row) for row in FAMILIES} | {name: [stock_config(name)] for name in STOCK}
     lines = ["| | " + " | ".join(f"`{name}`" for name in OBJECTIVES) + " |", "|---" * (len(OBJECTIVES) + 1) + "|"]
+    rows: dict[tuple[str, ...], list[str]] = {}
     for name, configs in kinds.items():
-        marks = ["✓" if any(kind.fits(config) for config in configs) else "" for kind in OBJECTIVES.values()]
-        if any(marks):
-            lines.append(f"| `{name}` | " + " | ".join(marks) + " |")
+        fits = (any(kind.fits(config) for config in configs) for kind in OBJECTIVES.values())
+        rows.setdefault(tuple("✓" if fit else "" for fit in fits), []).append(f"`{name}`")
+    for marks in sorted(rows, key=lambda marks: not any(marks)):
+        lines.append(f"| {', '.join(rows[marks])} | {' | '.join(marks)} |")
     return "\n".join(lines)

@@ -31,6 +31,7 @@ from torch import Tensor
 from ..data.blocks import pack
 from ..errors import did_you_mean
 from ..nn.loss_heads import IGNORED
+from ..registry import is_composed
 from .families import Direction, direction_of, fitting_models, has_head
 from .randomness import generator
 
@@ -186,7 +187,7 @@ class Objective(BaseObjective):
         """Whether models of this configuration learn the objective, or were made for it."""
         if cls.composed_type and config.model_type == cls.composed_type:
             return True
-        return not isinstance(getattr(config, "parts", None), dict) and cls.learns(config)
+        return not is_composed(config.model_type) and cls.learns(config)
 
     @classmethod
     def learns(cls, config: Any) -> bool:

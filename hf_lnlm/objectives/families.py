@@ -25,14 +25,17 @@ def has_head(config: Any, auto_class: str) -> bool:
 def direction_of(config: Any) -> Direction:
     """How a model of this configuration reads.
 
-    Order of the evidence: `is_encoder_decoder`; the fields that the registry names for a family of ours; a field
-    `bidirectional` or `is_causal`; XLNet's `attn_type`; a masked-language-model head without `is_decoder` (BERT and its
-    kin); otherwise left to right.
+    Order of the evidence: `is_encoder_decoder`; the model inside, of which an encoder alone is read; the fields that the
+    registry names for a family of ours; a field `bidirectional` or `is_causal`; XLNet's `attn_type`; a
+    masked-language-model head without `is_decoder` (BERT and its kin); otherwise left to right.
     """
-    from ..registry import FAMILIES
+    from ..registry import FAMILIES, is_composed
 
     if getattr(config, "is_encoder_decoder", False):
         return "encoder-decoder"
+    if isinstance(parts := getattr(config, "parts", None), dict) and not is_composed(config.model_type):
+        inner = direction_of(parts[config.main_part])
+        return "both" if inner == "encoder-decoder" else inner
     family = next((family for family in FAMILIES if family.model_type == config.model_type), None)
     if family is not None and family.bidirectional:
         both = all(getattr(config, name, None) == value for name, value in family.bidirectional.items())

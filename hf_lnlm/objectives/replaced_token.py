@@ -254,9 +254,15 @@ def narrowed(config: Any, fraction: float) -> dict[str, Any]:
         fraction: In (0, 1]. The hidden size becomes a whole number of heads as wide as before, or a multiple of 8 where
             there are none, or so few that not one would be left.
     """
+    from transformers import CONFIG_MAPPING
+
     from ..models.composed.configuration_composed import plain_config
 
     values = plain_config(config)
+    if isinstance(parts := getattr(config, "parts", None), dict):
+        main = parts[config.main_part]
+        inner = CONFIG_MAPPING[main.model_type].from_dict(narrowed(main, fraction))
+        return values | {config.main_part: inner, "hidden_size": inner.hidden_size}
     heads = values.get("num_attention_heads")
     step = config.hidden_size // heads if heads and heads * fraction >= 1 else 8
     width = max(1, round(config.hidden_size * fraction / step)) * step

@@ -11,6 +11,8 @@ from transformers import set_seed
 
 import hf_lnlm
 from hf_lnlm.objectives import OBJECTIVES, objective, table
+from hf_lnlm.objectives.families import STOCK
+from hf_lnlm.registry import FAMILIES
 from tests.objectives.families import CELLS, CONFIGS, DOCUMENTS, LENGTH, TOKENIZER
 
 STEPS = 6
@@ -88,10 +90,14 @@ def test_the_table_has_every_cell_and_no_other() -> None:
     lines = table().splitlines()
     header = [word.strip(" `") for word in lines[0].strip("|").split("|")]
     assert header[1:] == list(OBJECTIVES)
-    marked = set()
+    marked, named = set(), []
     for line in lines[2:]:
-        name, *cells = (word.strip(" `") for word in line.strip("|").split("|"))
-        marked |= {(goal, name) for goal, cell in zip(header[1:], cells, strict=True) if cell}
+        names, *cells = (word.strip() for word in line.strip("|").split("|"))
+        named += [name.strip("`") for name in names.split(", ")]
+        marked |= {
+            (goal, name.strip("`")) for goal, cell in zip(header[1:], cells) for name in names.split(", ") if cell
+        }
+    assert sorted(named) == sorted([*(row.model_type for row in FAMILIES), *STOCK])
     assert marked == {(goal, name.partition(",")[0]) for goal, name in CELLS}
 
 

@@ -22,10 +22,10 @@ from torch.nn import functional
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ...nn.loss_heads import IGNORED, check_labels
-from ..parts import build_part
+from ..parts import build_part, name_of
 from .configuration_bidirectional import BidirectionalConfig
 from .configuration_composed import plain_config
-from .modeling_composed import ComposedModel, name_of, sum_of_means
+from .modeling_composed import ComposedModel, sum_of_means
 
 
 @dataclass

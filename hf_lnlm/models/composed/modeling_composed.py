@@ -119,15 +119,3 @@ def sum_of_means(sums: Iterable[Tensor], items: Iterable[Tensor]) -> Tensor:
         items: items of each term; none count as one, so that an empty term adds nothing.
     """
     return torch.stack([total / count.clamp(min=1) for total, count in zip(sums, items, strict=True)]).sum()
-
-
-def name_of(module: nn.Module, root: nn.Module) -> str:
-    """The dotted name of a module inside another.
-
-    Raises:
-        ValueError: it isn't in there.
-    """
-    for name, found in root.named_modules():
-        if found is module:
-            return name
-    raise ValueError(f"{type(module).__name__} isn't a part of {type(root).__name__}")

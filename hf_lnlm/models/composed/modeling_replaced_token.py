@@ -32,10 +32,10 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from ...nn.loss_heads import IGNORED, check_labels
 from ..heads import passthrough_outputs
-from ..parts import build_part, hidden_width, part_class
+from ..parts import build_part, hidden_width, name_of, part_class
 from .configuration_composed import plain_config
 from .configuration_replaced_token import ReplacedTokenConfig
-from .modeling_composed import ComposedModel, name_of, sum_of_means
+from .modeling_composed import ComposedModel, sum_of_means
 
 OWN_PREFIX = "lnlm_"
 

@@ -6,14 +6,14 @@ from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from ..base import check_bound, check_choice, strict_config
+from ..base import LanguageModelConfig, check_bound, check_choice, strict_config
 from ..parts import NestedConfig, hidden_width
 
 MODES = ("last", "last_n", "all_cls", "scalar_mix")
 
 
 @strict_config
-class EncoderCNNConfig(NestedConfig):
+class EncoderCNNConfig(NestedConfig, LanguageModelConfig):
     """Configuration of `EncoderCNNModel` and its heads: an encoder of any kind and convolutions over its output.
 
     Args:
@@ -25,7 +25,8 @@ class EncoderCNNConfig(NestedConfig):
         num_layers: layers that `last_n` reads; None for 4, or all if there are fewer.
         filter_sizes: frames that the windows see.
         num_filters: feature maps for each of `filter_sizes`.
-        dropout: dropout of the features before the classifier.
+        dropout: dropout of the features before the classifier, or before what fills masks.
+        tie_word_embeddings: whether a masked language model's softmax has the encoder's embeddings as its weights.
 
     Raises:
         ValueError: a field is out of range, `last_n` asks for more layers than the encoder has, or the encoder's model
@@ -46,6 +47,7 @@ class EncoderCNNConfig(NestedConfig):
     filter_sizes: list[int] | tuple[int, ...] = (1, 2, 3, 4, 5)
     num_filters: int = 32
     dropout: float | int = 0.1
+    tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -70,7 +72,18 @@ class EncoderCNNConfig(NestedConfig):
     @property
     def encoder_size(self) -> int:
         """Width of the encoder's hidden states."""
-        return hidden_width(self.encoder)
+        inner = self.parts.get("encoder")
+        return self.hidden_size if inner is None else hidden_width(inner)
+
+    @property
+    def head_width(self) -> int:
+        """Width of the hidden states that reach the softmax."""
+        return self.encoder_size
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of the encoder's token embeddings."""
+        return int(getattr(self.encoder, "embedding_size", None) or self.hidden_size)
 
     @property
     def output_size(self) -> int:

@@ -29,6 +29,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
+    MaskedLMOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
@@ -36,11 +37,18 @@ from transformers.utils import can_return_tuple
 
 from ...nn.convolution import Justified, TimeConvolution, left_justify, mask_frames, restore
 from ...nn.inputs import check_given, check_ids, check_keywords, take_cache
+from ...nn.loss_heads import check_labels
 from ...nn.masks import current_mask
 from ...nn.pooling import max_over_time
 from ..base import LNLMPreTrainedModel
-from ..heads import ClassificationHead, SequenceClassificationHead, TokenClassificationHead
-from ..parts import build_part, longest_input, part_class
+from ..heads import (
+    ClassificationHead,
+    MaskedLMHead,
+    SequenceClassificationHead,
+    TokenClassificationHead,
+    passthrough_outputs,
+)
+from ..parts import build_part, longest_input, name_of, part_class
 from .by_length import READ_PADDING, run_by_length
 from .configuration_encoder_cnn import EncoderCNNConfig
 
@@ -379,6 +387,16 @@ class EncoderCNNModel(EncoderCNNPreTrainedModel):
         return first if plan is None else first.masked_fill((plan.lengths == 0)[:, None, None], 0.0)
 
 
+def refuse_one_token(config: EncoderCNNConfig, purpose: str) -> None:
+    """Refuse a config whose windows slide over one token's layers.
+
+    Raises:
+        ValueError: the mode is `all_cls`.
+    """
+    if config.mode == "all_cls":
+        raise ValueError(f"mode must be last, last_n or scalar_mix to {purpose}, got 'all_cls'")
+
+
 class EncoderCNNHead(ClassificationHead, EncoderCNNPreTrainedModel):
     """What both heads have: the encoder with its convolutions, and a linear map of the maps."""
 
@@ -392,6 +410,68 @@ class EncoderCNNHead(ClassificationHead, EncoderCNNPreTrainedModel):
     def body_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return what the encoder is given: what it takes is its own affair."""
         return given
+
+
+class EncoderCNNForMaskedLM(MaskedLMHead, EncoderCNNPreTrainedModel):
+    """EncoderCNN that fills masks: every token is told from the windows around it.
+
+    As BERT's head does, a dense layer, GELU and a layer norm lead from the feature maps to the width of the encoder, and a
+    softmax, tied to the encoder's embeddings by default, to the vocabulary.
+
+    Args:
+        config: the model's configuration; not in mode `all_cls`, which sees one token only.
+
+    Raises:
+        ValueError: the mode is `all_cls`, or the embeddings to tie are not of the width that the config says.
+    """
+
+    body_class = EncoderCNNModel
+
+    def make_head(self, config: EncoderCNNConfig) -> None:
+        """Make what comes before the softmax, and the softmax."""
+        refuse_one_token(config, "fill masks")
+        self.dropout = nn.Dropout(config.dropout)
+        self.transform = nn.Sequential(
+            nn.Linear(config.output_size, config.head_width), nn.GELU(), nn.LayerNorm(config.head_width)
+        )
+        self.make_vocabulary_head(bias=config.loss_head != "adaptive")
+        if config.tie_word_embeddings:
+            table: Any = self.get_input_embeddings()
+            if getattr(self.lm_head, "weight", table.weight).shape != table.weight.shape:
+                raise ValueError(
+                    f"tie_word_embeddings needs embeddings of width {config.embedding_size}, the encoder's "
+                    f"{tuple(table.weight.shape)} can't be tied: it must be false, got true"
+                )
+            self._tied_weights_keys = {"lm_head.weight": f"{name_of(table, self)}.weight"}
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """Fill masks; see `EncoderCNNModel.forward` for the other arguments.
+
+        Args:
+            labels: `(batch, length)`, the ids to be found; -100 is ignored.
+
+        Returns:
+            loss in nats a labelled token and logits `(batch, length, vocab_size)`, None while training with a chunked
+            or adaptive head.
+
+        Raises:
+            ValueError: labels are no token ids, or of another shape.
+        """
+        outputs = self.model(input_ids, attention_mask, inputs_embeds, token_type_ids, **kwargs)
+        hidden = self.transform(self.dropout(outputs.last_hidden_state))
+        if labels is not None:
+            check_labels(labels, self.config.vocab_size, tuple(hidden.shape[:2]))
+        loss, logits = self.loss_and_logits(hidden, labels, 0, kwargs.get("num_items_in_batch"))
+        return MaskedLMOutput(loss=loss, logits=logits, **passthrough_outputs(outputs, MaskedLMOutput))
 
 
 class EncoderCNNForSequenceClassification(EncoderCNNHead, SequenceClassificationHead):
@@ -437,8 +517,7 @@ class EncoderCNNForTokenClassification(EncoderCNNHead, TokenClassificationHead):
     """
 
     def __init__(self, config: EncoderCNNConfig) -> None:
-        if config.mode == "all_cls":
-            raise ValueError("mode must be last, last_n or scalar_mix to classify tokens, got 'all_cls'")
+        refuse_one_token(config, "classify tokens")
         super().__init__(config)
 
     def forward(
@@ -463,6 +542,7 @@ class EncoderCNNForTokenClassification(EncoderCNNHead, TokenClassificationHead):
 
 
 __all__ = [
+    "EncoderCNNForMaskedLM",
     "EncoderCNNForSequenceClassification",
     "EncoderCNNForTokenClassification",
     "EncoderCNNModel",

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BartConfig, BertConfig, BertForMaskedLM, BertModel, GPT2Config, T5Config
+from transformers import AlbertConfig, BartConfig, BertConfig, BertForMaskedLM, BertModel, GPT2Config, T5Config
 from transformers.modeling_outputs import BaseModelOutput
 
 import hf_lnlm
@@ -19,10 +19,13 @@ from hf_lnlm.flows.encoder_head import load_wrapped
 from hf_lnlm.flows.recipe import LoraSection, ModelSection
 from hf_lnlm.models.hybrid.configuration_encoder_cnn import EncoderCNNConfig
 from hf_lnlm.models.hybrid.modeling_encoder_cnn import (
+    EncoderCNNForMaskedLM,
     EncoderCNNForSequenceClassification,
     EncoderCNNForTokenClassification,
     EncoderCNNModel,
 )
+from hf_lnlm.objectives.families import direction_of
+from hf_lnlm.objectives.replaced_token import narrowed
 from hf_lnlm.registry import family
 from tests.contract.cases import add_noise, token_ids
 
@@ -417,3 +420,56 @@ def test_decoders_and_encoder_halves():
     assert EncoderCNNModel(EncoderCNNConfig(encoder=tiny)).eval()(token_ids(2, 5)).pooler_output.shape[0] == 2
     half = EncoderCNNModel(EncoderCNNConfig(encoder=T5Config(vocab_size=61, d_model=16, d_kv=8, d_ff=16, num_layers=2)))
     assert type(half.encoder).__name__ == "T5EncoderModel"
+
+
+def test_masks_are_filled_from_the_windows_by_hand():
+    model = EncoderCNNForMaskedLM(EncoderCNNConfig(encoder=bert(), num_filters=4, filter_sizes=[3], dropout=0.0)).eval()
+    add_noise(model, 0)
+    ids = token_ids(2, 7)
+    labels = torch.full_like(ids, -100)
+    labels[0, 2], labels[1, 5] = 3, 4
+    output = model(ids, labels=labels)
+    states = F.pad(model.model.encoder(ids).last_hidden_state, (0, 0, 1, 1))
+    window = model.model.window_head.windows[0]
+    taps = window.projection.weight.view(4, 16, 3)
+    maps = torch.stack([torch.einsum("fck,bkc->bf", taps, states[:, t : t + 3]) for t in range(7)], dim=1)
+    hidden = model.transform((maps + window.projection.bias).relu())
+    table = model.model.encoder.embeddings.word_embeddings.weight
+    logits = hidden @ table.T + model.lm_head.bias
+    assert torch.allclose(output.logits, logits, atol=1e-5)
+    assert torch.allclose(output.loss, F.cross_entropy(logits[labels != -100], labels[labels != -100]), atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("loss_head", ["full", "chunked"])
+def test_masks_are_filled_over_factorised_embeddings(tied, loss_head):
+    fields = {
+        "vocab_size": 61,
+        "hidden_size": 16,
+        "embedding_size": 8,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+    }
+    config = EncoderCNNConfig(encoder=AlbertConfig(**fields), tie_word_embeddings=tied, loss_head=loss_head)
+    model = EncoderCNNForMaskedLM(config)
+    table = model.get_input_embeddings().weight
+    assert (model.lm_head.weight is table) == tied and (model.output_projection is not None) == tied
+    model(token_ids(2, 6), labels=token_ids(2, 6)).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "pooler" not in n)
+    model.resize_token_embeddings(70)
+    assert model(token_ids(2, 6)).logits.shape == (2, 6, 70) and model.config.vocab_size == 70
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+
+
+def test_masks_are_not_filled_from_one_token():
+    with pytest.raises(ValueError, match="mode must be last, last_n or scalar_mix to fill masks, got 'all_cls'"):
+        EncoderCNNForMaskedLM(EncoderCNNConfig(encoder=bert(), mode="all_cls"))
+
+
+def test_a_model_reads_as_its_encoder_does_and_is_narrowed_with_it():
+    known = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2}
+    causal = EncoderCNNConfig(encoder={"model_type": "lnlm_rnn", **known, "bidirectional": False})
+    assert direction_of(causal) == "forward" and direction_of(EncoderCNNConfig(encoder=bert())) == "both"
+    half = EncoderCNNConfig(**narrowed(EncoderCNNConfig(encoder=bert(hidden_size=32), num_filters=6), 0.5))
+    assert half.hidden_size == half.encoder.hidden_size == 16 and half.encoder.num_attention_heads == 1
+    assert half.num_filters == 6 and half.encoder.intermediate_size == 8

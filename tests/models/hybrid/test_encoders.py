@@ -89,7 +89,8 @@ def test_a_checkpoint_is_one_folder_and_a_stock_encoder_stays_stock(name, tmp_pa
     assert any(f"modeling_{name}.py" in file for file in files) == (name in OURS)
     config = json.loads((tmp_path / "config.json").read_text())
     assert set(config["auto_map"]) == {
-        "AutoConfig", "AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification",
+        "AutoConfig", "AutoModel", "AutoModelForMaskedLM", "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
     }  # fmt: skip
 
 
