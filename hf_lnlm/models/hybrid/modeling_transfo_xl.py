@@ -60,12 +60,12 @@ class TransformerXLPreTrainedModel(LNLMPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        unit = self.config.hidden_size**-0.5  # of projections: scaled embeddings and tied logits then have variance 1
+        unit = self.config.hidden_size**-0.5  # of projections, which keep what they read as large as it is
         if isinstance(module, RelativeBiases):
             for bias in module.parameters():
                 init.normal_(bias, std=self.config.initializer_range)
         elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=module.embedding_dim**-0.5)
+            init.normal_(module.weight, std=self.config.initializer_range)  # tied logits then begin near zero
             if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 init.zeros_(module.weight[module.padding_idx])
         elif isinstance(module, TransposedProjection):
