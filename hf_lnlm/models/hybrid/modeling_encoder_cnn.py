@@ -186,6 +186,17 @@ class WindowHead(nn.Module):
         return (first >= 0) & (first <= last[:, None]) & (lengths > 0)[:, None]
 
 
+class SoftmaxNorm(nn.LayerNorm):
+    """The layer norm before a softmax, with a gain that makes the first logits small: a fresh model knows nothing.
+
+    With weights of standard deviation `spread` the first logits' is 0.1.
+    """
+
+    def first_gain(self, spread: float) -> float:
+        """The gain to begin with, at most 1."""
+        return min(1.0, 0.1 / (max(spread, 1e-6) * self.normalized_shape[0] ** 0.5))
+
+
 class EncoderCNNPreTrainedModel(LNLMPreTrainedModel):
     """Traits that the EncoderCNN classes share. Attention implementations are the encoder's."""
 
@@ -202,6 +213,8 @@ class EncoderCNNPreTrainedModel(LNLMPreTrainedModel):
         if isinstance(module, LayerMix):
             init.zeros_(module.weights)
             init.ones_(module.scale)
+        elif isinstance(module, SoftmaxNorm):
+            init.constant_(module.weight, module.first_gain(self.config.initializer_range))
         elif isinstance(module, TimeConvolution):
             init.xavier_uniform_(module.projection.weight)
         classifier: Any = getattr(module, "classifier", None)
@@ -432,7 +445,7 @@ class EncoderCNNForMaskedLM(MaskedLMHead, EncoderCNNPreTrainedModel):
         refuse_one_token(config, "fill masks")
         self.dropout = nn.Dropout(config.dropout)
         self.transform = nn.Sequential(
-            nn.Linear(config.output_size, config.head_width), nn.GELU(), nn.LayerNorm(config.head_width)
+            nn.Linear(config.output_size, config.head_width), nn.GELU(), SoftmaxNorm(config.head_width)
         )
         self.make_vocabulary_head(bias=config.loss_head != "adaptive")
         if config.tie_word_embeddings:
