@@ -191,14 +191,14 @@ class Task:
         }
 
 
-def prove(description: str, command: str, tasks: dict[str, Task]) -> None:
-    """Run the tasks asked for, seed by seed, and report them.
+def prove(description: str, command: str, tasks: dict[str, Task], needs_data: bool = True) -> None:
+    """Run the tasks asked for, seed by seed, and report them; without `needs_data` their corpus is Python's own.
 
     `--output FILE` is written after every run; what it already holds is not run again, so a run that was cut goes on
     where it stopped.
     """
     torch.set_num_threads(1)
-    given = arguments(description)
+    given = arguments(description, needs_data)
     found: dict[str, list[dict]] = {}
     if given.output and given.output.exists():
         found = {row["name"]: row["runs"] for row in json.loads(given.output.read_text())["rows"]}
@@ -215,10 +215,10 @@ def prove(description: str, command: str, tasks: dict[str, Task]) -> None:
     print(document(command, tasks, found) if given.json else table(tasks, found))
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str, needs_data: bool = True) -> argparse.Namespace:
     """Command line of a proof."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the corpora")
+    parser.add_argument("--data", type=Path, required=needs_data, help="folder with the corpora")
     parser.add_argument("--only", nargs="*", help="run these tasks")
     parser.add_argument("--output", type=Path, help="JSON file to write after every run and to go on from")
     parser.add_argument("--json", action="store_true", help="print one JSON document")

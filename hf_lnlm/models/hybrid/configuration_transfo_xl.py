@@ -42,8 +42,7 @@ class TransformerXLConfig(LanguageModelConfig):
         dropout: of embeddings, encodings of distances, sublayers and the output.
         attention_dropout: of attention weights; takes a slower path.
         classifier_dropout: dropout before the classifier.
-        initializer_range: standard deviation of the initial weights of layers, classifier and embeddings, so that tied
-            logits begin near zero. Projections of embeddings keep what they read as large as it is.
+        initializer_range: standard deviation of initial embeddings, softmax and classifier. Layers start with Glorot's.
         layer_norm_epsilon: added to the variance in layer norms.
 
     Raises:

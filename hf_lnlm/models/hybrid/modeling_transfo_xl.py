@@ -13,6 +13,7 @@ Deliberate deviations:
       hidden states in every call, as training here does.
     * Distances and memory count real tokens: padding is not seen, not counted and not remembered, wherever it lies.
     * A new document in a row (`position_ids` 0, `seq_idx`) sees nothing before it, neither in the row nor in the memory.
+    * Layers start with Glorot's standard deviations, which for the paper's widths are those of its N(0, 0.02) and more.
     * The queries' part of `qkv_net` is a layer of its own, so that none are made for the memory.
 
 Complexity: O(length * (mem_len + length)) a layer; a generated token costs O(mem_len) whatever came before.
@@ -37,6 +38,7 @@ from ..heads import CausalLMHead, SequenceClassificationHead
 from .adaptive_vocabulary import AdaptiveEmbedding, ProjectedAdaptiveSoftmax, TransposedProjection
 from .configuration_transfo_xl import TransformerXLConfig
 from .relative_attention import (
+    FeedForward,
     RelativeAttention,
     RelativeBiases,
     SegmentPlan,
@@ -60,14 +62,14 @@ class TransformerXLPreTrainedModel(LNLMPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        unit = self.config.hidden_size**-0.5  # of projections, which keep what they read as large as it is
+        unit = self.config.hidden_size**-0.5  # of projections: they keep the variance of what they are given
         if isinstance(module, RelativeBiases):
             for bias in module.parameters():
                 init.normal_(bias, std=self.config.initializer_range)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self.config.initializer_range)  # tied logits then begin near zero
-            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
-                init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, (RelativeAttention, FeedForward)):  # [1]'s 0.02 is small for narrow layers
+            for child in module.children():
+                if isinstance(child, nn.Linear):
+                    init.xavier_uniform_(child.weight)
         elif isinstance(module, TransposedProjection):
             init.normal_(module.weight, std=unit)
         elif isinstance(module, AdaptiveEmbedding):

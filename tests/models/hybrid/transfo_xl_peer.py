@@ -191,16 +191,17 @@ class Peer(nn.Module):
     Args:
         shape: its sizes.
         seed: of its weights.
+        scale: standard deviation of its weights.
     """
 
-    def __init__(self, shape: Shape, seed: int = 0) -> None:
+    def __init__(self, shape: Shape, seed: int = 0, scale: float = 0.1) -> None:
         super().__init__()
         self.shape, self.transformer, self.crit = shape, Body(shape), Softmax(shape)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 centre = 1.0 if name.endswith("layer_norm.weight") else 0.0
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + centre)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + centre)
         for i, layer in enumerate(self.crit.out_layers):
             layer.weight = self.transformer.word_emb.emb_layers[i].weight
         ties = shape.tie_projs or [False] + [True] * len(shape.cutoffs)
