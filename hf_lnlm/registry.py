@@ -40,6 +40,7 @@ class Family:
         lora_trained: module names that are trained in full beside the adapters, the classifier aside.
         norm_layers: module names of normalisation layers, which LN-tuning trains; none if it has none.
         takes_prefix: whether its cache, where it has one, takes the learnt keys and values of prefix tuning.
+        tokenizer: kind of tokenizer that it reads, if it is one of its own.
         demo: config fields of its row in the demo's table of causal models, or None to leave it out.
     """
 
@@ -58,6 +59,7 @@ class Family:
     takes_prefix: bool = False
     extra_models: tuple[str, ...] = ()
     bidirectional: dict[str, Any] | None = None
+    tokenizer: str | None = None
     demo: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -154,6 +156,33 @@ FAMILIES: tuple[Family, ...] = (
             "base": {"hidden_size": 1000, "num_hidden_layers": 4, "hidden_dropout": 0.2, "input_feeding": True},
         },
         lora_targets=("input_gates", "recurrent_gates", "key", "combine", "embedding_projection", "output_projection"),
+    ),
+    Family(
+        model_type="lnlm_elmo",
+        title="ELMo",
+        room="recurrent",
+        name="elmo",
+        config="ElmoConfig",
+        models=_heads("Elmo", "PreTraining", "SequenceClassification", "TokenClassification"),
+        paper="Peters et al. 2018, Deep contextualized word representations",
+        sizes={
+            "tiny": {
+                "hidden_size": 128,
+                "cell_size": 128,
+                "num_filters": [16, 16, 32, 32, 32],
+                "filter_sizes": [1, 2, 3, 4, 5],
+            },
+            "small": {
+                "hidden_size": 512,
+                "cell_size": 1024,
+                "num_filters": [32, 32, 64, 128, 256, 512],
+                "filter_sizes": [1, 2, 3, 4, 5, 6],
+            },
+            "base": {"hidden_size": 1024, "cell_size": 4096},
+        },
+        lora_targets=("input_gates", "recurrent_gates", "projection", "transform", "gate"),
+        lora_trained=("mix",),
+        tokenizer="elmo",
     ),
     Family(
         model_type="lnlm_text_cnn",

@@ -5,7 +5,16 @@ from typing import Any
 
 from ..errors import did_you_mean
 
-_ROOMS = ("memory", "recurrent", "sparse_attention", "state_space", "stock_attention", "transfo_xl", "word_vectors")
+_ROOMS = (
+    "elmo",
+    "memory",
+    "recurrent",
+    "sparse_attention",
+    "state_space",
+    "stock_attention",
+    "transfo_xl",
+    "word_vectors",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,8 @@ from .sources import Source
 Read = Callable[[Source], Any]
 Write = Callable[[Any], "Written"]
 Written = Any
-"""A model of transformers, or `(state dict, content of config.json or None)` of another project."""
+"""A model of transformers, or `(state dict, content of config.json or None)` of another project, and then perhaps what
+writes the two into a folder."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,22 @@ def _is_transfo_xl(source: Source) -> bool:
     return known or (source.weights is None and not source.config and pickled.is_file())
 
 
+def _elmo_options(source: Source) -> bool:
+    return not source.model_type and source.path.is_dir() and any(source.path.glob("*options.json"))
+
+
+def _elmo_written(model: Any) -> Any:
+    elmo = _from("elmo")
+    elmo.hdf5()  # said before anything is written
+    return elmo.to_variables(model), elmo.options_of(model.config), elmo.write
+
+
+def _elmo_tokenizer(source: Source) -> Any:
+    from ..data.tokenizers import build_tokenizer
+
+    return build_tokenizer("elmo", template="causal")
+
+
 def _has_words(source: Source) -> bool:
     path = source.path
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
@@ -160,6 +177,12 @@ CONVERTERS: tuple[Converter, ...] = (
         lambda source: _from("recurrent").torch_rnn(source.state, source.fields),
         lambda model: (_from("recurrent").to_torch_rnn(model.state_dict()), None),
         "exact; embeddings are new, so `--set vocab_size=N` or `--tokenizer`",
+    ),
+    Converter(
+        "allennlp-elmo", "ELMo's `options.json` and HDF5 weights, AllenNLP's or bilm-tf's", "lnlm_elmo",
+        "elmo_2x4096_512_2048cnn_2xhighway and the other public ones", _elmo_options,
+        lambda source: _from("elmo").read(source.path, source.fields), _elmo_written,
+        "exact both ways; extra `elmo` (h5py); its tokenizer is made", _elmo_tokenizer,
     ),
     Converter(
         "dnc", "google-deepmind/dnc's variables as `.npz`", "lnlm_dnc", "what its training script leaves",

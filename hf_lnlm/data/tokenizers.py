@@ -1,8 +1,8 @@
 """Tokenizers made of `tokenizers` parts only, so that a checkpoint needs no custom class to load them.
 
-Every kind starts with the same seven special tokens under the same ids (`SPECIAL_TOKENS`); T5's sentinels, where asked
-for, are the last ids of the vocabulary and descend: `<extra_id_0>` is the highest. `check_vocabulary` compares a
-tokenizer with a model's configuration before a run starts.
+Every kind but `elmo` starts with the same seven special tokens under the same ids (`SPECIAL_TOKENS`); T5's sentinels,
+where asked for, are the last ids of the vocabulary and descend: `<extra_id_0>` is the highest. `check_vocabulary` compares
+a tokenizer with a model's configuration before a run starts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ TEMPLATES: dict[str, tuple[str, str]] = {
 }
 """Name → (template of one text, template of a pair), in `tokenizers` notation."""
 
-KINDS = ("byte", "char", "word", "protein", "bpe")
+ELMO_TOKENS: dict[str, str] = {"pad_token": "<pad>", "bos_token": "<S>", "eos_token": "</S>"}
+"""Special tokens of the kind `elmo`, with ELMo's ids 0, 257 and 258."""
+
+KINDS = ("byte", "char", "word", "protein", "bpe", "elmo")
 DEFAULT_BPE_VOCABULARY = 8192
 PADDED_VOCABULARY = 128
 """A model's vocabulary may exceed its tokenizer's by less than this many unused rows, as stock T5's does."""
@@ -60,17 +63,18 @@ def build_tokenizer(
 
     Args:
         kind: `byte` (UTF-8 bytes, gives back any string exactly), `char` (Unicode characters of `texts`), `word`
-            (whitespace-separated words of `texts`, as PTB and WikiText are written), `protein` (amino acids) or
-            `bpe` (byte-level byte-pair encoding trained on `texts`, gives back any string exactly).
+            (whitespace-separated words of `texts`, as PTB and WikiText are written), `protein` (amino acids),
+            `bpe` (byte-level byte-pair encoding trained on `texts`, gives back any string exactly) or `elmo` (ELMo's
+            262 character ids: one that begins each whitespace-separated word, and the word's UTF-8 bytes).
         texts: The training texts of `char`, `word` and `bpe`; read once. The other kinds need none.
         vocab_size: Upper bound of the whole vocabulary, special tokens and sentinels included; `byte` and `protein`
             have a fixed size. Default: all characters or words seen, 8,192 for `bpe`.
         sentinels: Number of T5 sentinels `<extra_id_i>`, the last ids of the vocabulary in descending order.
-        template: `bert`, `roberta`, `t5` or `causal`: which special tokens a call adds around its text. None adds
-            none, which is what packing and preference training want. With `bert` or `roberta`, special tokens written
-            in a text (`"a <mask> b"`) are read as such, since the fill-mask pipeline needs it; a `byte` tokenizer
-            without them takes every text literally (set its `split_special_tokens = False` where a library writes
-            the end token as text, as TRL does).
+        template: `bert`, `roberta`, `t5` or `causal` (`elmo` has this only): which special tokens a call adds around its
+            text. None adds none, which is what packing and preference training want. With `bert` or `roberta`, special
+            tokens written in a text (`"a <mask> b"`) are read as such, since the fill-mask pipeline needs it; a `byte`
+            tokenizer without them takes every text literally (set its `split_special_tokens = False` where a library
+            writes the end token as text, as TRL does).
         max_length: Longest input of the model that reads its ids, its `max_position_embeddings`, for `truncation=True`;
             None for a model without a limit.
 
@@ -86,13 +90,10 @@ def build_tokenizer(
     >>> tokenizer.decode([111, 112])
     'hi'
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if sentinels < 0:
-        raise ValueError(f"sentinels must be 0 or more, got {sentinels}")
-    if template is not None and template not in TEMPLATES:
-        raise ValueError(f"template must be one of {', '.join(TEMPLATES)} or None, got {template!r}")
+    _check_choices(kind, sentinels, template)
     room = None if vocab_size is None else vocab_size - sentinels
+    if kind == "elmo":
+        return _elmo_tokenizer(vocab_size, sentinels, template, max_length)
     if kind in ("byte", "protein"):
         backend = _byte_backend() if kind == "byte" else _protein_backend()
         if room is not None and room != backend.get_vocab_size():
@@ -128,6 +129,15 @@ def word_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **given)
 
 
+def _check_choices(kind: str, sentinels: int, template: str | None) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if sentinels < 0:
+        raise ValueError(f"sentinels must be 0 or more, got {sentinels}")
+    if template is not None and template not in TEMPLATES:
+        raise ValueError(f"template must be one of {', '.join(TEMPLATES)} or None, got {template!r}")
+
+
 def _learnt_backend(kind: str, texts: Iterable[str] | None, room: int | None) -> Tokenizer:
     """The backends whose vocabulary comes from text; `room` is the vocabulary without sentinels."""
     if texts is None:
@@ -161,6 +171,38 @@ def _byte_backend() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def _elmo_tokenizer(
+    vocab_size: int | None, sentinels: int, template: str | None, max_length: int | None
+) -> PreTrainedTokenizerFast:
+    """ELMo's characters: 0 is padding, a byte's value + 1, 257 and 258 a text's ends, 259 a word's begin."""
+    for name, given, wanted in (("vocab_size", vocab_size, (None, 262)), ("sentinels", sentinels, (0,))):
+        if given not in wanted:
+            raise ValueError(f"{name} of an elmo tokenizer must be {wanted[-1]}, got {given}")
+    if template not in (None, "causal"):
+        raise ValueError(f"template of an elmo tokenizer must be causal or None, got {template!r}")
+    pad, begin, end = ELMO_TOKENS.values()
+    symbols = byte_symbols()
+    marker, symbols[0x20] = symbols[0x20], "<0x20>"  # a word has no space in it: its symbol is free to begin words
+    tokens = [pad, *symbols, begin, end, marker, "</W>", "<filler>"]
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
+    words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(words)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (pad, begin, end)])
+    if template is not None:
+        ids = [(begin, tokens.index(begin)), (end, tokens.index(end))]
+        single, pair = f"{begin} $A {end}", f"{begin} $A {end} {begin} $B {end}"
+        backend.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=max_length or VERY_LARGE_INTEGER,
+        **ELMO_TOKENS,
+    )
 
 
 def _char_backend(vocabulary: Sequence[str]) -> Tokenizer:
@@ -265,8 +307,15 @@ def check_vocabulary(tokenizer: Any, config: Any) -> None:
         config: The model's configuration; ids that it leaves at None aren't compared.
 
     Raises:
-        ValueError: Names both vocabulary sizes, or the special token with both ids, or the id beyond the vocabulary.
+        ValueError: Names both vocabulary sizes, or the special token with both ids, or the id beyond the vocabulary; or
+            the model reads words in characters, and the tokenizer doesn't mark where one begins.
     """
+    begin = getattr(config, "word_start_token_id", None)
+    if begin is not None and tokenizer.get_vocab().get(byte_symbols()[0x20]) != begin:
+        raise ValueError(
+            f"{config.model_type} reads the bytes of words, each after the id {begin} (word_start_token_id): it needs a "
+            "tokenizer of the kind elmo, got another"
+        )
     size, rows = len(tokenizer), getattr(config, "vocab_size", None)
     if rows is None:
         return

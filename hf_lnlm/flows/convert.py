@@ -20,7 +20,7 @@ from .models import load_config, load_tokenizer, load_trained
 from .output import quiet_libraries, say
 from .recipe import ModelSection
 
-_FILES = ("*.json", "*.safetensors", "pytorch_model.bin", "*.txt", "*.model")
+_FILES = ("*.json", "*.safetensors", "pytorch_model.bin", "*.txt", "*.model", "*.hdf5")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 
 
@@ -173,8 +173,11 @@ def _write(made: Any, tokenizer: Any, target: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write_foreign(folder: Path, state: dict[str, Any], config: dict[str, Any] | None) -> None:
-    """Tensors, and the config where their project keeps one: that project reads `pytorch_model.bin`."""
+def _write_foreign(folder: Path, state: dict[str, Any], config: dict[str, Any] | None, write: Any = None) -> None:
+    """Tensors, and the config where their project keeps one: that project reads `pytorch_model.bin`, or has a `write`."""
+    if write is not None:
+        write(folder, state, config)
+        return
     if config is None:
         from safetensors.torch import save_file
 

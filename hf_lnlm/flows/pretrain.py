@@ -12,6 +12,7 @@ from ..data.tokenizers import KINDS, build_tokenizer, check_vocabulary
 from ..errors import UsageProblem, unknown_name
 from ..models.parts import longest_input
 from ..objectives import OBJECTIVES
+from ..registry import family, is_ours
 from ..tasks import TASKS
 from .algorithm import algorithm_setup, is_algorithm, name_task_of_data, resolve_algorithm
 from .documents import Text, load_text, packed
@@ -193,9 +194,14 @@ def new_tokenizer(recipe: Recipe, direction: str, texts: Iterable[str], vocab_si
         tokenizer = load_tokenizer(section.saved or section.path)
         tokenizer.model_max_length = VERY_LARGE_INTEGER  # the limit of another model
         return tokenizer
-    section.kind = section.kind or "bpe"
+    own = family(str(recipe.model.family)).tokenizer if is_ours(recipe.model.family) else None
+    section.kind = section.kind or own or "bpe"
     if section.kind not in KINDS:
         raise unknown_name("tokenizer", section.kind, KINDS)
+    if section.kind != (own or section.kind):
+        raise UsageProblem(f"{recipe.model.family} reads the tokenizer {own} and no other, got {section.kind}")
+    if section.kind == "elmo":
+        section.template = section.template or "causal"
     if section.kind == "bpe":
         section.vocab_size = section.vocab_size or vocab_size
     if section.template is None and direction == "both":

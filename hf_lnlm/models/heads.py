@@ -394,6 +394,10 @@ class TokenClassificationHead(ClassificationHead):
 
     output_class: ClassVar[Any] = TokenClassifierOutput
 
+    def features(self, outputs: Any) -> torch.Tensor:
+        """Return what the classifier reads of the base model's outputs, `(batch, length, width)`."""
+        return outputs.last_hidden_state
+
     @can_return_tuple
     def forward(
         self,
@@ -413,7 +417,7 @@ class TokenClassificationHead(ClassificationHead):
             loss and logits `(batch, length, num_labels)`.
         """
         outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **self.body_arguments(kwargs))
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        logits = self.classifier(self.dropout(self.features(outputs)))
         loss = None
         if labels is not None:
             check_labels(labels, logits.shape[-1], logits.shape[:-1])

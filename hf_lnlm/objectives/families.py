@@ -46,6 +46,8 @@ def direction_of(config: Any) -> Direction:
         return "forward" if own else "both"
     if (attention := getattr(config, "attn_type", None)) in ("bi", "uni"):
         return "both" if attention == "bi" else "forward"
+    if getattr(config, "predicts_both_ways", False):
+        return "both"
     masked = has_head(config, "AutoModelForMaskedLM")
     return "both" if masked and not getattr(config, "is_decoder", False) else "forward"
 

@@ -51,6 +51,10 @@ _TINY: dict[str, Any] = {
     "num_filters": 8,
     "filter_sizes": [2, 3],
     "num_labels": 3,
+    "word_start_token_id": 20,
+    "word_end_token_id": 13,
+    "filler_token_id": 14,
+    "target_vocab_size": 40,
 }
 _PER_TOKEN = (
     "AutoModel",
@@ -111,7 +115,12 @@ class Case:
     @property
     def per_token(self) -> bool:
         """Whether its first output has one vector a token."""
-        return self.auto in _PER_TOKEN
+        return self.auto in _PER_TOKEN and not (self.auto == "AutoModelForPreTraining" and self.predicts_tokens)
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether its model for pre-training is a language model, not a judge of tokens."""
+        return bool(getattr(self.family.config_class, "predicts_both_ways", False))
 
     @property
     def has_loss(self) -> bool:
@@ -224,6 +233,8 @@ def inputs_of(case: Case, batch: int = 2, length: int = 9, seed: int = 3) -> dic
         ids = token_ids(2 * batch, length, seed).view(batch, 2, length)
     else:
         ids = token_ids(batch, length, seed)
+    if hasattr(case.family.config_class, "word_start_token_id"):
+        ids = ids.where(ids % 3 > 0, _TINY["word_start_token_id"])  # words of about two characters
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if case.takes("decoder_input_ids"):
         inputs["decoder_input_ids"] = token_ids(batch, length, seed + 1)
@@ -244,11 +255,11 @@ def labels_of(case: Case, inputs: dict[str, torch.Tensor], seed: int = 5) -> dic
         return composed_labels(case, ids, generator)
     if case.auto == "AutoModelForTokenClassification":
         labels = torch.randint(0, 3, (batch, length), generator=generator)
-    elif case.auto == "AutoModelForPreTraining":
+    elif case.auto == "AutoModelForPreTraining" and not case.predicts_tokens:
         labels = torch.randint(0, 2, (batch, length), generator=generator)
     else:
         labels = ids.clone()
-    if case.auto != "AutoModelForPreTraining":
+    if case.auto != "AutoModelForPreTraining" or case.predicts_tokens:
         for row in range(batch):
             labels[row, 1 : 1 + row % 5] = -100
     return {"labels": labels}

@@ -26,6 +26,8 @@ def close_at_real_tokens(found: torch.Tensor, wanted: torch.Tensor, inputs: dict
     if wanted.ndim == 3 and wanted.shape[:2] == inputs["input_ids"].shape:
         real = inputs["attention_mask"].bool()
         found, wanted = found[real], wanted[real]
+    elif wanted.ndim == 3:  # a model that shortens the text, which a tracer can't
+        found = found[:, : wanted.shape[1]]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 

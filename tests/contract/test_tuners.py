@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_lnlm.lora.plan import TASK_TYPES
 
-from .cases import Case, add_noise, build, cases, first_output, inputs_of, labels_of, one_case_a_family
+from .cases import Case, add_noise, build, cases, first_output, inputs_of, labels_of
 
 every_head = pytest.mark.parametrize("case", cases(loss=True, both_ways=False, composed=True), ids=str)
 PROMPTED_HEADS = ("AutoModelForSequenceClassification", "AutoModelForQuestionAnswering")
@@ -127,8 +127,17 @@ def test_prompts_and_prefixes_of_other_heads(case: Case, tmp_path):
     reloaded(model, case, tmp_path)
 
 
+def deaf_cases() -> list[Case]:
+    """One head of each family without attention, of those that peft has a name for."""
+    found: dict[str, Case] = {}
+    for case in cases(both_ways=False):
+        if not attends(case) and not remembers(case) and task_name(case):
+            found.setdefault(case.family.name, case)
+    return list(found.values())
+
+
 @prompt_kind
-@pytest.mark.parametrize("case", [c for c in one_case_a_family() if not attends(c) and not remembers(c)], ids=str)
+@pytest.mark.parametrize("case", deaf_cases(), ids=str)
 def test_prompts_are_refused_without_attention(case: Case, kind: str):
     with pytest.raises(ValueError, match=f"does not fit {case.family.model_type}, which has no attention of its own"):
         prompted(case, kind)

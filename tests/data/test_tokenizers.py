@@ -51,7 +51,7 @@ def test_bpe_gives_back_any_string(text: str) -> None:
 BPE = build_tokenizer("bpe", CORPUS * 20, vocab_size=300)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "elmo"])
 def test_special_ids_are_the_same_everywhere(kind: str) -> None:
     tokenizer = build_tokenizer(kind, CORPUS, sentinels=3)
     assert tokenizer.convert_tokens_to_ids(SPECIALS) == list(range(7))
@@ -62,7 +62,7 @@ def test_special_ids_are_the_same_everywhere(kind: str) -> None:
     assert sorted(tokenizer.get_vocab().values()) == list(range(size))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "elmo"])
 @pytest.mark.parametrize("config", [None, BertConfig, GPT2Config, RobertaConfig, T5Config])
 def test_saved_tokenizers_load_without_custom_code(kind: str, config: type | None, tmp_path) -> None:
     tokenizer = build_tokenizer(kind, CORPUS, sentinels=2, template="t5" if config is T5Config else None)

@@ -6,7 +6,7 @@ References:
     [3] Peters et al. 2018, "Deep contextualized word representations" (scalar mix, eq. 1).
 
 Glossary (paper ↔ here): last four hidden layers as channels ↔ `mode="last_n"`, `num_layers`; k × 768 filters ↔ `windows`;
-γ, s_j of [3] ↔ `LayerMix.scale`, softmax of `LayerMix.weights`.
+γ, s_j of [3] ↔ `ScalarMix.scale`, softmax of `ScalarMix.weights`.
 
 Deviations: padding never takes part in the maximum, so that scores do not depend on a text's batch (they do in the code of
 [1]), nor where in its row a text stands: rows are left-justified before the encoder, and one that itself reads padding
@@ -40,6 +40,7 @@ from ...nn.inputs import check_given, check_ids, check_keywords, take_cache
 from ...nn.loss_heads import check_labels
 from ...nn.masks import current_mask
 from ...nn.pooling import max_over_time
+from ...nn.scalar_mix import ScalarMix
 from ..base import LNLMPreTrainedModel
 from ..heads import (
     ClassificationHead,
@@ -120,24 +121,6 @@ def _moved(value: Any, order: torch.Tensor) -> Any:
     return value.gather(1, order if value.dim() == 2 else order[:, :, None].expand_as(value))
 
 
-class LayerMix(nn.Module):
-    """Scalar mix of layers ([3], eq. 1): a softmax-weighted sum, times a scale.
-
-    Args:
-        num_layers: layers to mix.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(torch.zeros(num_layers))
-        self.scale = nn.Parameter(torch.ones(1))
-
-    def forward(self, layers: list[torch.Tensor]) -> torch.Tensor:
-        """Mix tensors `(batch, length, width)`."""
-        shares = self.weights.softmax(0) * self.scale
-        return torch.einsum("l,lbtw->btw", shares, torch.stack(layers))
-
-
 class WindowHead(nn.Module):
     """Convolutions over windows of several sizes and the maximum of each map ([2], as in [1]).
 
@@ -210,7 +193,7 @@ class EncoderCNNPreTrainedModel(LNLMPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, LayerMix):
+        if isinstance(module, ScalarMix):
             init.zeros_(module.weights)
             init.ones_(module.scale)
         elif isinstance(module, SoftmaxNorm):
@@ -288,7 +271,7 @@ class EncoderCNNModel(EncoderCNNPreTrainedModel):
         self.encoder = build_encoder(config.get_text_config())
         self.encoder_reads = frozenset(inspect.signature(self.encoder.forward).parameters)
         mixes = config.mode == "scalar_mix"
-        self.layer_mix = LayerMix(config.num_hidden_layers) if mixes else None
+        self.layer_mix = ScalarMix(config.num_hidden_layers) if mixes else None
         self.window_head = WindowHead(config)
         self.post_init()
 
