@@ -397,6 +397,21 @@ FAMILIES: tuple[Family, ...] = (
             }
         },
     ),
+    Family(
+        model_type="lnlm_sparse_moe",
+        title="Sparse mixture of experts",
+        room="mixture",
+        name="sparse_moe",
+        config="SparseMoEConfig",
+        models=_heads("SparseMoE", "CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification"),
+        paper="Shazeer et al. 2017; Fedus, Zoph and Shazeer 2021; Jiang et al. 2024",
+        sizes=_ATTENTION_SIZES,
+        bidirectional={"bidirectional": True},
+        lora_targets=("c_attn", "c_proj", "c_fc"),
+        lora_parameters=("router.weight", "experts.w_in", "experts.w_out"),
+        norm_layers=("ln_1", "ln_2", "norm"),
+        takes_prefix=True,
+    ),
 )
 
 _PART_TARGETS = (

@@ -66,6 +66,16 @@ class Head:
         """Make the layers between the base model's hidden states and what the head gives out."""
         raise NotImplementedError(f"{type(self).__name__} must make its layers")
 
+    def penalty(self, outputs: Any, targets: Any, items: Any) -> torch.Tensor | float:
+        """Return what is added to the loss besides the labels' own; 0 unless a family says otherwise.
+
+        Args:
+            outputs: of the base model.
+            targets: the labels, as the loss reads them: of a causal model the token that each position is to predict.
+            items: number of labels of the whole accumulated batch, or None.
+        """
+        return 0.0
+
 
 class VocabularyHead(Head):
     """Full, chunked or adaptive softmax over the vocabulary, as `config.loss_head` says; "auto" is full or chunked.
@@ -265,19 +275,11 @@ class CausalLMHead(VocabularyHead):
         check_labels(given, self.config.vocab_size, tuple(hidden.shape[:2]), name)
         return next_token_labels(given, shift_labels)
 
-    def penalty(self, outputs: Any, targets: Any, items: Any) -> torch.Tensor | float:
-        """Return what is added to the loss besides the tokens' own; 0 unless a family says otherwise.
-
-        Args:
-            outputs: of the base model.
-            targets: `(batch, length)` the token that each position is to predict, -100 where ignored.
-            items: number of labels of the whole accumulated batch, or None.
-        """
-        return 0.0
-
 
 class MaskedLMHead(VocabularyHead):
     """A masked language model."""
+
+    output_class: ClassVar[Any] = MaskedLMOutput
 
     @can_return_tuple
     def forward(
@@ -309,8 +311,11 @@ class MaskedLMHead(VocabularyHead):
         hidden = self.before_softmax(outputs.last_hidden_state)
         if labels is not None:
             check_labels(labels, self.config.vocab_size, tuple(hidden.shape[:2]))
-        loss, logits = self.loss_and_logits(hidden, labels, 0, kwargs.get("num_items_in_batch"))
-        return MaskedLMOutput(loss=loss, logits=logits, **passthrough_outputs(outputs, MaskedLMOutput))
+        items = kwargs.get("num_items_in_batch")
+        loss, logits = self.loss_and_logits(hidden, labels, 0, items)
+        if loss is not None:
+            loss = loss + self.penalty(outputs, labels, items)
+        return self.output_class(loss=loss, logits=logits, **passthrough_outputs(outputs, self.output_class))
 
     def before_softmax(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the softmax reads of `hidden`, `(batch, length, width)`: all of it, unless a family transforms it."""
@@ -385,7 +390,8 @@ class SequenceClassificationHead(ClassificationHead):
         logits = self.classifier(self.dropout(self.pooled(outputs, attention_mask)))
         loss = None
         if labels is not None:
-            loss = classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch"))
+            items = kwargs.get("num_items_in_batch")
+            loss = classification_loss(logits, labels, self.config, items) + self.penalty(outputs, labels, items)
         return self.output_class(loss=loss, logits=logits, **passthrough_outputs(outputs, self.output_class))
 
 
@@ -421,7 +427,9 @@ class TokenClassificationHead(ClassificationHead):
         loss = None
         if labels is not None:
             check_labels(labels, logits.shape[-1], logits.shape[:-1])
-            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=kwargs.get("num_items_in_batch"))
+            items = kwargs.get("num_items_in_batch")
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=items)
+            loss = loss + self.penalty(outputs, labels, items)
         return self.output_class(loss=loss, logits=logits, **passthrough_outputs(outputs, self.output_class))
 
 

@@ -14,6 +14,7 @@ from .base import LNLMConfig, strict_config
 from .own_parts import CARRIED
 
 MIRRORED = ("vocab_size", "hidden_size", "num_hidden_layers")
+ROUTER_LOSSES = ("router_aux_loss_coef", "router_z_loss_coef")
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -218,6 +219,13 @@ class NestedConfig(LNLMConfig):
         if self.main_part in self.parts:
             self.mirror()
         super().check_bounds()
+        for name, part in self.parts.items():
+            for field in ROUTER_LOSSES if str(part.model_type).startswith("lnlm_") else ():
+                if getattr(part, field, 0):
+                    raise ValueError(
+                        f"{name}: {field} must be 0 in a model made of others, whose loss has no place for it, "
+                        f"got {getattr(part, field)}"
+                    )
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Pass a vocabulary's size on to the parts, and refuse another width or depth than the main part has."""

@@ -22,8 +22,9 @@ pair (…ForPreTraining of BERT, ALBERT and their kin). A model with other terms
 
 and its training loss is then the sum over terms of sums / items.
 
-What can't be invariant: models whose rows influence each other (batch normalisation, load balancing of experts), whose
-loss is weighted by n_b / N like any other; and dropout, which draws other masks for other batches.
+What can't be invariant: models whose rows influence each other (batch normalisation, load balancing of stock models'
+experts; the package's own is told the load of the whole step, see `routing`), whose loss is weighted by n_b / N like any
+other; and dropout, which draws other masks for other batches.
 """
 
 from collections.abc import Callable, Iterator, Mapping

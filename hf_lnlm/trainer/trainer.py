@@ -33,6 +33,7 @@ from .nonfinite import stop
 from .randomness import preserve_rng_state
 from .recurrent_state import CarriedMemory, CarriedState, carried_by, state_file, stream_fault
 from .resumed import ResumedRun
+from .routing import RouterFigures, check_mixture, expects_load, load_ahead
 from .signals import StopRequested, StopSignal, ignore_signals_in_worker
 from .totals import EvaluationTotals, TrainingTotals, input_tokens
 
@@ -64,6 +65,7 @@ class LNLMTrainer(ResumedRun, Trainer):
         if arguments is None:
             kwargs["args"] = arguments = LNLMTrainingArguments(output_dir="tmp_trainer")
         check_launch(arguments)
+        check_mixture(kwargs.get("model", args[0] if args else None))
         self._use_cache = UseCache(kwargs.get("model", args[0] if args else None))
         listens, arguments.enable_jit_checkpoint = arguments.enable_jit_checkpoint, False
         try:
@@ -87,6 +89,7 @@ class LNLMTrainer(ResumedRun, Trainer):
         self.measured_sums: dict[str, torch.Tensor] = {}  # what the objective measured in the last evaluation
         self._carried: CarriedState | CarriedMemory | None = None
         self._training_totals = TrainingTotals()
+        self._router_figures = RouterFigures()
         self._evaluation_totals: EvaluationTotals | None = None
         self.add_callback(Constraints())
         if (patience := getattr(arguments, "early_stopping_patience", None)) is not None:
@@ -157,6 +160,7 @@ class LNLMTrainer(ResumedRun, Trainer):
         finally:
             self._signals.uninstall()
             self._use_cache.restore()
+            getattr(self.accelerator.unwrap_model(self.model), "set_global_load", lambda load: None)(None)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         if not (self.args.enable_jit_checkpoint and self._signals.agreed(self.args)):
@@ -324,6 +328,18 @@ class LNLMTrainer(ResumedRun, Trainer):
             total = self._reduce(total) // self.get_tp_size()
         return total
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
+        """Collect a step's micro-batches, as the stock Trainer does; a mixture is told the load of all of them."""
+        batches, total = super().get_batch_samples(*args, **kwargs)
+        inner = self.accelerator.unwrap_model(self.model)
+        if batches and expects_load(inner, len(batches) * self.args.world_size):
+            if self._carries:
+                raise ValueError("carry_state needs router_aux_loss_coef=0 where a step has several micro-batches")
+            with self.compute_loss_context_manager():
+                prepared = (super(LNLMTrainer, self)._prepare_inputs(_for_the_model(batch)) for batch in batches)
+                inner.set_global_load(self._reduce(load_ahead(inner, prepared)))
+        return batches, total
+
     def _reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over the processes."""
         return self.accelerator.reduce(values, "sum") if self.args.world_size > 1 else values
@@ -358,6 +374,7 @@ class LNLMTrainer(ResumedRun, Trainer):
             if self.args.average_tokens_across_devices:
                 loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         self._measure(inputs, outputs)
+        self._router_figures.add(self.accelerator.unwrap_model(self.model), outputs)
         if self._carried is not None:
             self._carried.keep_from(outputs)
         return (loss, outputs) if return_outputs else loss
@@ -475,6 +492,7 @@ class LNLMTrainer(ResumedRun, Trainer):
             measured = self._training_totals.all_measured(self._reduce)
             logs.update(self._training_totals.summary(self._reduce, language, per_byte))
             logs.update(self.objective.summary(measured) if measured else {})
+            logs.update(self._router_figures.summary(self.accelerator.unwrap_model(self.model), self._reduce))
         super().log(logs, start_time)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import dropout as drop
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache
 
 from ...nn.inputs import Batch
@@ -149,6 +150,36 @@ def attend(
     if layer is not None and not plan.segments.traced:
         layer.prune(patterns)
     return out.transpose(1, 2).flatten(2), weights if plan.weights else None
+
+
+def attend_both_ways(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scale: float, dropout: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend to all real tokens of the same document; padding sees itself, and nothing sees it.
+
+    Args:
+        query, key, value: `(batch, heads, length, head_dim)`.
+        plan: of this forward pass.
+        scale: factor of the scores.
+        dropout: probability of dropping an attention weight (0 outside training).
+
+    Returns:
+        `(batch, length, heads * head_dim)`, and the weights `(batch, heads, length, length)` if wanted.
+    """
+    visible = None
+    if plan.real is not None or plan.documents is not None or plan.weights:
+        itself = torch.eye(query.shape[2], dtype=torch.bool, device=query.device)
+        visible = torch.ones_like(itself).unsqueeze(0)
+        if plan.documents is not None:
+            visible = plan.documents.unsqueeze(2) == plan.documents.unsqueeze(1)
+        if plan.real is not None:
+            visible = visible & plan.real.unsqueeze(1) & plan.real.unsqueeze(2) | itself
+        visible = visible.unsqueeze(1)
+    if plan.weights:
+        out, weights = _dense((query, key, value), visible, scale, dropout)  # type: ignore[arg-type]
+        return out.transpose(1, 2).flatten(2), weights
+    out = scaled_dot_product_attention(query, key, value, visible, dropout, scale=scale)
+    return out.transpose(1, 2).flatten(2), None
 
 
 def in_rows(

@@ -1,6 +1,6 @@
 """What the causal sparse-attention families share: the layer loop, the language-model head and the classifier."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -66,6 +66,7 @@ class SparseDecoderModel(SparseDecoderPreTrainedModel):
     layers: nn.ModuleList
     norm: nn.Module
     embedding_dropout: nn.Module
+    output_class: ClassVar[Any] = BaseModelOutputWithPast
 
     def position_embeddings(self, positions: torch.Tensor) -> torch.Tensor:
         """Return `(batch, length, hidden_size)` embeddings of positions `(batch, length)`."""
@@ -110,11 +111,17 @@ class SparseDecoderModel(SparseDecoderPreTrainedModel):
         plan = plan_attention(batch, position_ids, dense, weights)
         self._check_positions(plan, cache)
         hidden_states = self.embedding_dropout(hidden_states + self.position_embeddings(plan.positions))
+        hidden_states, found = self.run_layers(hidden_states, plan, cache)
+        found[CACHE_FIELD] = cache if use_cache else None
+        return self.output_class(last_hidden_state=self.norm(hidden_states), **found)
+
+    def run_layers(
+        self, hidden_states: torch.Tensor, plan: AttentionPlan, cache: Cache | None
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return what the layers make of `(batch, length, hidden_size)`, and further outputs by name."""
         for layer in self.layers:
             hidden_states = layer(hidden_states, plan=plan, past_key_values=cache)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), **{CACHE_FIELD: cache if use_cache else None}
-        )
+        return hidden_states, {}
 
     def _check_positions(self, plan: AttentionPlan, cache: Cache | None) -> None:
         if is_torchdynamo_compiling():

@@ -20,7 +20,6 @@ row.
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -32,49 +31,8 @@ from .decoder import (
     SparseDecoderForSequenceClassification,
     SparseDecoderModel,
     SparseDecoderPreTrainedModel,
-    SparseSelfAttention,
 )
-
-
-class GPT3Attention(SparseSelfAttention):
-    """Dense or banded multi-head attention with GPT-2's fused projection.
-
-    Args:
-        config: the model's configuration.
-        layer_idx: which layer, from 0.
-    """
-
-    def __init__(self, config: GPT3Config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
-        self.c_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(
-        self, hidden_states: torch.Tensor, plan: AttentionPlan, past_key_values: Cache | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend over `(batch, length, hidden_size)`; returns the same shape and the weights if wanted."""
-        query, key, value = self.c_attn(hidden_states).chunk(3, dim=-1)
-        out, weights = self.attend_heads(query, key, value, plan, past_key_values)
-        return self.c_proj(out), weights
-
-
-class GPT3MLP(nn.Module):
-    """Two linear layers and an activation.
-
-    Args:
-        config: the model's configuration.
-    """
-
-    def __init__(self, config: GPT3Config) -> None:
-        super().__init__()
-        width = int(config.intermediate_size or 4 * config.hidden_size)
-        self.c_fc = nn.Linear(config.hidden_size, width)
-        self.c_proj = nn.Linear(width, config.hidden_size)
-        self.activation = ACT2FN[config.activation_function]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Transform `(batch, length, hidden_size)`."""
-        return self.c_proj(self.activation(self.c_fc(hidden_states)))
+from .gpt2_parts import GPT3MLP, GPT3Attention
 
 
 class GPT3Block(GradientCheckpointingLayer):
