@@ -14,7 +14,6 @@ from .base import LNLMConfig, strict_config
 from .own_parts import CARRIED
 
 MIRRORED = ("vocab_size", "hidden_size", "num_hidden_layers")
-ROUTER_LOSSES = ("router_aux_loss_coef", "router_z_loss_coef")
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -92,6 +91,17 @@ def name_of(module: nn.Module, root: nn.Module) -> str:
         if found is module:
             return name
     raise ValueError(f"{type(module).__name__} isn't a part of {type(root).__name__}")
+
+
+def router_losses(config: Any) -> list[str]:
+    """Return the fields that give a mixture of this package losses besides its head's; models made of others read none.
+
+    Args:
+        config: of any model.
+    """
+    ours = str(config.model_type).startswith("lnlm_")
+    named = ("router_aux_loss_coef", "router_z_loss_coef") if ours else ()
+    return [field for field in named if float(getattr(config, field, 0.0))]
 
 
 def hidden_width(config: Any) -> int:
@@ -220,12 +230,11 @@ class NestedConfig(LNLMConfig):
             self.mirror()
         super().check_bounds()
         for name, part in self.parts.items():
-            for field in ROUTER_LOSSES if str(part.model_type).startswith("lnlm_") else ():
-                if getattr(part, field, 0):
-                    raise ValueError(
-                        f"{name}: {field} must be 0 in a model made of others, whose loss has no place for it, "
-                        f"got {getattr(part, field)}"
-                    )
+            for field in router_losses(part):
+                raise ValueError(
+                    f"{name}: {field} must be 0 in a model made of others, whose loss has no place for it, "
+                    f"got {getattr(part, field)}"
+                )
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Pass a vocabulary's size on to the parts, and refuse another width or depth than the main part has."""

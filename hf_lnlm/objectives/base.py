@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..data.blocks import pack
 from ..errors import did_you_mean
+from ..models.parts import router_losses
 from ..nn.loss_heads import IGNORED
 from ..registry import is_composed
 from .families import Direction, direction_of, fitting_models, has_head
@@ -187,7 +188,9 @@ class Objective(BaseObjective):
         """Whether models of this configuration learn the objective, or were made for it."""
         if cls.composed_type and config.model_type == cls.composed_type:
             return True
-        return not is_composed(config.model_type) and cls.learns(config)
+        if is_composed(config.model_type) or (cls.composes(config) and router_losses(config)):
+            return False
+        return cls.learns(config)
 
     @classmethod
     def learns(cls, config: Any) -> bool:

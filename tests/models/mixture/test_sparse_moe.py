@@ -159,7 +159,7 @@ def test_reads_both_ways_where_it_is_to():
     for both, cls in ((False, SparseMoEModel), (True, SparseMoEModel), (None, SparseMoEForMaskedLM)):
         model = build(cls, bidirectional=both).eval()
         moved = (model(row)[0] - model(other)[0]).detach().abs().amax(-1)[0, :-1]
-        assert bool((moved > 0).all()) if both in (True, None) else float(moved.max()) == 0.0
+        assert bool((moved > 0).all()) if both in (True, None) else float(moved.max()) < 1e-5
 
 
 def test_weights_of_attention_are_given_both_ways():
