@@ -26,6 +26,12 @@ _SMALL: dict[str, Any] = {
     "attention_dropout": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "decoder_start_token_id": 0,
 }  # fmt: skip
 _NOT_FOR_OURS = ("num_heads", "embedding_size", "dropout", "num_layers", "initializer_range", "decoder_start_token_id")
+_OWN = {
+    "lnlm_elmo": {
+        "vocab_size": 262, "bos_token_id": 257, "eos_token_id": 258, "cell_size": 32, "filter_sizes": [1, 2, 3],
+        "num_filters": 16, "target_vocab_size": 100, "hidden_size": 32,
+    },
+}  # fmt: skip
 _SPECIAL = {"vocab_size": len(TOKENIZER), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -41,10 +47,18 @@ def configs() -> dict[str, Any]:
     found = {}
     for row in FAMILIES:
         for suffix, fields in reading(row).items():
-            found[row.model_type + suffix] = _shrunk(row.config_class, fields, _NOT_FOR_OURS)
+            found[row.model_type + suffix] = _shrunk(
+                row.config_class, fields | _OWN.get(row.model_type, {}), _NOT_FOR_OURS
+            )
     found |= {name: _shrunk(type(stock_config(name)), {}) for name in STOCK}
     found["t5"].decoder_start_token_id = 0
     return found
+
+
+def tokenizer_of(name: str) -> Any:
+    """What a family reads: its own kind of tokenizer, or bytes."""
+    own = next((row.tokenizer for row in FAMILIES if row.model_type == name), None)
+    return TOKENIZER if own is None else build_tokenizer(own, template="causal")
 
 
 CONFIGS = configs()

@@ -13,7 +13,7 @@ import hf_lnlm
 from hf_lnlm.objectives import OBJECTIVES, objective, table
 from hf_lnlm.objectives.families import STOCK
 from hf_lnlm.registry import FAMILIES
-from tests.objectives.families import CELLS, CONFIGS, DOCUMENTS, LENGTH, TOKENIZER
+from tests.objectives.families import CELLS, CONFIGS, DOCUMENTS, LENGTH, tokenizer_of
 
 STEPS = 6
 # One family of ours that reads either way, and the stock one that each objective was made for; the others are slow.
@@ -40,10 +40,11 @@ def falls(goal: str, name: str, lora: bool = False) -> None:
     """
     set_seed(0)
     learnt = objective(goal)
-    learnt.check(CONFIGS[name], TOKENIZER)
+    tokenizer = tokenizer_of(name)
+    learnt.check(CONFIGS[name], tokenizer)
     model = learnt.build(CONFIGS[name])
-    rows = learnt.rows(DOCUMENTS, TOKENIZER, LENGTH)
-    batch, other = (learnt.collator(TOKENIZER, seed=0)([rows[i] for i in part]) for part in (range(4), range(4, 8)))
+    rows = learnt.rows(DOCUMENTS, tokenizer, LENGTH)
+    batch, other = (learnt.collator(tokenizer, seed=0)([rows[i] for i in part]) for part in (range(4), range(4, 8)))
     if lora:
         losses_of(model, other, 1e-2, 4 * STEPS)
         model = peft.get_peft_model(model, hf_lnlm.lora_config(model, r=4))
