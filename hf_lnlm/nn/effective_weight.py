@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops.dense import Dense
+
 Affine = tuple[torch.Tensor, torch.Tensor | None]
 
 _PLAIN = {nn.Parameter, torch.Tensor, type(None)}
+LINEAR = (nn.Linear, Dense)
 _LONG = 2.0**32  # a power of two: multiplying and dividing by it changes no digit
 
 
@@ -35,7 +38,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Tell whether weight and bias are all there is to a module: an `nn.Linear` without hooks or a forward of its own."""
-    return type(module) is nn.Linear and has_plain_weights(module) and not has_hooks(module)
+    return type(module) in LINEAR and has_plain_weights(module) and not has_hooks(module)
 
 
 def unwrapped(module: Any) -> Any:
@@ -48,7 +51,7 @@ def unwrapped(module: Any) -> Any:
 def _unit_length(module: nn.Module, dtype: torch.dtype, device: torch.device) -> float:
     """Return how long the vectors may be: 1 wherever half precision may be at work inside, which would overflow."""
     ranges_wide = dtype is not torch.float16 and not torch.is_autocast_enabled(device.type)
-    known = type(module) is nn.Linear and has_plain_weights(module)  # a quantiser's own precision isn't
+    known = type(module) in LINEAR and has_plain_weights(module)  # a quantiser's own precision isn't
     return _LONG if known and ranges_wide else 1.0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hf_lnlm import RNNSeq2SeqConfig, RNNSeq2SeqModel
+from hf_lnlm.nn.masks import segment_info
 
 from .harness import Row, below, cpu_times, faster, run
 
@@ -63,11 +64,53 @@ def step(outputs: Callable[[], torch.Tensor]) -> Callable[[], None]:
     return lambda: outputs().square().mean().backward()
 
 
+def decoding(rounds: int) -> list[Row]:
+    """A decoded token: the decoder's step for 4 beams, with the state carried, beside `nn.LSTM` and attention."""
+    model = make().eval()
+    walk, rows, calls = model.decoder.walk, 4, 50
+    attention, combine = walk.attention, walk.vector.combine
+    lstm = torch.nn.LSTM(HIDDEN, HIDDEN, batch_first=True).eval()
+    cell = walk.layers[0].forwards
+    with torch.no_grad():
+        for kind, gates in (("ih", cell.input_gates), ("hh", cell.recurrent_gates)):
+            getattr(lstm, f"weight_{kind}_l0").copy_(gates.weight)
+            getattr(lstm, f"bias_{kind}_l0").copy_(gates.bias)
+        encoded = model.encoder(torch.randint(VOCABULARY, (rows, SOURCE)))
+        source = attention.read(encoded.last_hidden_state, None)
+    first = (encoded.final_state[:, 0, 0].contiguous(), encoded.final_state[:, 0, 1].contiguous())
+    token = model.decoder.embed_tokens(torch.randint(VOCABULARY, (rows, 1))).detach()
+    segments = segment_info(token, None)
+
+    def ours() -> torch.Tensor:
+        states = [first]
+        for _ in range(calls):
+            outputs, ended = walk(token, states, None, source, segments, True)
+            states = ended["states"]
+        return outputs[-1]
+
+    def peer() -> torch.Tensor:
+        states = tuple(state[None] for state in first)
+        for _ in range(calls):
+            hidden, states = lstm(token, states)
+            alignment = torch.softmax(hidden @ source.keys.mT, -1)
+            vector = torch.tanh(combine(torch.cat([alignment @ source.values, hidden], -1)))
+        return vector
+
+    with torch.no_grad():
+        apart = float((ours() - peer()).abs().max())
+        times = {who: spent / calls for who, spent in cpu_times({"ours": ours, "peer": peer}, rounds).items()}
+    return [
+        faster("decoded token, 4 beams / nn.LSTM + attention", times, 2.0, None),
+        below("decoded token, greatest difference", apart, 1e-5),
+    ]
+
+
 def measure(given: argparse.Namespace) -> list[Row]:
     """All rows."""
     return [
         *training("no feeding / per-step loop", 2.5, 4.0, given.rounds),
         *training("input feeding / per-step loop", 1.5, None, given.rounds, input_feeding=True),
+        *decoding(given.rounds),
     ]
 
 

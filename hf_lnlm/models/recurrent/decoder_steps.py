@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 from transformers.utils.import_utils import is_torchdynamo_compiling
+
+from ...ops.dense import dense
 
 States = tuple[torch.Tensor, ...]
 
@@ -28,23 +29,31 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *of_products: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return (torch.cat(of_products).mT @ torch.cat(ctx.inputs)).to(ctx.dtype), None, None, None
+        return dense(torch.cat(of_products).mT, torch.cat(ctx.inputs).mT).to(ctx.dtype), None, None, None
 
 
 class _Product(torch.autograd.Function):
     """`inputs @ weight.T + addend` for a weight whose gradient is left to `_Gather`."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, addend: torch.Tensor, weight: torch.Tensor, zero: Any) -> torch.Tensor:
+    def forward(ctx: Any, inputs: torch.Tensor, addend: Any, weight: torch.Tensor, zero: Any) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        ctx.broadcast = addend.dim() == 1
-        return torch.addmm(addend, inputs, weight.mT)
+        ctx.broadcast = addend is not None and addend.dim() == 1
+        return added(dense(inputs, weight), addend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        of_addend = grad_output.sum(0) if ctx.broadcast else grad_output
-        return grad_output @ ctx.saved_tensors[0], of_addend, None, grad_output
+        grad_output = grad_output.contiguous()
+        of_addend = None
+        if ctx.needs_input_grad[1]:
+            of_addend = grad_output.sum(0) if ctx.broadcast else grad_output
+        return dense(grad_output, ctx.saved_tensors[0].mT), of_addend, None, grad_output
+
+
+def added(product: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
+    """Return a sum in which an addend may be missing."""
+    return product if addend is None else product + addend
 
 
 class LoopWeight:
@@ -63,10 +72,10 @@ class LoopWeight:
         if torch.is_grad_enabled() and weight.requires_grad and by_hand(weight):
             self.zeros = _Gather.apply(weight, self.inputs, steps, rows)
 
-    def __call__(self, inputs: torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
-        """Return `inputs @ weight.T + addend` of `(batch, inputs)` and `(batch, outputs)` or `(outputs,)`."""
+    def __call__(self, inputs: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
+        """Return `inputs @ weight.T + addend` of `(batch, inputs)` and `(batch, outputs)` or `(outputs,)`, if any."""
         if self.zeros is None:
-            return linear(inputs, self.weight) + addend
+            return added(dense(inputs, self.weight), addend)
         zero = self.zeros[len(self.inputs)]
         self.inputs.append(inputs.detach())
         return _Product.apply(inputs, addend, self.weight.detach(), zero)
@@ -131,7 +140,7 @@ class LoopCell:
 
     def gates(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the tokens' share of the gates, `(batch, length, gates)`, of `(batch, length, outside)`."""
-        return linear(tokens, self.before, self.bias)
+        return dense(tokens, self.before, self.bias)
 
     def __call__(self, inputs: torch.Tensor, states: States, gates: torch.Tensor | None = None) -> States:
         """Return the next states.

@@ -9,10 +9,12 @@ from torch import nn
 from torch.nn.functional import dropout
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ...nn.effective_weight import effective_weight
 from ...nn.masks import SegmentInfo
 from ...nn.ragged import RowBlocks, row_blocks
+from ...ops.dense import Dense
 from .configuration_seq2seq import RNNSeq2SeqConfig
-from .decoder_steps import LoopCell, States, chosen
+from .decoder_steps import LoopCell, LoopWeight, States, chosen
 from .layers import RNNDirection
 from .source_attention import Source, SourceAttention
 
@@ -87,7 +89,7 @@ class AttentionalVector(nn.Module):
         super().__init__()
         self.width = config.source_width + config.hidden_size
         attends = config.attention != "none"
-        self.combine = nn.Linear(self.width, config.hidden_size, bias=False) if attends else None
+        self.combine = Dense(self.width, config.hidden_size, bias=False) if attends else None
 
     def forward(self, context: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
         """Return `(..., hidden_size)` of contexts `(..., encoder width)` and states `(..., hidden_size)`."""
@@ -238,6 +240,11 @@ class Steps:
         self.nothing = tokens.new_zeros(tokens.shape[0], 0)
         hidden = tokens.new_empty(tokens.shape[0], 1, walk.config.hidden_size)
         self.masks = [walk._locked(hidden) for _ in self.cells[1:]]
+        combine: Any = walk.vector.combine
+        self.combine: LoopWeight | None = None
+        if combine is not None:
+            weight, self.shift = effective_weight(combine, walk.vector.width, tokens.dtype, tokens.device)
+            self.combine = LoopWeight(weight, steps, tokens.shape[0])
 
     def __call__(
         self, t: int, fed: torch.Tensor | None, states: list[States]
@@ -258,7 +265,9 @@ class Steps:
                 inputs = inputs * (mask if isinstance(mask, float) else mask.squeeze(1))
         if not self.walk.looks_back:
             context, alignment = self._look(inputs)
-        return [*outputs, self.walk.vector(context, inputs)], alignment, ended
+        if self.combine is not None and context is not None:
+            inputs = torch.tanh(self.combine(torch.cat([context, inputs], dim=-1), self.shift))
+        return [*outputs, inputs], alignment, ended
 
     def _look(self, query: torch.Tensor) -> tuple[Any, Any]:
         if self.walk.attention is None or self.source is None:

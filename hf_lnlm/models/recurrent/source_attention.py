@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.functional import linear, softmax
 
 from ...nn.effective_weight import effective_weight
+from ...ops.dense import Dense
 
 MULTIPLICATIVE = ("dot", "general", "local_p")
 ADDITIVE = ("concat", "additive")
@@ -51,11 +52,11 @@ class SourceAttention(nn.Module):
         size = config.attention_size
         additive = self.kind in ADDITIVE
         self.key_width = size if additive else config.hidden_size
-        self.key = None if self.kind == "dot" else nn.Linear(config.source_width, self.key_width, bias=False)
-        self.query = nn.Linear(config.hidden_size, size, bias=False) if additive else None
+        self.key = None if self.kind == "dot" else Dense(config.source_width, self.key_width, bias=False)
+        self.query = Dense(config.hidden_size, size, bias=False) if additive else None
         self.energy = nn.Linear(size, 1, bias=False) if additive else None
         local = self.kind == "local_p"
-        self.position = nn.Linear(config.hidden_size, size, bias=False) if local else None
+        self.position = Dense(config.hidden_size, size, bias=False) if local else None
         self.centre = nn.Linear(size, 1, bias=False) if local else None
 
     def read(self, values: torch.Tensor, mask: torch.Tensor | None) -> Source:
