@@ -373,6 +373,22 @@ def plot_addressing(
     _call("cli.plot", "plot_addressing", locals())
 
 
+@plots.command("alignment")
+def plot_alignment(
+    checkpoint: Checkpoint,
+    text: Annotated[str, typer.Argument(help="The text to translate.")],
+    target: Annotated[str | None, typer.Option(help="What is written; default: what the model writes.")] = None,
+    output: Annotated[str, typer.Option(help="The picture: .png, .pdf, .svg or .jpg.")] = "alignment.png",
+    layer: Annotated[int | None, typer.Option(help="Layer of the decoder, from 0; default: the last.")] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beam search with this many beams; 1 is greedy.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a translation at most.")] = 128,
+    prefix: Annotated[str | None, typer.Option(help="Put before the text; default: as it was fine-tuned.")] = None,
+    trust_remote_code: Trust = None,
+) -> None:
+    """Where an encoder-decoder, ours or stock, looks in a text while it translates it."""
+    _call("cli.plot_alignment", "plot_alignment", locals())
+
+
 @plots.command("curves")
 def plot_curves(
     runs: Annotated[list[str], typer.Argument(help="Folders of runs, drawn over each other.")],

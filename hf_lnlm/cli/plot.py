@@ -211,7 +211,7 @@ def plot_addressing(checkpoint: str, task: str, size: int | None, output: str, l
         ValueError: the checkpoint is no sequence transducer, its widths are not the task's, or an option is out of range.
     """
     plain_when_piped()
-    _check_file(output)
+    check_picture_file(output)
     chosen = _task(task, size)
     new_figure()  # says at once what is missing for pictures
     with quiet_libraries():
@@ -243,7 +243,7 @@ def plot_curves(runs: list[str], output: str, metric: str | None) -> int:
         ValueError: a run has no curves, or none has the metric.
     """
     plain_when_piped()
-    _check_file(output)
+    check_picture_file(output)
     found = {name: read_curves(run) for name, run in zip(names_of(runs), runs)}
     draw_curves(found, output, metric)
     say(f"{output}: {', '.join(found)}")
@@ -258,7 +258,7 @@ def _task(name: str, size: int | None) -> Task:
     return algorithmic_task(name)
 
 
-def _check_file(output: str) -> None:
+def check_picture_file(output: str) -> None:
     """Refuse what would fail after all the work: a folder that is missing, or no image format."""
     path = Path(output)
     if path.is_dir() or not path.parent.is_dir():

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from .readers import FileOptions, Place, Record, expand, parquet_features, read_records
 
 Row = dict[str, Any]
-STDLIB = "stdlib"
+STDLIB, DATES = "stdlib", "dates"
 SHOWN = 3
 """Bad rows that are shown where they are skipped."""
 
@@ -186,6 +186,12 @@ def _read(source: Any, task: str, options: FileOptions) -> LabelledRows:
         if task not in ROWS:
             raise ValueError(f"stdlib has rows for {', '.join(ROWS)}, not for {task}: give data with --data")
         return LabelledRows(_placed(ROWS[task](), STDLIB))
+    if source == DATES and not Path(DATES).exists():
+        from .dates import date_rows
+
+        if task != "text_to_text":
+            raise ValueError(f"dates has rows for text_to_text, not for {task}: give data with --data")
+        return LabelledRows(_placed(date_rows(), DATES))
     sources = source if isinstance(source, list) else [source]
     path = Path(str(sources[0])).expanduser()
     if not (path / "dataset_info.json").exists() and not (path / "dataset_dict.json").exists():

@@ -179,7 +179,7 @@ def describe_data(
 def files_of_source(recipe: Recipe) -> list[dict[str, Any]]:
     """Name, size and digest of each file of training rows, the first 256 of them; none for a dataset by name."""
     sources = recipe.data.source if isinstance(recipe.data.source, list) else [recipe.data.source]
-    files = [file for source in sources if source not in (None, "stdlib") for file in expand(source)]
+    files = [file for source in sources if source not in (None, "stdlib", "dates") for file in expand(source)]
     return [{"name": str(file), **file_print(file)} for file in files[:_MOST_FILES]]
 
 

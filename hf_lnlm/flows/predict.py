@@ -86,9 +86,9 @@ def predict(
     """
     target = None if output is None else Path(output)
     _check_target(target, resume, overwrite)
-    recipe = _recipe(str(checkpoint), data, settings, bool(trust_remote_code), overrides)
+    recipe = prediction_recipe(str(checkpoint), data, settings, bool(trust_remote_code), overrides)
     _check_not_read(target, recipe.data.source)
-    asker = _asker(recipe, allow_new_weights)
+    asker = loaded_asker(recipe, allow_new_weights)
     rows = _read(recipe, asker, keep)
     batch = int(recipe.training.get("per_device_eval_batch_size", BATCH))
     if target is None:
@@ -127,7 +127,7 @@ def _check_not_read(target: Path | None, source: Any) -> None:
         raise UsageProblem(f"{target} is read by this run and would be written over: give another --output")
 
 
-def _recipe(name: str, data: Any, settings: Sequence[str], trust: bool, overrides: dict[str, Any]) -> Recipe:
+def prediction_recipe(name: str, data: Any, settings: Sequence[str], trust: bool, overrides: dict[str, Any]) -> Recipe:
     """What is asked of which checkpoint about which rows."""
     given = isinstance(data, (list, tuple)) and bool(data) and not all(Path(str(item)).exists() for item in data)
     flags = dict(recipe_keys(overrides))
@@ -154,7 +154,7 @@ def _recipe(name: str, data: Any, settings: Sequence[str], trust: bool, override
     return recipe
 
 
-def _asker(recipe: Recipe, allow_new_weights: bool) -> Asker:
+def loaded_asker(recipe: Recipe, allow_new_weights: bool) -> Asker:
     """The recipe's checkpoint, ready to be asked."""
     import torch
 
