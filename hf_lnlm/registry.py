@@ -41,6 +41,7 @@ class Family:
         norm_layers: module names of normalisation layers, which LN-tuning trains; none if it has none.
         takes_prefix: whether its cache, where it has one, takes the learnt keys and values of prefix tuning.
         tokenizer: kind of tokenizer that it reads, if it is one of its own.
+        defaults: kind of learning → what a run takes where nothing is said; see `flows.defaults.Default`.
         demo: config fields of its row in the demo's table of causal models, or None to leave it out.
     """
 
@@ -61,6 +62,7 @@ class Family:
     bidirectional: dict[str, Any] | None = None
     tokenizer: str | None = None
     demo: dict[str, dict[str, Any]] = field(default_factory=dict)
+    defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def config_module(self) -> str:
@@ -136,6 +138,7 @@ FAMILIES: tuple[Family, ...] = (
         },
         bidirectional={"bidirectional": True},
         lora_targets=("input_gates", "recurrent_gates", "embedding_projection", "output_projection"),
+        defaults={"classification": {"learning_rate": 2e-3, "batch_size": 32, "measured": True}},
         demo={"RNN-LSTM": {"cell_type": "lstm"}, "RNN-GRU": {"cell_type": "gru"}},
     ),
     Family(
@@ -196,6 +199,9 @@ FAMILIES: tuple[Family, ...] = (
             "tiny": {"hidden_size": 64, "num_filters": 32},
             "small": {"hidden_size": 128, "num_filters": 100},
             "base": {"hidden_size": 300, "num_filters": 100},
+        },
+        defaults={
+            "classification": {"learning_rate": 4e-3, "tokenizer": "word", "batch_size": 32, "measured": True},
         },
         lora_targets=("projection",),
     ),

@@ -18,6 +18,7 @@ from ..registry import is_ours
 from ..tasks import TASKS
 from ..tasks.base import Task
 from .adapters import add_adapter
+from .defaults import LORA_RATE, LORA_WARM_UP, default_of, keeps_best, learning_rate
 from .documents import load_text, measured_name
 from .encoder_head import load_wrapped, wrapping_family
 from .history import Seen
@@ -54,7 +55,10 @@ TRAINING: dict[str, Any] = {
     "save_total_limit": 2,
     "seed": 0,
 }
-"""TrainingArguments of fine-tuning; adapters learn at ten times the rate."""
+"""TrainingArguments of fine-tuning where `flows.defaults` has nothing else."""
+
+BY_ACCURACY = ("sequence_classification", "token_classification")
+"""Tasks whose best checkpoint is that of the highest accuracy; of others it is that of the lowest loss."""
 
 
 def finetune(recipe: Source = None, **overrides: Any) -> Run:
@@ -140,15 +144,18 @@ def finetuning_setup(recipe: Recipe) -> TrainingSetup:
     Raises:
         ValueError: the parts don't fit each other; names both.
     """
-    defaults = dict(TRAINING)
+    objective = objective_class(str(recipe.objective.name))(**recipe.objective.options)
+    defaults = TRAINING | keeps_best(recipe, "accuracy" if recipe.objective.name in BY_ACCURACY else "loss")
+    row = default_of(recipe)
+    if row is not None:
+        defaults |= {"num_train_epochs": row.epochs, "per_device_train_batch_size": row.batch_size}
     if recipe.model.checkpoint is None:
-        defaults["learning_rate"] = SIZES[recipe.model.size or "tiny"].training["learning_rate"]
+        defaults["learning_rate"] = learning_rate(recipe)
     elif recipe.lora.enabled:
-        defaults["learning_rate"] *= 10
+        defaults |= {"learning_rate": LORA_RATE, "warmup_steps": LORA_WARM_UP}
     if "max_steps" in recipe.training:
         defaults = {key: value for key, value in defaults.items() if key != "num_train_epochs"}
     recipe.training = defaults | recipe.training
-    objective = objective_class(str(recipe.objective.name))(**recipe.objective.options)
     make = setup_from_scratch if recipe.model.checkpoint is None else setup_of_checkpoint
     setup = make(recipe, objective)
     check_vocabulary(setup.tokenizer, setup.model.config)

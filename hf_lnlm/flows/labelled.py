@@ -62,6 +62,7 @@ def _loaded(recipe: Recipe, objective: Task) -> LabelledRows:
     rows = load_rows(data.source, (), validation=data.validation, **common)
     if rows.validation is None:
         data.validation = DEFAULT_SHARE
+        say(f"held out   {DEFAULT_SHARE:.0%} of the rows for validation, by seed {common['seed']}")
         rows = load_rows(data.source, (), validation=data.validation, **common)
     return rows
 

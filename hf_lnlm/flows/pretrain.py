@@ -15,6 +15,7 @@ from ..objectives import OBJECTIVES
 from ..registry import family, is_ours
 from ..tasks import TASKS
 from .algorithm import algorithm_setup, is_algorithm, name_task_of_data, resolve_algorithm
+from .defaults import learning_rate, tokenizer_kind
 from .documents import Text, load_text, packed
 from .history import Seen
 from .models import config_to_train, load_config, load_main_part, load_model, load_tokenizer, new_config
@@ -132,7 +133,8 @@ def pretraining_setup(recipe: Recipe) -> TrainingSetup:
     """
     numbers = SIZES[recipe.model.size or "tiny"]
     by_epochs = {"max_steps": -1} if "num_train_epochs" in recipe.training else {}
-    recipe.training = SHARED_TRAINING | numbers.training | by_epochs | recipe.training
+    rate = {} if recipe.model.checkpoint else {"learning_rate": learning_rate(recipe)}
+    recipe.training = SHARED_TRAINING | numbers.training | rate | by_epochs | recipe.training
     objective = OBJECTIVES[str(recipe.objective.name)](**recipe.objective.options)
     text = load_text(recipe, int(recipe.training["seed"]))
     if recipe.model.checkpoint is not None:
@@ -195,7 +197,7 @@ def new_tokenizer(recipe: Recipe, direction: str, texts: Iterable[str], vocab_si
         tokenizer.model_max_length = VERY_LARGE_INTEGER  # the limit of another model
         return tokenizer
     own = family(str(recipe.model.family)).tokenizer if is_ours(recipe.model.family) else None
-    section.kind = section.kind or own or "bpe"
+    section.kind = section.kind or own or tokenizer_kind(recipe)
     if section.kind not in KINDS:
         raise unknown_name("tokenizer", section.kind, KINDS)
     if section.kind != (own or section.kind):

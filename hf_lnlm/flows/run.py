@@ -14,6 +14,7 @@ from ..data.tokenizers import fit_length, without_length_remark
 from ..errors import UsageProblem, unknown_name
 from ..hub.folder import write_whole
 from ..objectives.base import BaseObjective
+from .chance import tell_chance
 from .curves import WriteMetrics, draw_run
 from .history import Seen
 from .lock import FolderLock
@@ -311,6 +312,8 @@ def train(setup: TrainingSetup, recipe: Recipe, command: str, resumed: Resumptio
             print(f"stopped; go on with: hf-lnlm {command} --resume --output {folder}", file=sys.stderr)
         raise
     metrics = {} if setup.validation is None else own_metrics(setup.evaluation(trainer))
+    if is_first_process():
+        tell_chance(metrics, setup)
     with recording(folder) if is_first_process() else nullcontext():
         save(trainer, setup, recipe, metrics)
         if is_first_process():
