@@ -278,10 +278,13 @@ FAMILIES: tuple[Family, ...] = (
         room="memory",
         name="ntm",
         config="NTMConfig",
-        models=_heads("NTM", "CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"),
+        models=_heads(
+            "NTM", "CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"
+        ),
         extra_models=("NTMForSequenceTransduction",),
         paper="Graves, Wayne and Danihelka 2014; Collier and Beel 2018",
         sizes=_MEMORY_SIZES,
+        bidirectional={"bidirectional": True},
         lora_targets=("input_proj", "recurrent_proj", "interface_proj", "output_proj"),
         norm_layers=("norm",),
         demo={"NTM": {"memory_size": 32}},
@@ -292,7 +295,9 @@ FAMILIES: tuple[Family, ...] = (
         room="memory",
         name="dnc",
         config="DNCConfig",
-        models=_heads("DNC", "CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"),
+        models=_heads(
+            "DNC", "CausalLM", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"
+        ),
         extra_models=("DNCForSequenceTransduction",),
         paper="Graves et al. 2016; Csordás and Schmidhuber 2019; Franke, Niehues and Waibel 2018",
         sizes=_MEMORY_SIZES,

@@ -149,7 +149,7 @@ def _check_config(config: Any) -> None:
         "layer_norm": False, "bidirectional": False,
     }  # fmt: skip
     for name, value in wanted.items():
-        if getattr(config, name) != value:
+        if (getattr(config, name) or False) != value:  # None is one direction
             raise ValueError(f"{name} must be {value!r} for these weights, got {getattr(config, name)!r}")
     if config.input_size is None:
         raise ValueError("input_size must be the width of the inputs, got None")

@@ -291,7 +291,7 @@ class MaskedLMHead(VocabularyHead):
         labels: torch.LongTensor | None = None,
         seq_idx: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> MaskedLMOutput:
+    ) -> Any:
         """Fill masks; see the base model's `forward` for the other arguments.
 
         Args:

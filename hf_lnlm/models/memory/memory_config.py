@@ -27,7 +27,8 @@ class MemoryConfig(LanguageModelConfig):
         bypass_dropout: dropout of h on its way past the memory to the output (Franke et al. 2018).
         hidden_dropout: dropout of the embeddings and of each layer's output.
         classifier_dropout: dropout before a classifier.
-        bidirectional: whether each layer also reads backwards; outputs add up. Not for language models.
+        bidirectional: whether each layer also reads backwards; outputs add up. None means what the head needs: true for
+            masked language models, else false. Not for causal ones.
         input_size: width of continuous `inputs_embeds`; the model then has no token embeddings. None for tokens.
         output_size: bits a step of sequence transduction; `hidden_size` if None.
         recompute_states: whether training keeps only the state before every chunk of about √T steps and runs a chunk
@@ -60,7 +61,7 @@ class MemoryConfig(LanguageModelConfig):
     bypass_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.0
-    bidirectional: bool = False
+    bidirectional: bool | None = None
     input_size: int | None = None
     output_size: int | None = None
     recompute_states: bool = False
@@ -97,7 +98,7 @@ class MemoryConfig(LanguageModelConfig):
     @property
     def reads_both_ways(self) -> bool:
         """Whether a token's output depends on what follows it."""
-        return self.bidirectional
+        return bool(self.bidirectional)
 
     def layer_sizes(self, layer: int, continuous: bool = False) -> tuple[int, int]:
         """Return `(input width, output width)` of a layer, counted from 0.

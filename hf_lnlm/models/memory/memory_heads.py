@@ -13,17 +13,19 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
+    MaskedLMOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ...nn.loss_heads import IGNORED, normalised
 from ...nn.masks import end_token
 from ..heads import (
     CausalLMHead,
+    MaskedLMHead,
     QuestionAnsweringHead,
     SequenceClassificationHead,
     TokenClassificationHead,
@@ -31,6 +33,8 @@ from ..heads import (
 )
 from .memory_config import MemoryConfig
 from .memory_model import AddressingOutput, MemoryModel, MemoryPreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -42,6 +46,11 @@ class SequenceTransductionOutput(AddressingOutput, CausalLMOutputWithPast):
 @dataclass
 class MemoryCausalLMOutput(AddressingOutput, CausalLMOutputWithPast):
     """A language model's output, and the addressing."""
+
+
+@dataclass
+class MemoryMaskedLMOutput(AddressingOutput, MaskedLMOutput):
+    """A masked language model's output, and the addressing."""
 
 
 @dataclass
@@ -57,6 +66,16 @@ class MemoryTokenClassifierOutput(AddressingOutput, TokenClassifierOutput):
 @dataclass
 class MemoryQuestionAnsweringOutput(AddressingOutput, QuestionAnsweringModelOutput):
     """A reader's output, and the addressing."""
+
+
+def refuse_vectors(config: MemoryConfig) -> None:
+    """Refuse a language model over vectors.
+
+    Raises:
+        ValueError: the config has an `input_size`.
+    """
+    if config.input_size is not None:
+        raise ValueError(f"a language model reads tokens: input_size must be None, got {config.input_size}")
 
 
 class MemoryHead(MemoryPreTrainedModel):
@@ -82,8 +101,29 @@ class MemoryForCausalLM(CausalLMHead, MemoryHead, GenerationMixin):
             raise ValueError(
                 "a causal language model cannot be bidirectional: config.bidirectional must be False, got True"
             )
-        if config.input_size is not None:
-            raise ValueError(f"a language model reads tokens: input_size must be None, got {config.input_size}")
+        refuse_vectors(config)
+        super().__init__(config)
+
+
+class MemoryForMaskedLM(MaskedLMHead, MemoryHead):
+    """Masked language model that reads both ways.
+
+    Args:
+        config: the model's configuration, without `input_size`. `bidirectional=None` becomes true; false, as in a
+            checkpoint that was made to read one way, is taken with a warning: a mask's right-hand side is not seen.
+
+    Raises:
+        ValueError: the model's inputs are not tokens.
+    """
+
+    output_class: ClassVar[Any] = MemoryMaskedLMOutput
+    untied_bias = True
+
+    def __init__(self, config: MemoryConfig) -> None:
+        refuse_vectors(config)
+        config.bidirectional = config.bidirectional is not False
+        if not config.bidirectional:
+            logger.warning(f"{type(self).__name__} with bidirectional=False does not see what follows a mask")
         super().__init__(config)
 
 

@@ -23,6 +23,7 @@ from ...ops.memory.layer import MemoryWeights
 from .configuration_dnc import DNCConfig
 from .memory_heads import (
     MemoryForCausalLM,
+    MemoryForMaskedLM,
     MemoryForQuestionAnswering,
     MemoryForSequenceClassification,
     MemoryForSequenceTransduction,
@@ -97,6 +98,12 @@ class DNCForCausalLM(DNCPreTrainedModel, MemoryForCausalLM, GenerationMixin):
     body_class = DNCModel
 
 
+class DNCForMaskedLM(DNCPreTrainedModel, MemoryForMaskedLM):
+    """Masked language model over neural computers; see `MemoryForMaskedLM`."""
+
+    body_class = DNCModel
+
+
 class DNCForSequenceClassification(DNCPreTrainedModel, MemoryForSequenceClassification):
     """Text classifier over neural computers; see `MemoryForSequenceClassification`."""
 
@@ -123,6 +130,7 @@ class DNCForSequenceTransduction(DNCPreTrainedModel, MemoryForSequenceTransducti
 
 __all__ = [
     "DNCForCausalLM",
+    "DNCForMaskedLM",
     "DNCForQuestionAnswering",
     "DNCForSequenceClassification",
     "DNCForSequenceTransduction",

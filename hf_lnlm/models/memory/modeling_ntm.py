@@ -27,6 +27,7 @@ from ...ops.memory.ntm.layout import NTMOptions, NTMState, head_size, num_interf
 from .configuration_ntm import NTMConfig
 from .memory_heads import (
     MemoryForCausalLM,
+    MemoryForMaskedLM,
     MemoryForQuestionAnswering,
     MemoryForSequenceClassification,
     MemoryForSequenceTransduction,
@@ -160,6 +161,12 @@ class NTMForCausalLM(NTMPreTrainedModel, MemoryForCausalLM, GenerationMixin):
     body_class = NTMModel
 
 
+class NTMForMaskedLM(NTMPreTrainedModel, MemoryForMaskedLM):
+    """Masked language model over Turing machines; see `MemoryForMaskedLM`."""
+
+    body_class = NTMModel
+
+
 class NTMForSequenceClassification(NTMPreTrainedModel, MemoryForSequenceClassification):
     """Text classifier over Turing machines; see `MemoryForSequenceClassification`."""
 
@@ -186,6 +193,7 @@ class NTMForSequenceTransduction(NTMPreTrainedModel, MemoryForSequenceTransducti
 
 __all__ = [
     "NTMForCausalLM",
+    "NTMForMaskedLM",
     "NTMForQuestionAnswering",
     "NTMForSequenceClassification",
     "NTMForSequenceTransduction",
