@@ -18,6 +18,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 FEWEST_ROWS = 16
 """With fewer, the call costs more than the product saves."""
 _PLAIN = (torch.Tensor, Parameter)
+_KNOWN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # not public: another torch may lack it
 
 
 def dense(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -37,7 +38,8 @@ def dense(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
 def pays(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     """Tell whether oneDNN's kernel can take these tensors and is worth its call."""
     return bool(
-        inputs.dtype == weight.dtype == torch.float32
+        _KNOWN
+        and inputs.dtype == weight.dtype == torch.float32
         and inputs.device.type == weight.device.type == "cpu"
         and type(inputs) in _PLAIN
         and type(weight) in _PLAIN
