@@ -139,7 +139,10 @@ FAMILIES: tuple[Family, ...] = (
         bidirectional={"bidirectional": True},
         lora_targets=("input_gates", "recurrent_gates", "embedding_projection", "output_projection"),
         defaults={"classification": {"learning_rate": 2e-3, "batch_size": 32, "measured": True}},
-        demo={"RNN-LSTM": {"cell_type": "lstm"}, "RNN-GRU": {"cell_type": "gru"}},
+        demo={
+            "RNN-LSTM": {"cell_type": "lstm", "num_hidden_layers": 1, "learning_rate": 8e-3},
+            "RNN-GRU": {"cell_type": "gru", "num_hidden_layers": 1, "learning_rate": 8e-3},
+        },
     ),
     Family(
         model_type="lnlm_seq2seq",
@@ -338,6 +341,7 @@ FAMILIES: tuple[Family, ...] = (
         },
         lora_targets=("q_net", "kv_net", "r_net", "o_net", "fc1", "fc2"),
         norm_layers=("norm",),
+        demo={"Transformer-XL": {"num_hidden_layers": 2, "mem_len": 192, "width_step": 16, "learning_rate": 2e-3}},
     ),
     Family(
         model_type="lnlm_linformer",
@@ -422,6 +426,15 @@ FAMILIES: tuple[Family, ...] = (
         lora_parameters=("router.weight", "experts.w_in", "experts.w_out"),
         norm_layers=("ln_1", "ln_2", "norm"),
         takes_prefix=True,
+        demo={
+            "Mixture": {
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "width_step": 16,
+                "max_position_embeddings": 192,
+                "learning_rate": 2e-3,
+            }
+        },
     ),
 )
 

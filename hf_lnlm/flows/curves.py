@@ -27,8 +27,9 @@ VALIDATED = (
 )  # fmt: skip
 """Measures of the validation data; the first that a run has is drawn beside the losses."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C6D31")
-"""Distinguishable to colour-blind readers (Okabe and Ito), and one more; after them come dashed lines."""
+"""Distinguishable to colour-blind readers (Okabe and Ito), and one more."""
 STYLES = ("-", (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+_LINE_HEIGHT = 1.35  # of names one below the other, in their font's size
 
 Curve = list[tuple[float, float]]
 Curves = dict[str, Curve]
@@ -148,25 +149,87 @@ def draw_curves(runs: Mapping[str, Curves], path: str | Path, metric: str | None
 
 
 def style_of(number: int) -> dict[str, Any]:
-    """Colour and line style of a run."""
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}
+    """Colour and line style of a curve: neighbours differ in both, and 32 have one each."""
+    colour, turn = number % len(COLOURS), number // len(COLOURS)
+    return {"color": COLOURS[colour], "linestyle": STYLES[(number + turn) % len(STYLES)]}
+
+
+def draw_line(axes: Any, number: int, curve: Curve, **options: Any) -> None:
+    """Draw one curve in its own colour and line style.
+
+    Args:
+        axes: of matplotlib.
+        number: of the curve, see `style_of`.
+        curve: its points.
+        options: of matplotlib's `plot`, beside or instead of the style.
+    """
+    across, up = zip(*curve)
+    axes.plot(across, up, **{**style_of(number), "linewidth": 1.6, **options})
+
+
+def dress(axes: Any, across: str) -> None:
+    """Give axes the looks that all curves have.
+
+    Args:
+        axes: of matplotlib.
+        across: name of the horizontal axis.
+    """
+    axes.set_xlabel(across, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def name_ends(axes: Any, ends: Sequence[tuple[str, float, Any]], size: float = 9) -> None:
+    """Write names right of the axes, each at the height where its line ends, moved apart where they would overlap.
+
+    Args:
+        axes: of matplotlib, with their final limits and place in the figure.
+        ends: name, height of the line's end, and colour.
+        size: of the font, in points.
+    """
+    extent = axes.get_position()
+    inches = extent.height * axes.figure.get_figheight()
+    low, high = axes.get_ylim()
+    wanted = [(height - low) / (high - low) for _, height, _ in ends]
+    for (name, height, colour), place in zip(ends, spread(wanted, _LINE_HEIGHT * size / 72 / inches), strict=True):
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
+        axes.annotate(
+            name, (1, height), (1.03, place), xycoords=("axes fraction", "data"), textcoords="axes fraction",
+            color=colour, fontsize=size, va="center", parse_math=False, annotation_clip=False, arrowprops=leader,
+        )  # fmt: skip
+
+
+def spread(wanted: Sequence[float], apart: float) -> list[float]:
+    """Places as near to those wanted as they can be in the same order, between 0 and 1 and at least `apart`.
+
+    Args:
+        wanted: places, in any order.
+        apart: least distance; more than fit lie closer.
+
+    >>> [round(place, 2) for place in spread([0.5, 0.52, 1.0, 0.98], 0.1)]
+    [0.5, 0.6, 1.0, 0.9]
+    """
+    order = sorted(range(len(wanted)), key=lambda index: wanted[index])
+    apart = min(apart, 1 / max(1, len(wanted) - 1))
+    places = [0.0] * len(wanted)
+    for rank, index in enumerate(order):
+        lowest = places[order[rank - 1]] + apart if rank else 0.0
+        places[index] = max(wanted[index], lowest)
+    for rank, index in reversed(list(enumerate(order))):
+        highest = places[order[rank + 1]] - apart if rank + 1 < len(order) else 1.0
+        places[index] = min(places[index], highest)
+    return places
 
 
 def _draw_panel(axes: Any, runs: Mapping[str, Curves], columns: Sequence[str]) -> None:
     for number, curves in enumerate(runs.values()):
         for column in columns:
             if curve := curves.get(column):
-                steps, values = zip(*curve)
                 held = column.startswith("eval_")
                 faint = 0.55 if not held and "eval_loss" in columns else 1.0
-                axes.plot(
-                    steps, values, **style_of(number), linewidth=1.6, alpha=faint, marker="o" if held else None,
-                    markersize=3.5,
-                )  # fmt: skip
-    axes.set_xlabel("step", fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+                draw_line(axes, number, curve, alpha=faint, marker="o" if held else None, markersize=3.5)
+    dress(axes, "step")
 
 
 def _draw_names(figure: Any, runs: Mapping[str, Curves], held: bool) -> None:

@@ -74,11 +74,21 @@ def warm_up(families: Sequence[str] = (), tell: Callable[[str], None] = print) -
     return failed
 
 
+def command(name: str, fields: dict[str, Any]) -> list[str]:
+    """Words of a process that compiles one variant of a family.
+
+    Args:
+        name: model type.
+        fields: of its config, which name the variant.
+    """
+    return [sys.executable, "-m", __name__, name, json.dumps(fields)]
+
+
 def _in_process(name: str, fields: dict[str, Any]) -> tuple[float, str | None]:
     """Seconds, and the last line of what went wrong, or None."""
     began = time.monotonic()
-    command = [sys.executable, "-m", __name__, name, json.dumps(fields)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(name, fields), capture_output=True, text=True, env=environment)
     fault = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1] if done.returncode else None
     return time.monotonic() - began, fault
 

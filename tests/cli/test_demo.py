@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -29,7 +31,7 @@ def little():
         patch.setattr(demo_module, "BLOCK", 32)
         patch.setattr(demo_module, "VOCABULARY", 300)
         patch.setattr(demo_module, "ROUNDS", 3)
-        patch.setattr(demo_module, "LEFT_OUT", tuple(set(demo_module.plans(all_families=True)) - set(LABELS)))
+        patch.setattr(demo_module, "SHOWN", tuple(LABELS))
         patch.setitem(demo_module.STOCK["GPT-2 (stock)"], "n_layer", 2)
         patch.setitem(demo_module.STOCK["GPT-2 (stock)"], "width_step", 3)
         yield
@@ -214,9 +216,7 @@ def quick(monkeypatch):
 
 
 def test_every_causal_family_is_in_the_table():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_module, "LEFT_OUT", ())
-        shown = {fields["model_type"] for fields in demo_module.plans(all_families=False).values()}
+    shown = {fields["model_type"] for fields in demo_module.plans(all_families=True).values()}
     assert shown >= {family.model_type for family in FAMILIES if "AutoModelForCausalLM" in family.models} - ENCODERS
 
 
@@ -231,3 +231,17 @@ def test_first_act_is_shown_drawn_and_kept(quick, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(demo_copy, "copy_race", None)
     assert demo_copy_act.copy_act(tmp_path, 0.3, seed=0) == act
     assert demo_copy_act.copy_act(tmp_path, 0.0, seed=0).table == []
+
+
+@pytest.mark.slow
+def test_a_whole_demo_prints_time_and_memory_within_three_times_and_half_more(tmp_path):
+    """The figures are for a quiet machine (3 minutes, 1.5 GiB); this is to notice what multiplies them."""
+    command = [sys.executable, "-m", "hf_lnlm.cli.main", "demo", "--seconds", "4", "--copy-seconds", "2", "--output", "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    last = done.stdout.strip().splitlines()[-1]
+    found = re.match(r"(\d+) s, peak memory ([0-9.]+) GiB .*; report: run/REPORT.md", last)
+    assert found, done.stdout[-2000:] + done.stderr[-2000:]
+    assert int(found[1]) <= 540 and 0.5 <= float(found[2]) <= 2.2
+    text = (tmp_path / "run" / "REPORT.md").read_text()
+    bits = [float(row) for row in re.findall(r"^\| .* \| ([0-9.]+) \|$", text, flags=re.M)]
+    assert len(bits) >= 6 and bits == sorted(bits)

@@ -49,13 +49,14 @@ class CopyAct:
         return cls(found["table"], [Claim(**claim) for claim in found["claims"]], found["pictures"])
 
 
-def copy_act(folder: Path, seconds: float | None, seed: int) -> CopyAct:
+def copy_act(folder: Path, seconds: float | None, seed: int, wait: Callable[[str], None] | None = None) -> CopyAct:
     """Run the first act, or read the result of the run that is being resumed.
 
     Args:
         folder: the demo's.
         seconds: CPU seconds of training of each model; 0 leaves the act out, None is the default.
         seed: of weights and rows.
+        wait: see `copy_race`.
     """
     if seconds == 0:
         return CopyAct()
@@ -65,7 +66,7 @@ def copy_act(folder: Path, seconds: float | None, seed: int) -> CopyAct:
     from .copy_task import HEADER, SECONDS, copy_claims, copy_race, copy_table, draw_copy
 
     with moving_table(HEADER, copy_table) as show:
-        rows = copy_race(SECONDS if seconds is None else seconds, seed, show)
+        rows = copy_race(SECONDS if seconds is None else seconds, seed, show, wait)
     drawn = [name for row, name in zip(rows, PICTURES, strict=False) if draw_copy(row, folder / name)]
     act = CopyAct([HEADER, *copy_table(rows)], copy_claims(rows), drawn)
     act.save(folder)

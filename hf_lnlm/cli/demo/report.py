@@ -5,19 +5,21 @@ from __future__ import annotations
 import gzip
 import lzma
 import platform
-import resource
-import sys
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ...flows.output import save_picture
+import psutil
+
+from ...flows.curves import draw_line, dress, name_ends, style_of
+from ...flows.output import new_figure, save_picture
 from .race import Contender
 
 REPORT_FILE = "REPORT.md"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-"""Distinguishable to colour-blind readers (Okabe and Ito), and one more."""
+PICTURE = "curves.png"
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,35 @@ def compressors(text: bytes) -> dict[str, float]:
     }
 
 
-def peak_memory() -> float:
-    """Peak memory of this process, in GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+class PeakMemory:
+    """The most memory that this process and those it has started took together, looked at four times a second."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory", daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @property
+    def gibibytes(self) -> float:
+        """Peak so far, in GiB; pages that several processes share count for each."""
+        return self.most / 2**30
+
+    def _watch(self) -> None:
+        own = psutil.Process()
+        while not self._over.wait(0.25):
+            found, started = own.memory_info().rss, own.children(recursive=True)
+            for process in started:
+                with suppress(psutil.Error):  # it has just ended
+                    found += process.memory_info().rss
+            self.most = max(self.most, found)
 
 
 def draw_curves(contenders: list[Contender], baselines: dict[str, float], path: Path) -> bool:
@@ -49,41 +76,38 @@ def draw_curves(contenders: list[Contender], baselines: dict[str, float], path: 
         Whether matplotlib (extra `plot`) was there to do it.
     """
     try:
-        import matplotlib
+        figure = new_figure(figsize=(9, 5.2), dpi=120)
     except ImportError:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.8), dpi=120, layout="constrained")
-    for contender, colour in zip(contenders, COLOURS * len(contenders), strict=False):
-        seconds, bits = zip(*contender.progress.curve, strict=True)
-        axes.plot(seconds, bits, color=colour, label=contender.label, linewidth=2)
-    for (name, value), style in zip(baselines.items(), ("--", ":"), strict=True):
-        axes.axhline(value, color="0.45", linestyle=style, linewidth=1.2, label=f"{name} ({value:.2f})")
-    start = max(contender.progress.curve[0][1] for contender in contenders)
-    axes.set_ylim(bottom=0, top=min(start, 8.0) * 1.02)
-    axes.set_xlim(left=0)
-    axes.set(xlabel="CPU seconds of training", ylabel="bits per byte (lower is better)")
-    axes.set_title("Python's standard library: held-out text at equal CPU time")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=2)
+    axes = figure.add_axes((0.08, 0.1, 0.7, 0.8))
+    ends = []
+    for number, contender in enumerate(contenders):
+        curve = contender.progress.curve
+        draw_line(axes, number, curve, linewidth=2)
+        ends.append((f"{contender.label}  {curve[-1][1]:.2f}", curve[-1][1], style_of(number)["color"]))
+    for name, value in baselines.items():
+        axes.axhline(value, color="0.6", linestyle=(0, (1, 3)), linewidth=1)
+        ends.append((f"{name}  {value:.2f}", value, "0.45"))
+    heights = [bits for contender in contenders for _, bits in contender.progress.curve] + [*baselines.values()]
+    room = 0.04 * (max(heights) - min(heights))
+    axes.set_ylim(min(heights) - room, max(heights) + room)
+    axes.set_xlim(0, max(contender.progress.curve[-1][0] for contender in contenders))
+    axes.set_ylabel("bits per byte (lower is better)", fontsize=9)
+    axes.set_title("Python's standard library: held-out text at equal CPU time", loc="left", fontsize=11)
+    dress(axes, "CPU seconds of training")
+    name_ends(axes, ends)
     save_picture(figure, path)
-    pyplot.close(figure)
     return True
 
 
 def table(contenders: list[Contender], baselines: dict[str, float]) -> list[list[str]]:
-    """Rows of the result: model, parameters, CPU seconds, steps, bits per byte."""
-    rows = []
+    """Rows of the result, the best first: model, parameters, CPU seconds, steps, bits per byte."""
+    rows = [(value, [name, "", "", ""]) for name, value in baselines.items()]
     for contender in contenders:
         progress = contender.progress
-        bits = f"{progress.curve[-1][1]:.3f}" if progress.curve else ""
-        rows.append(
-            [contender.label, f"{contender.parameters:,}", f"{progress.seconds:.1f}", f"{progress.steps:,}", bits]
-        )
-    return rows + [[name, "", "", "", f"{value:.3f}"] for name, value in baselines.items()]
+        row = [contender.label, f"{contender.parameters:,}", f"{progress.seconds:.1f}", f"{progress.steps:,}"]
+        rows.append((progress.curve[-1][1], row))
+    return [[*row, f"{bits:.3f}"] for bits, row in sorted(rows)]
 
 
 HEADER = ["model", "parameters", "CPU seconds", "steps", "bits per byte"]
@@ -124,11 +148,11 @@ def write_report(
         contenders, baselines, samples: of the second.
         claims, facts: what was tested, and how it was made.
     """
-    drawn = draw_curves(contenders, baselines, folder / "curves.png")
+    drawn = draw_curves(contenders, baselines, folder / PICTURE)
     packages = ("hf_lnlm", "torch", "transformers")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     shown = "\n\n".join(f"**{label}**\n\n```python\n{text.strip()}\n```" for label, text in samples.items())
-    picture = "![bits per byte against CPU seconds](curves.png)" if drawn else "No picture: pip install 'hf_lnlm[plot]'"
+    picture = f"![bits per byte against CPU seconds]({PICTURE})" if drawn else "No picture: pip install 'hf_lnlm[plot]'"
     lines = [
         "# hf-lnlm demo",
         *first_act(first),

@@ -1,9 +1,10 @@
-"""`hf-lnlm demo`: memories that learn to copy, then all causal families side by side, reloaded where hf_lnlm is missing.
+"""`hf-lnlm demo`: memories that learn to copy, then language models side by side, reloaded where hf_lnlm is missing.
 
 First act: a Neural Turing Machine and a Differentiable Neural Computer copy, beside an LSTM. Second act: models of equal
 size get equal CPU time on Python's own standard library, in turns, and one table of bits per byte moves for all. Each is
 then saved as it would go to the Hub, examined by `hf-lnlm check`, and loaded again in one process that cannot import
-hf_lnlm. Every claim of the report is tested on the way; if one fails, so does the command.
+hf_lnlm. Every claim of the report is tested on the way; if one fails, so does the command. A second process compiles
+meanwhile what is needed next.
 """
 
 from __future__ import annotations
@@ -27,19 +28,24 @@ from ...flows.manifest import clear, leftover, recording
 from ...flows.output import is_filled, plain_when_piped, quiet_libraries, say
 from ...hub.folder import write_text
 from ..errors import INTERRUPT_STATUS
+from .ahead import CompileAhead
 from .copy_act import CopyAct, copy_act
-from .race import STATE_FILE, Contender, Progress, bits_per_byte, quiet_trainer
-from .report import HEADER, REPORT_FILE, Claim, compressors, peak_memory, table, write_report
+from .race import STATE_FILE, Contender, Progress, bits_per_byte, quiet_trainer, return_memory
+from .report import HEADER, PICTURE, REPORT_FILE, Claim, PeakMemory, compressors, table, write_report
 
 BLOCK, BATCH, VOCABULARY = 192, 12, 1024
 TARGET = 450_000
 """Parameters of each model, about."""
-TOTAL_SECONDS = 54.0
-"""CPU seconds of training of all contenders together, unless told otherwise."""
+SECONDS = 15.0
+"""CPU seconds of training of each contender, unless told otherwise."""
 ROUNDS = 5
 VALIDATION_BLOCKS = 32
 PROMPT = "def "
 SETTINGS_FILE = "demo.json"
+INTRODUCTION = """\
+Three acts. Memories learn to copy bytes, beside an LSTM. Then {count} language models of equal size ({names})
+get equal CPU time on Python's standard library. Then each is loaded where hf_lnlm is not installed.
+The standard library is being read; a second process compiles what the models need, the first time only."""
 STOCK = {
     "GPT-2 (stock)": {
         "model_type": "gpt2",
@@ -59,8 +65,10 @@ STOCK = {
         "batch_size": 1,  # without its kernels a step of the others' batch takes longer than all its time
     },
 }
-LEFT_OUT = ("RNN-GRU",)
-"""Rows that only `--all` shows."""
+SHOWN = ("RNN-LSTM", "SSM", *STOCK)
+"""Contenders unless `--all` asks for every causal family."""
+AHEAD = 0.1
+"""Bits per byte that tell two models apart."""
 
 
 def demo(
@@ -86,13 +94,17 @@ def demo(
 
 def _show(folder: Path, settings: dict[str, Any], resume: bool, begun: float) -> int:
     """Run the acts and write the report; returns the exit status."""
-    with one_thread(), quiet_libraries():
+    rows = plans(bool(settings["all"]))
+    copying = () if settings["copy_seconds"] == 0 else ("lnlm_ntm", "lnlm_dnc")
+    families = dict.fromkeys([*copying, *(str(fields["model_type"]) for fields in rows.values())])
+    with PeakMemory() as memory, CompileAhead([*families]) as ahead, one_thread(), quiet_libraries():
         contenders: list[Contender] = []
         try:
-            first = copy_act(folder, settings["copy_seconds"], int(settings["seed"]))
-            contenders, validation, text = assemble(folder, settings)
+            say(INTRODUCTION.format(count=len(rows), names=", ".join(rows)))
+            contenders, validation, text = assemble(folder, rows, settings)
             baselines = compressors(text)
-            race(contenders, validation, baselines, settings, resume)
+            first = copy_act(folder, settings["copy_seconds"], int(settings["seed"]), ahead.wait)
+            race(contenders, validation, baselines, resume, ahead.wait)
             samples = {contender.label: sample(contender, settings["seed"]) for contender in contenders}
             claims = [*first.claims, *race_claims(contenders), *publish_claims(folder, contenders, validation)]
         except KeyboardInterrupt:
@@ -103,7 +115,7 @@ def _show(folder: Path, settings: dict[str, Any], resume: bool, begun: float) ->
     facts = {
         "seed": settings["seed"],
         "wall time": f"{time.monotonic() - begun:.0f} s",
-        "peak memory": f"{peak_memory():.2f} GiB",
+        "peak memory": f"{memory.gibibytes:.2f} GiB (this process and those it started)",
         "validation text": f"{len(text):,} bytes in files set aside by a hash of their path",
     }
     report = write_report(folder, first, contenders, baselines, samples, claims, facts)
@@ -192,11 +204,18 @@ def plans(all_families: bool) -> dict[str, dict[str, Any]]:
         for label, fields in family.demo.items()
     }
     rows |= STOCK
-    return rows if all_families else {label: rows[label] for label in rows if label not in LEFT_OUT}
+    return {label: fields for label, fields in rows.items() if all_families or label in SHOWN}
 
 
-def assemble(folder: Path, settings: dict[str, Any]) -> tuple[list[Contender], list[Any], bytes]:
+def assemble(
+    folder: Path, rows: dict[str, dict[str, Any]], settings: dict[str, Any]
+) -> tuple[list[Contender], list[Any], bytes]:
     """Read the text, build the tokenizer and the models.
+
+    Args:
+        folder: the demo's.
+        rows: see `plans`.
+        settings: the command's.
 
     Returns:
         the contenders, validation blocks, and the bytes of the validation files.
@@ -208,8 +227,7 @@ def assemble(folder: Path, settings: dict[str, Any]) -> tuple[list[Contender], l
     documents = load_documents("stdlib", validation=0.04, seed=0)
     tokenizer = build_tokenizer("bpe", documents.train["text"][:300], vocab_size=VOCABULARY)
     folder.joinpath("models").mkdir(exist_ok=True)
-    rows = plans(bool(settings["all"]))
-    budget = float(settings["seconds"] or TOTAL_SECONDS / len(rows))
+    budget = float(settings["seconds"] or SECONDS)
     data, contenders = PackedBlocks(documents.train, tokenizer, BLOCK, overlap=1), []
     for label, fields in rows.items():
         model = build(dict(fields), tokenizer, int(settings["seed"]))
@@ -288,20 +306,22 @@ def race(
     contenders: list[Contender],
     validation: list[Any],
     baselines: dict[str, float],
-    settings: dict[str, Any],
     resume: bool,
+    wait: Callable[[str], None],
 ) -> None:
-    """Train all contenders in turns and show the table as it moves."""
+    """Train all contenders in turns and show the table as it moves; `wait` returns when a family's loops are compiled."""
     from ...trainer.checkpoints import list_checkpoints
 
+    for contender in contenders:
+        wait(contender.model.config.model_type)
+        run = contender.folder / "run"
+        saved = resume and run.is_dir() and bool(list_checkpoints(run))
+        if not saved:  # progress without its weights is none
+            contender.progress = Progress()
+            contender.progress.curve.append((0.0, bits_per_byte(contender.model, validation)))
+        warm_up(contender)
+        contender.start(make_trainer, saved)
     with moving_table(contenders, baselines) as show:
-        for contender in contenders:
-            run = contender.folder / "run"
-            saved = resume and run.is_dir() and bool(list_checkpoints(run))
-            if not saved:  # progress without its weights is none
-                contender.progress = Progress()
-                contender.progress.curve.append((0.0, bits_per_byte(contender.model, validation)))
-            contender.start(make_trainer, saved)
         show()
         while not all(contender.finished for contender in contenders):
             for contender in contenders:
@@ -309,7 +329,17 @@ def race(
                     continue
                 contender.run_turn(contender.budget / ROUNDS)
                 measure(contender, validation)
+                return_memory()
                 show()
+
+
+def warm_up(contender: Contender) -> None:
+    """Run one training step that changes nothing: what is compiled or loaded at the first is charged to nobody."""
+    import torch
+
+    ids = torch.as_tensor(contender.data[0]["input_ids"])[None, :16]
+    contender.model(input_ids=ids, labels=ids).loss.backward()
+    contender.model.zero_grad()
 
 
 def measure(contender: Contender, validation: list[Any]) -> None:
@@ -370,6 +400,11 @@ def race_claims(contenders: list[Contender]) -> list[Claim]:
     for contender in contenders:
         first, last = contender.progress.curve[0][1], contender.progress.curve[-1][1]
         claims.append(Claim(f"{contender.label} learnt: {first:.2f} to {last:.2f} bits per byte", last < 0.9 * first))
+    bits = {contender.label: contender.progress.curve[-1][1] for contender in contenders}
+    ours, theirs = bits.get("SSM"), bits.get("Mamba (stock)")
+    if ours is not None and theirs is not None and min(spent) >= SECONDS:
+        text = f"the SSM is ahead of stock Mamba: {ours:.2f} and {theirs:.2f} bits per byte"
+        claims.append(Claim(text, ours < theirs - AHEAD))
     return claims
 
 
@@ -409,6 +444,7 @@ def reload_elsewhere(contenders: list[Contender], validation: list[Any]) -> list
             # loaded here too: where in memory the weights lie may already change the last bit of a matrix product
             model = AutoModelForCausalLM.from_pretrained(contender.folder).eval()
             tensors[contender.folder.name] = model(input_ids=ids, use_cache=False).logits.contiguous()
+    return_memory()
     with tempfile.TemporaryDirectory() as scratch:
         reference = Path(scratch) / "logits.safetensors"
         save_file(tensors, reference)
@@ -450,4 +486,28 @@ def finish(
     say()
     for claim in claims:
         say(f"{'holds' if claim.holds else 'FAILS'}  {claim.text}")
+    for line in closing(first, contenders, baselines, report):
+        say(line)
     say(f"\n{facts['wall time']}, peak memory {facts['peak memory']}; report: {report}")
+
+
+def closing(first: CopyAct, contenders: list[Contender], baselines: dict[str, float], report: Path) -> list[str]:
+    """What was shown, in words, where the pictures are, and what to type next."""
+    bits = {contender.label: contender.progress.curve[-1][1] for contender in contenders}
+    order = sorted(bits, key=lambda label: bits[label])
+    best = next(contender for contender in contenders if contender.label == order[0])
+    spent = max(contender.progress.seconds for contender in contenders)
+    places = ", then ".join(f"{label} ({bits[label]:.2f})" for label in order)
+    squeezed = ", ".join(f"{name} {value:.2f}" for name, value in baselines.items())
+    pictures = [name for name in (*first.pictures, PICTURE) if (report.parent / name).is_file()]
+    return [
+        "\nWhat was shown:",
+        *(f"- {claim.text}" for claim in first.claims if claim.holds),
+        f"- after {spent:.0f} CPU seconds each, bits for a byte of Python that none has seen: {places};"
+        f" compressors that read it whole: {squeezed}",
+        "- every model is a folder that stock transformers loads, hf_lnlm installed or not",
+        f"Pictures in {report.parent}: {', '.join(pictures) or 'none, for want of hf_lnlm[plot]'}",
+        "Next:",
+        f'  hf-lnlm generate {best.folder} --prompt "class "',
+        f"  hf-lnlm pretrain --family {best.model.config.model_type} --data FILE.txt --output runs/mine",
+    ]
