@@ -8,6 +8,9 @@ from ...ops.projected_lstm import PROJECTED_LSTM
 from ..base import LNLMConfig, check_bound, check_choice, strict_config
 from .layers import POOLINGS
 
+SYMBOLS = ("word_start_token_id", "word_end_token_id", "filler_token_id")
+"""Fields of the ids that every word is spelled with: its begin, its end, and what fills it up."""
+
 
 @strict_config
 class ElmoConfig(LNLMConfig):
@@ -93,9 +96,10 @@ class ElmoConfig(LNLMConfig):
             self.bos_token_id = 257 if self.bos_token_id is None else self.bos_token_id
             self.eos_token_id = 258 if self.eos_token_id is None else self.eos_token_id
         first = 259 if self.vocab_size >= 262 else 3
-        for place, name in enumerate(("word_start_token_id", "word_end_token_id", "filler_token_id")):
+        for place, name in enumerate(SYMBOLS):
             if getattr(self, name) is None:
                 setattr(self, name, first + place)
+        self._check_symbols()
 
     def check_bounds(self) -> None:
         """Check ranges and choices, and what they mean together; see the class for the fields."""
@@ -114,6 +118,18 @@ class ElmoConfig(LNLMConfig):
             raise ValueError(
                 f"filter_sizes must not exceed max_word_length ({self.max_word_length}), got {max(self.filter_sizes)}"
             )
+        self._check_symbols()
+
+    def _check_symbols(self) -> None:
+        """Check that no symbol of a word's spelling is another one, a sentence's begin or end, or padding."""
+        taken = dict.fromkeys(self.single_ids, "bos_token_id and eos_token_id")
+        if self.pad_token_id is not None:
+            taken[self.pad_token_id] = "pad_token_id"
+        for name in SYMBOLS:
+            token = getattr(self, name)
+            if token is not None and token in taken:
+                raise ValueError(f"{name} must differ from {taken[token]}, got {token}")
+            taken[token] = name
 
     @property
     def filters(self) -> list[tuple[int, int]]:

@@ -40,7 +40,7 @@ from ...nn.scalar_mix import ScalarMix
 from ...nn.words import Words, distinct, find_words, justified_words, spelling_keys
 from ..base import LNLMPreTrainedModel
 from ..heads import Head, SequenceClassificationHead, TokenClassificationHead, passthrough_outputs
-from .configuration_elmo import ElmoConfig
+from .configuration_elmo import SYMBOLS, ElmoConfig
 from .layers import summed_up
 from .projected_lstm import BiLMLayer, ProjectedLSTM, init_projected_lstm, plan_runs
 
@@ -134,6 +134,17 @@ class ElmoPreTrainedModel(LNLMPreTrainedModel):
                 init.normal_(layer.weight, std=layer.in_features**-0.5)
                 init.constant_(layer.bias, bias)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the characters' embeddings, as in transformers.
+
+        Raises:
+            ValueError: the symbols that every word is spelled with, or a sentence's begin and end, would be lost.
+        """
+        least = 1 + max(*(getattr(self.config, name) for name in SYMBOLS), *self.config.single_ids)
+        if new_num_tokens is not None and new_num_tokens < least:
+            raise ValueError(f"words are spelled with ids up to {least - 1}: they need {least}, got {new_num_tokens}")
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
 
 class ElmoModel(ElmoPreTrainedModel):
     """Character CNN and the layers of both directions, without a head.
@@ -199,17 +210,6 @@ class ElmoModel(ElmoPreTrainedModel):
             word_index=words.owner,
         )
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize the characters' embeddings, as in transformers.
-
-        Raises:
-            ValueError: the symbols that every word is spelled with would be lost.
-        """
-        least = 1 + max(self._symbols())
-        if new_num_tokens is not None and new_num_tokens < least:
-            raise ValueError(f"words are spelled with ids up to {least - 1}: they need {least}, got {new_num_tokens}")
-        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-
     def spelled(self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor | None) -> Spelled:
         """Return a batch's words; see `forward` for the arguments."""
         if input_ids is not None and input_ids.dim() == 3 and inputs_embeds is None:
@@ -231,8 +231,7 @@ class ElmoModel(ElmoPreTrainedModel):
         return Spelled(None, characters, found.mask, found.owner)
 
     def _symbols(self) -> list[Any]:
-        config = self.config
-        return [config.word_start_token_id, config.word_end_token_id, config.filler_token_id]
+        return [getattr(self.config, name) for name in SYMBOLS]
 
     def _embedded_symbols(self) -> Tensor:
         return self.embed(torch.tensor(self._symbols(), device=self.embed_tokens.weight.device))

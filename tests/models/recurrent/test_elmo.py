@@ -249,6 +249,10 @@ def test_bad_inputs_are_named(inputs, said):
         ({"activation": "gelu"}, "activation must be one of relu, tanh, got 'gelu'"),
         ({"cell_clip": -1.0}, "cell_clip must be between"),
         ({"vocab_size": 5}, "vocab_size must be between 6"),
+        ({"bos_token_id": 259}, "word_start_token_id must differ from bos_token_id and eos_token_id, got 259"),
+        ({"vocab_size": 99, "eos_token_id": [2, 4]}, "word_end_token_id must differ from bos_token_id and eos"),
+        ({"filler_token_id": 260}, "filler_token_id must differ from word_end_token_id, got 260"),
+        ({"word_start_token_id": 0}, "word_start_token_id must differ from pad_token_id, got 0"),
     ],
 )
 def test_bad_configs_are_named(fields, said):
@@ -264,9 +268,23 @@ def test_another_tokenizer_is_refused():
         check_vocabulary(hf_lnlm.build_tokenizer("byte"), ElmoConfig(vocab_size=263))
 
 
-def test_symbols_stay_when_the_vocabulary_is_resized():
+@pytest.mark.parametrize(
+    "cls", [ElmoModel, ElmoForPreTraining, ElmoForSequenceClassification, ElmoForTokenClassification]
+)
+def test_symbols_stay_when_the_vocabulary_is_resized(cls):
+    model = model_of(cls)
     with pytest.raises(ValueError, match="spelled with ids up to 261: they need 262, got 100"):
-        model_of().resize_token_embeddings(100)
+        model.resize_token_embeddings(100)
+    assert model.config.vocab_size == 262 and len(model.get_input_embeddings().weight) == 262
+    last = model_of(cls, bos_token_id=261, word_start_token_id=4, word_end_token_id=5, filler_token_id=6)
+    with pytest.raises(ValueError, match="ids up to 261"):
+        last.resize_token_embeddings(200)
+    batch = batch_of(TEXTS)
+    with torch.no_grad():
+        before = model(**batch)[0]
+        model.resize_token_embeddings(300)
+        torch.testing.assert_close(model(**batch)[0], before)
+    assert model.config.word_start_token_id == 259
 
 
 def test_the_published_model_has_93_6_million_weights():
