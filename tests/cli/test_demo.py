@@ -236,7 +236,18 @@ def test_first_act_is_shown_drawn_and_kept(quick, tmp_path, capsys, monkeypatch)
 @pytest.mark.slow
 def test_a_whole_demo_prints_time_and_memory_within_three_times_and_half_more(tmp_path):
     """The figures are for a quiet machine (3 minutes, 1.5 GiB); this is to notice what multiplies them."""
-    command = [sys.executable, "-m", "hf_lnlm.cli.main", "demo", "--seconds", "4", "--copy-seconds", "2", "--output", "run"]
+    command = [
+        sys.executable,
+        "-m",
+        "hf_lnlm.cli.main",
+        "demo",
+        "--seconds",
+        "4",
+        "--copy-seconds",
+        "2",
+        "--output",
+        "run",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     last = done.stdout.strip().splitlines()[-1]
     found = re.match(r"(\d+) s, peak memory ([0-9.]+) GiB .*; report: run/REPORT.md", last)

@@ -94,8 +94,11 @@ def demo(
 
 def _show(folder: Path, settings: dict[str, Any], resume: bool, begun: float) -> int:
     """Run the acts and write the report; returns the exit status."""
+    import hf_lnlm
+
     rows = plans(bool(settings["all"]))
-    copying = () if settings["copy_seconds"] == 0 else ("lnlm_ntm", "lnlm_dnc")
+    memories = hf_lnlm.NTMConfig.model_type, hf_lnlm.DNCConfig.model_type
+    copying = () if settings["copy_seconds"] == 0 else memories
     families = dict.fromkeys([*copying, *(str(fields["model_type"]) for fields in rows.values())])
     with PeakMemory() as memory, CompileAhead([*families]) as ahead, one_thread(), quiet_libraries():
         contenders: list[Contender] = []
