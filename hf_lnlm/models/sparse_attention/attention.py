@@ -23,8 +23,8 @@ from ...nn.ragged import RowLayout, gather_heads, scatter_heads
 from ...ops.sparse_attention.attention import sparse_attention
 from ...ops.sparse_attention.pattern import SparsePattern, Tokens, logical_positions
 from ...ops.sparse_attention.reference import masked_attention_weights
-from ...ops.sparse_attention.step import attend_cached_heads, repeat_heads
-from .cache import Extended, SparseAttentionCacheLayer
+from ...ops.sparse_attention.step import attend_cached_heads, attend_newest, repeat_heads
+from .cache import SparseAttentionCacheLayer
 
 
 class AttentionPlan(NamedTuple):
@@ -63,7 +63,8 @@ def plan_attention(batch: Batch, position_ids: torch.Tensor | None, dense: bool,
     starts, counts = segments.starts, cached_counts(batch.cache)
     if starts is not None and counts is not None and not segments.traced:
         real = torch.ones_like(starts) if segments.mask is None else segments.mask
-        starts = starts & ((real.cumsum(1) > 1) | (counts > 0).unsqueeze(1))  # an empty row has nothing to begin after
+        held = torch.as_tensor(counts, device=starts.device).expand(len(starts)) > 0
+        starts = starts & ((real.cumsum(1) > 1) | held.unsqueeze(1))  # an empty row has nothing to begin after
         if bool(starts.any()):
             raise ValueError("a document cannot begin inside a cached sequence: start it with empty past_key_values")
         segments, starts = segments._replace(starts=None), None
@@ -77,7 +78,7 @@ def _positions(
     real: torch.Tensor | None,
     documents: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    counts: torch.Tensor | None,
+    counts: torch.Tensor | int | None,
 ) -> torch.Tensor:
     """Position of each token in its document: as given, else counted over real tokens, cached ones included."""
     if position_ids is not None:
@@ -86,7 +87,7 @@ def _positions(
     counted = hidden.new_ones(batch, length, dtype=torch.long) if real is None else real.long()
     positions = counted.cumsum(1) - 1
     if counts is not None:
-        positions = positions + counts.unsqueeze(1)
+        positions = positions + (counts if isinstance(counts, int) else counts.unsqueeze(1))
     if documents is not None:
         first = torch.zeros_like(documents, dtype=torch.bool)
         first[:, 1:] = documents[:, 1:] != documents[:, :-1]
@@ -94,12 +95,17 @@ def _positions(
     return positions.clamp(min=0)
 
 
-def cached_counts(cache: Cache | None) -> torch.Tensor | None:
-    """Return the real tokens of each row that the cache has seen, `(batch,)`, or None if it is empty."""
+def cached_counts(cache: Cache | None) -> torch.Tensor | int | None:
+    """Return the real tokens of each row that the cache has seen, `(batch,)`, or one number where rows are alike.
+
+    None if it is empty.
+    """
     if cache is None or not cache.layers:
         return None
     first: Any = cache.layers[0]
-    return first.counts
+    if first.keys is None:
+        return None
+    return int(first.seen_tokens) if first.even else first.counts
 
 
 def attend(
@@ -132,17 +138,14 @@ def attend(
     past = layer is not None and layer.seen_tokens > 0
     if layer is not None:
         layer.check_patterns(patterns)
-    kept = continuing_tokens(plan.real, plan.documents) if layer is not None else None
-    extended = None if layer is None else layer.extend(key, value, kept)
+        layer.extend(key, value, continuing_tokens(plan.real, plan.documents))
     weights = None
     if plan.dense:
-        seen = extended if past else None
-        held = (query, key, value) if seen is None else (query, seen.key, seen.value)
-        visible = _dense_visible(patterns, plan, seen, query)
-        out, weights = _dense(held, visible, scale, dropout)
-    elif past and extended is not None:
-        at = (extended.query_positions, extended.key_positions)
-        out = attend_cached_heads(query, extended.key, extended.value, patterns, *at, scale, dropout)
+        held = (query, layer.keys, layer.values) if past else (query, key, value)  # type: ignore[union-attr]
+        visible = _dense_visible(patterns, plan, layer if past else None, query)
+        out, weights = _dense(held, visible, scale, dropout)  # type: ignore[arg-type]
+    elif layer is not None and past:
+        out = _attend_cached(query, patterns, layer, scale, dropout)
     else:
         options: Any = {"scale": scale, "dropout": dropout, "backend": backend}
         run = partial(sparse_attention, patterns=patterns, **options)
@@ -150,6 +153,18 @@ def attend(
     if layer is not None and not plan.segments.traced:
         layer.prune(patterns)
     return out.transpose(1, 2).flatten(2), weights if plan.weights else None
+
+
+def _attend_cached(
+    query: torch.Tensor, patterns: tuple[SparsePattern, ...], layer: Any, scale: float, dropout: float
+) -> torch.Tensor:
+    """Attend over a cache that holds this step's tokens already."""
+    simple = len(patterns) == 1 and query.shape[2] == 1 and patterns[0].kind != "summary"
+    if simple and layer.exact:
+        return attend_newest(query, layer.keys, layer.values, patterns[0], scale, dropout)
+    positions = layer.positions
+    at = (positions[:, -query.shape[2] :], positions)
+    return attend_cached_heads(query, layer.keys, layer.values, patterns, *at, scale, dropout)
 
 
 def attend_both_ways(
@@ -211,11 +226,12 @@ def _dense(tokens: Tokens, visible: torch.Tensor, scale: float, dropout: float) 
 
 
 def _dense_visible(
-    patterns: tuple[SparsePattern, ...], plan: AttentionPlan, extended: Extended | None, query: torch.Tensor
+    patterns: tuple[SparsePattern, ...], plan: AttentionPlan, layer: Any, query: torch.Tensor
 ) -> torch.Tensor:
     """Which keys each query of each head sees: `(batch, heads, queries, keys)`, or 1 head where all are alike."""
-    if extended is not None:
-        query_positions, key_positions = extended.query_positions, extended.key_positions
+    if layer is not None:
+        key_positions = layer.positions
+        query_positions = key_positions[:, -query.shape[2] :]
         same = torch.ones((), dtype=torch.bool, device=query.device)
     else:
         length = query.shape[2]

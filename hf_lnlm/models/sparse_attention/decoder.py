@@ -43,7 +43,8 @@ class SparseSelfAttention(nn.Module):
         past_key_values: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Split `(batch, length, heads * head_dim)` projections into heads and attend by this layer's patterns."""
-        heads = [x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (query, key, value)]
+        rows = (query.shape[0], query.shape[1], -1, self.head_dim)
+        heads = [x.view(rows).transpose(1, 2) for x in (query, key, value)]
         layer: Any = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         dropout = self.attention_dropout if self.training else 0.0
         return attend(
@@ -54,7 +55,6 @@ class SparseSelfAttention(nn.Module):
 class SparseDecoderPreTrainedModel(LNLMPreTrainedModel):
     """Traits that the causal sparse-attention models share."""
 
-    _is_stateful = True
     _supports_sdpa = True
     _no_weight_decay = (r"norm", r"\.bias$", r"embed")
 
@@ -126,10 +126,11 @@ class SparseDecoderModel(SparseDecoderPreTrainedModel):
     def _check_positions(self, plan: AttentionPlan, cache: Cache | None) -> None:
         if is_torchdynamo_compiling():
             return
-        longest, limit = int(plan.positions.max()) + 1, self.config.max_position_embeddings
-        if longest > limit or int(plan.positions.min()) < 0:
+        low, high = plan.positions.aminmax()
+        longest, limit = int(high) + 1, self.config.max_position_embeddings
+        if longest > limit or int(low) < 0:
             counts = cached_counts(cache)
-            past = 0 if counts is None else int(counts.max())
+            past = 0 if counts is None else int(torch.as_tensor(counts).max())
             raise ValueError(
                 f"max_position_embeddings is {limit}: the sequence needs position {longest - 1} ({past} are cached)"
             )

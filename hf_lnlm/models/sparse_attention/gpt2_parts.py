@@ -49,7 +49,9 @@ class GPT3MLP(nn.Module):
         width = int(config.intermediate_size or 4 * config.hidden_size)
         self.c_fc = nn.Linear(config.hidden_size, width)
         self.c_proj = nn.Linear(width, config.hidden_size)
-        self.activation = ACT2FN[config.activation_function]
+        # the same function: gelu_new writes it out in eight operations
+        one_pass = {"gelu_new": "gelu_pytorch_tanh"}
+        self.activation = ACT2FN[one_pass.get(config.activation_function, config.activation_function)]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Transform `(batch, length, hidden_size)`."""

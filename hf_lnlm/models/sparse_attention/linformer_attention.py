@@ -259,11 +259,11 @@ class LinformerSegmentAttention(LinformerAttention):
         past = layer.seen_tokens > 0
         if plan.dense and plan.documents is not None:
             raise ValueError("packed documents need the default attention implementation and no output_attentions")
-        extended = layer.extend(heads[1], heads[2], continuing_tokens(plan.real, plan.documents))
+        layer.extend(heads[1], heads[2], continuing_tokens(plan.real, plan.documents))
         dropout = self.attention_dropout if self.training else 0.0
         if past or plan.dense:
-            at = extended.query_positions, extended.key_positions
-            out, weights = self._masked(heads[0], extended.key, extended.value, *at, dropout, plan)
+            at = layer.positions[:, -heads[0].shape[2] :], layer.positions
+            out, weights = self._masked(heads[0], layer.keys, layer.values, *at, dropout, plan)
         else:
             states = heads[0], heads[1], heads[2]
             rows = in_rows(lambda q, k, v: self._by_segment(q, k, v, dropout), states, plan.segments.layout)

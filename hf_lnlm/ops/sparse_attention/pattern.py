@@ -13,6 +13,7 @@ are defined on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -105,9 +106,33 @@ class SparsePattern:
             needed = needed | (key_positions % self.stride >= self.stride - self.summary)
         return needed
 
+    def kept_after(self, seen: int) -> int:
+        """How many of `seen` keys a causal query at position `seen` or any later one sees; see `needed_from`."""
+        if self.kind in ("full", "column", "strided"):
+            return seen
+        if self.kind == "local":
+            return min(seen, self.stride - 1)
+        blocks, begun = divmod(seen, self.stride)
+        if self.kind == "block":
+            return begun
+        return blocks * self.summary + (begun if self.kind == "fixed" else max(0, begun - self.stride + self.summary))
+
     def is_dense(self, length: int) -> bool:
         """True where the set of every query among `length` tokens is all that `causal` allows."""
         return self.kind == "full" or (self.kind in ("local", "strided", "block", "fixed") and length <= self.stride)
+
+
+@lru_cache
+def kept_by(patterns: tuple[SparsePattern, ...]) -> SparsePattern | None:
+    """The index set whose `needed_from` is that of several together; None where there is none."""
+    if any(pattern.kind in ("full", "column", "strided") for pattern in patterns):
+        return SparsePattern("full")
+    first = patterns[0]
+    if len(set(patterns)) == 1:
+        return first
+    sizes = {(pattern.stride, pattern.summary) for pattern in patterns}
+    fixed = {pattern.kind for pattern in patterns} <= {"block", "summary", "fixed"} and len(sizes) == 1
+    return SparsePattern("fixed", first.stride, first.summary) if fixed else None
 
 
 def patterns_for_layer(

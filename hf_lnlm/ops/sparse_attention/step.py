@@ -64,6 +64,46 @@ def attend_cached_heads(
     return torch.cat([attend_cached(q, k, v, pattern, *at, scale, dropout) for q, k, v, pattern in groups], dim=1)
 
 
+def attend_newest(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: SparsePattern,
+    scale: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention of one new token a row where all rows are alike and the keys are those that `pattern` keeps: no mask.
+
+    Args:
+        query: `(batch, heads, 1, head_dim)`, of the last key's token.
+        key: `(batch, key_heads, keys, head_dim)` in order; all keys so far, or of a local, block or fixed set those that
+            the token sees.
+        value: as `key`.
+        pattern: the index set.
+        scale: factor of the scores.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        `(batch, heads, 1, head_dim)`; zeros where the token sees nothing.
+    """
+    if pattern.kind in ("column", "strided"):
+        key, value = _strided(key, pattern), _strided(value, pattern)
+    grouped = query.view(query.shape[0], key.shape[1], -1, query.shape[3])  # heads that share keys are queries of them
+    out = F.scaled_dot_product_attention(grouped, key, value, dropout_p=dropout, scale=scale)
+    return out.view(query.shape)
+
+
+def _strided(states: torch.Tensor, pattern: SparsePattern) -> torch.Tensor:
+    """Of all entries those that the last one sees: its column, and its window before it if the set has one."""
+    last, stride = states.shape[2] - 1, pattern.stride
+    if pattern.kind == "column":
+        return states[:, :, last % stride :: stride]
+    if last < stride:
+        return states
+    near = last - stride + 1
+    return torch.cat([states[:, :, last % stride : near : stride], states[:, :, near:]], dim=2)
+
+
 def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """Repeat grouped key or value heads `(batch, key_heads, length, head_dim)` to `heads`."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)

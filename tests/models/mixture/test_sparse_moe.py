@@ -71,6 +71,17 @@ def test_neighbours_in_the_batch_take_no_place_in_an_expert():
         torch.testing.assert_close(together[index], model(row.unsqueeze(0)).logits[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("factor", [None, 1.0])
+def test_drafts_are_taken_back_exactly(factor):
+    """Drafted tokens are checked together, and experts take them as they take them one by one."""
+    model = build(capacity_factor=factor).double().eval()
+    other = build(num_hidden_layers=1).double().eval()  # drafts mostly wrong tokens
+    text, plain = ids(1, 9).repeat(1, 2), {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+    expected = model.generate(text, **plain)
+    assert torch.equal(model.generate(text, prompt_lookup_num_tokens=5, **plain), expected)
+    assert torch.equal(model.generate(text, assistant_model=other, **plain), expected)
+
+
 def test_documents_of_a_packed_row_have_capacities_of_their_own():
     model, first, second = build(capacity_factor=0.75).train(), ids(1, 7), ids(1, 9, seed=2)
     packed = model(torch.cat([first, second], 1), position_ids=torch.tensor([[*range(7), *range(9)]])).logits
