@@ -1,6 +1,9 @@
 """Sparse mixtures: what is wrong with stock ones is right here; padding, groups, figures, refusals."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -28,6 +31,8 @@ HEADS = (
     SparseMoEForSequenceClassification,
     SparseMoEForTokenClassification,
 )
+HEADS_OF_TOKENS = (SparseMoEForCausalLM, SparseMoEForMaskedLM, SparseMoEForTokenClassification)
+DIVIDED = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 0.1, "num_labels": 50}  # losses over the whole batch
 
 
 def build(cls=SparseMoEForCausalLM, **fields):
@@ -208,17 +213,40 @@ def train(model, folder, batch, accumulation, **given):
     return trainer
 
 
-@pytest.mark.parametrize("cls", [SparseMoEForCausalLM, SparseMoEForMaskedLM, SparseMoEForTokenClassification])
-def test_accumulated_batches_are_one_batch(cls, tmp_path):
-    fields = {"router_aux_loss_coef": 1.0, "router_z_loss_coef": 0.1, "num_labels": 50}
-    whole, parts = build(cls, **fields), build(cls, **fields)
-    logs = [train(whole, tmp_path, 8, 1).state.log_history, train(parts, tmp_path, 2, 4).state.log_history]
-    for one, other in zip(*(log[:2] for log in logs), strict=True):
+def same_training(whole, log, state, other_log):
+    """Compare the logs of both steps and the weights after them, which plain SGD moves by the gradients."""
+    for one, other in zip(log[:2], other_log[:2], strict=True):
         for name in ("loss", "grad_norm", "router_load", "router_entropy", "router_dropped"):
             assert other[name] == pytest.approx(one[name], rel=1e-4)
+    for name, value in whole.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("cls", HEADS_OF_TOKENS)
+def test_accumulated_batches_are_one_batch(cls, tmp_path):
+    whole, parts = build(cls, **DIVIDED), build(cls, **DIVIDED)
+    logs = [train(whole, tmp_path, 8, 1).state.log_history, train(parts, tmp_path, 2, 4).state.log_history]
+    same_training(whole.state_dict(), logs[0], parts.state_dict(), logs[1])
     assert parts.model.global_load is None
-    for name, value in whole.state_dict().items():
-        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_batch(repository, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.models.mixture.distributed", str(tmp_path)],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "answers.pt")
+    for cls in HEADS_OF_TOKENS:
+        whole, answer = build(cls, **DIVIDED), found[cls.__name__]
+        log = train(whole, tmp_path, 8, 1).state.log_history
+        same_training(whole.state_dict(), log, answer["weights"], answer["log"])
 
 
 def test_the_load_counted_ahead_is_that_of_the_step(tmp_path, monkeypatch):
