@@ -178,7 +178,7 @@ class SparseAttentionCacheLayer(StateLayer):
         size = entries + max(SPARE_ENTRIES, entries // 4)
         made = []
         for states in (self.keys, self.values):
-            made.append(like.new_empty(rows, heads, size, width))
+            made.append(like.new_zeros(rows, heads, size, width))
             if states is not None:
                 made[-1][:, :, : self.entries] = states
         self._room = Room(made[0], made[1], self.entries)
