@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
+from hf_lnlm.cli.demo import ahead
 from hf_lnlm.cli.demo import copy_act as demo_copy_act
 from hf_lnlm.cli.demo import copy_task as demo_copy
 from hf_lnlm.cli.demo import race as demo_race
 from hf_lnlm.cli.demo import show as demo_module
+from hf_lnlm.cli.demo.report import table
 from hf_lnlm.registry import FAMILIES
 
 from .running import run, small_library
@@ -31,7 +36,7 @@ def little():
         patch.setattr(demo_module, "BLOCK", 32)
         patch.setattr(demo_module, "VOCABULARY", 300)
         patch.setattr(demo_module, "ROUNDS", 3)
-        patch.setattr(demo_module, "SHOWN", tuple(LABELS))
+        patch.setattr(demo_module, "SHOWN", LABELS)
         patch.setitem(demo_module.STOCK["GPT-2 (stock)"], "n_layer", 2)
         patch.setitem(demo_module.STOCK["GPT-2 (stock)"], "width_step", 3)
         yield
@@ -95,6 +100,10 @@ def test_resumed_demo_holds_its_claims(resumed):
     _, result, _, _ = resumed
     assert result.status == 0, result.out + result.err
     assert "FAILS" not in result.out
+    folder = resumed[0]
+    assert f"Pictures in {folder}: curves.png\n" in result.out
+    assert re.search(rf"hf-lnlm generate {folder}/models/(rnn-lstm|rnn-gru|gpt-2-stock) --prompt", result.out)
+    assert re.search(r"\d+ s, peak memory \d+\.\d\d GiB \(this process and those it started\)", result.out)
     assert result.out.count("reloaded without hf_lnlm, logits bit-identical") == 3
     assert result.out.count("hf-lnlm check finds nothing wrong") == 3
     assert "\x1b" not in result.out
@@ -220,17 +229,32 @@ def test_every_causal_family_is_in_the_table():
     assert shown >= {family.model_type for family in FAMILIES if "AutoModelForCausalLM" in family.models} - ENCODERS
 
 
-def test_first_act_is_shown_drawn_and_kept(quick, tmp_path, capsys, monkeypatch):
-    act = demo_copy_act.copy_act(tmp_path, 0.3, seed=0)
-    said = capsys.readouterr().out
-    assert [row[0] for row in act.table[1:]] == ["Neural Turing Machine", "Differentiable Neural Computer", "LSTM"]
-    assert all(f"{row[0]}, {row[2]} CPU s, wrong bits: " in said for row in act.table[1:])
-    assert act.pictures == list(demo_copy_act.PICTURES)
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in act.pictures)
-    assert len(act.claims) == 2
-    monkeypatch.setattr(demo_copy, "copy_race", None)
-    assert demo_copy_act.copy_act(tmp_path, 0.3, seed=0) == act
-    assert demo_copy_act.copy_act(tmp_path, 0.0, seed=0).table == []
+def test_rows_of_the_table_are_sorted_by_their_result():
+    contenders = [
+        SimpleNamespace(label=label, parameters=1, progress=demo_race.Progress(1.0, 2, [(0.0, 9.0), (1.0, bits)]))
+        for label, bits in (("slow", 3.0), ("quick", 1.7))
+    ]
+    assert [row[0] for row in table(contenders, {"gzip": 1.8, "xz": 1.5})] == ["xz", "quick", "gzip", "slow"]
+
+
+def test_loops_are_compiled_ahead_in_order_and_a_failure_is_said(monkeypatch, capfd):
+    commands = {"lnlm_ntm": [sys.executable, "-c", ""], "lnlm_dnc": [sys.executable, "-c", "raise OSError('no room')"]}
+    monkeypatch.setattr(ahead, "command", lambda name, fields: commands[name])
+    monkeypatch.setattr(ahead, "numba_reason", lambda: None)
+    with ahead.CompileAhead(["lnlm_ntm", "gpt2", "lnlm_dnc"]) as compiling:
+        for name in ("gpt2", "lnlm_ntm", "lnlm_dnc"):
+            compiling.wait(name)
+    said = capfd.readouterr().err
+    assert said == "hf_lnlm: compiling lnlm_dnc ahead failed: OSError: no room\n"
+
+
+def test_leaving_ends_what_is_being_compiled(monkeypatch):
+    monkeypatch.setattr(ahead, "command", lambda name, fields: [sys.executable, "-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(ahead, "numba_reason", lambda: None)
+    with ahead.CompileAhead(["lnlm_ntm", "lnlm_dnc"]) as compiling:
+        while compiling._running is None:
+            time.sleep(0.01)
+    assert compiling._running.returncode != 0
 
 
 @pytest.mark.slow
@@ -248,7 +272,8 @@ def test_a_whole_demo_prints_time_and_memory_within_three_times_and_half_more(tm
         "--output",
         "run",
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}  # nothing is compiled yet
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     last = done.stdout.strip().splitlines()[-1]
     found = re.match(r"(\d+) s, peak memory ([0-9.]+) GiB .*; report: run/REPORT.md", last)
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
@@ -256,3 +281,16 @@ def test_a_whole_demo_prints_time_and_memory_within_three_times_and_half_more(tm
     text = (tmp_path / "run" / "REPORT.md").read_text()
     bits = [float(row) for row in re.findall(r"^\| .* \| ([0-9.]+) \|$", text, flags=re.M)]
     assert len(bits) >= 6 and bits == sorted(bits)
+
+
+def test_first_act_is_shown_drawn_and_kept(quick, tmp_path, capsys, monkeypatch):
+    act = demo_copy_act.copy_act(tmp_path, 0.3, seed=0)
+    said = capsys.readouterr().out
+    assert [row[0] for row in act.table[1:]] == ["Neural Turing Machine", "Differentiable Neural Computer", "LSTM"]
+    assert all(f"{row[0]}, {row[2]} CPU s, wrong bits: " in said for row in act.table[1:])
+    assert act.pictures == list(demo_copy_act.PICTURES)
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in act.pictures)
+    assert len(act.claims) == 2
+    monkeypatch.setattr(demo_copy, "copy_race", None)
+    assert demo_copy_act.copy_act(tmp_path, 0.3, seed=0) == act
+    assert demo_copy_act.copy_act(tmp_path, 0.0, seed=0).table == []

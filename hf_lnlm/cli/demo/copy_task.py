@@ -150,6 +150,13 @@ def copy_rows(seed: int = 0) -> list[CopyRow]:
     ]
 
 
+def memories() -> tuple[str, ...]:
+    """Model types of the contenders that compile, in the order in which they are trained."""
+    import hf_lnlm
+
+    return hf_lnlm.NTMConfig.model_type, hf_lnlm.DNCConfig.model_type
+
+
 def copy_race(
     seconds: float = SECONDS,
     seed: int = 0,

@@ -94,11 +94,10 @@ def demo(
 
 def _show(folder: Path, settings: dict[str, Any], resume: bool, begun: float) -> int:
     """Run the acts and write the report; returns the exit status."""
-    import hf_lnlm
+    from .copy_task import memories
 
     rows = plans(bool(settings["all"]))
-    memories = hf_lnlm.NTMConfig.model_type, hf_lnlm.DNCConfig.model_type
-    copying = () if settings["copy_seconds"] == 0 else memories
+    copying = () if settings["copy_seconds"] == 0 else memories()
     families = dict.fromkeys([*copying, *(str(fields["model_type"]) for fields in rows.values())])
     with PeakMemory() as memory, CompileAhead([*families]) as ahead, one_thread(), quiet_libraries():
         contenders: list[Contender] = []
