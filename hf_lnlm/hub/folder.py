@@ -274,11 +274,16 @@ def _umask() -> int:
 
 
 def looks_pickled(path: Path) -> bool:
-    """Whether a file is, or may hold, a pickle: by its name's ending or by its first bytes."""
+    """Whether a file is, or may hold, a pickle: by its name's ending or by its first bytes.
+
+    A safetensors file begins with the length of its header, which may read like a pickle's first bytes (640: 80 02).
+    """
     if path.name.endswith(_PICKLE_SUFFIXES):
         return True
     with path.open("rb") as file:
         head = file.read(64)
+    if path.name.endswith(".safetensors") and head[8:9] == b"{" and head[3:8] == bytes(5):
+        return False
     return (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05") or head.startswith(b"PK\x03\x04")
 
 

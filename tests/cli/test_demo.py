@@ -32,7 +32,7 @@ FOLDERS = ["rnn-lstm", "rnn-gru", "gpt-2-stock"]
 def little():
     """Models, blocks and turns small enough for seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_module, "TARGET", 60_000)
+        patch.setattr(demo_module, "TARGET", 64_000)
         patch.setattr(demo_module, "BLOCK", 32)
         patch.setattr(demo_module, "VOCABULARY", 300)
         patch.setattr(demo_module, "ROUNDS", 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import struct
 
@@ -16,6 +17,7 @@ from hf_lnlm import RNNConfig, RNNForCausalLM
 from hf_lnlm.data.tokenizers import build_tokenizer
 from hf_lnlm.hub.card import write_card
 from hf_lnlm.hub.check import check_folder, is_fit
+from hf_lnlm.hub.folder import looks_pickled
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +104,16 @@ def test_pickles_by_content_whatever_their_name(folder, content):
     assert "notes.txt" in failures(folder)["pickles"]
 
 
+def test_a_header_whose_length_reads_like_a_pickle_is_none(tmp_path):
+    for length in (640, 896, 1152, 1408):  # 80 02 … 80 05
+        file = tmp_path / f"{length}.safetensors"
+        file.write_bytes(length.to_bytes(8, "little") + b"{".ljust(length))
+        assert not looks_pickled(file)
+    disguised = tmp_path / "model.safetensors"
+    disguised.write_bytes(pickle.dumps({"weights": [1.0]}, protocol=2))
+    assert looks_pickled(disguised)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "training_args.bin", "optimizer.pt", "x.pkl"])
 def test_pickles_by_name(folder, name):
     (folder / name).write_bytes(b"anything")
@@ -167,7 +179,7 @@ def test_kernels_of_strangers_are_not_fetched(folder):
 
 def test_layers_without_tensors_are_not_built(folder):
     edit_json(folder / "config.json", num_hidden_layers=9000)
-    assert failures(folder)["keys"] == "config.json: num_hidden_layers = 9000, the files hold 9 tensors"
+    assert failures(folder)["keys"] == "config.json: num_hidden_layers = 9000, the files hold 10 tensors"
 
 
 def test_auto_map_of_the_tokenizer_too(folder):
