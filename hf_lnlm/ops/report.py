@@ -10,6 +10,7 @@ from .linear_cross_entropy import LINEAR_CROSS_ENTROPY
 from .mamba_inner import MAMBA_INNER
 from .memory.dnc import DNC_MEMORY
 from .memory.ntm import NTM_MEMORY
+from .projected_lstm import PROJECTED_LSTM
 from .recompute import RECOMPUTE
 from .recurrence import RECURRENCE
 from .relative_attention import RELATIVE_ATTENTION
@@ -26,6 +27,7 @@ OPERATIONS = (
     LINEAR_CROSS_ENTROPY,
     MAMBA_INNER,
     NTM_MEMORY,
+    PROJECTED_LSTM,
     RECOMPUTE,
     RECURRENCE,
     RELATIVE_ATTENTION,

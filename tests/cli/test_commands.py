@@ -105,7 +105,7 @@ def test_a_second_run_in_two_parts_equals_one(rnn, tmp_path):
         (["pretrain", "--family", "lnlm_rn", "--data", "stdlib"], "did you mean 'lnlm_rnn'"),
         (["pretrain", "--family", "lnlm_rnn", "--data", "DATA", "--size", "huge"], "tiny, small, base"),
         (["pretrain", "--family", "lnlm_rnn", "--data", "DATA", "--objective", "causl"], "did you mean 'causal'"),
-        (["pretrain", "--family", "lnlm_ntm", "--data", "DATA", "--objective", "masked"], "fit lnlm_ntm: causal"),
+        (["pretrain", "--family", "lnlm_gpt3", "--data", "DATA", "--objective", "masked"], "fit lnlm_gpt3: causal"),
         (["pretrain", "--family", "gpt2", "--data", "DATA", "--objective", "replaced_token"], "lnlm_linformer, bert"),
         (["pretrain", "--family", "bert", "--data", "DATA", "--objective", "permutation"], "'permutation': xlnet"),
         (["pretrain", "--family", "bert", "--data", "DATA", "--set", "objective.span=ngram"], "'spans'"),

@@ -165,8 +165,8 @@ MISFITS = [
     ("span", GPT2Config(), "objective 'span' needs a model that reads with an encoder and writes with a decoder"),
     ("span", rnn(), "Models that fit 'span': lnlm_seq2seq, t5"),
     ("causal", BertConfig(), "bert reads in both directions. Objectives that fit bert: masked, replaced_token, s"),
-    ("masked", dnc(bidirectional=True), "needs AutoModelForMaskedLM, and lnlm_dnc has no such head. "),
-    ("causal", dnc(bidirectional=True), "and lnlm_dnc reads in both directions. Objectives that fit lnlm_dnc: none"),
+    ("masked", XLNetConfig(), "needs AutoModelForMaskedLM, and xlnet has no such head. "),
+    ("causal", dnc(bidirectional=True), "lnlm_dnc reads in both directions. Objectives that fit lnlm_dnc: masked, re"),
     ("causal", XLNetConfig(), "xlnet reads in both directions"),
     ("causal", T5Config(), "t5 reads with an encoder"),
 ]  # fmt: skip

@@ -55,7 +55,7 @@ SMALL_BERT = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "
 SMALL_RNN = {"model_type": "lnlm_rnn", "hidden_size": 32, "num_hidden_layers": 1, "bidirectional": True}
 PAIRS = {**{name: {} for name in ENCODERS if name != "dnc"}, "rnn, bert": SMALL_BERT, "bert, rnn": SMALL_RNN,
          "ssm, rnn": SMALL_RNN, "dnc, rnn": SMALL_RNN}  # fmt: skip
-"""Discriminator, or discriminator and generator → what `generator` says; a DNC has no masked head, but tells tokens."""
+"""Discriminator, or discriminator and generator → what `generator` says."""
 
 
 def model_of(encoder: str = "rnn", **options) -> ReplacedTokenForPreTraining:

@@ -70,17 +70,19 @@ class ProjectedEmbedding(nn.Module):
     Args:
         table: the wide one, `(vocabulary, wide)`.
         width: of the vectors given out.
+        scale: factor of the vectors, as of the embedding that this replaces.
     """
 
-    def __init__(self, table: nn.Parameter, width: int) -> None:
+    def __init__(self, table: nn.Parameter, width: int, scale: float = 1.0) -> None:
         super().__init__()
-        self.weight = table
+        self.weight, self.embed_scale = table, scale
         self.projection = nn.Linear(table.shape[1], width, bias=False)
         self.num_embeddings, self.embedding_dim = table.shape[0], width
 
     def forward(self, ids: Tensor) -> Tensor:
         """`(…)` ids → `(…, width)`."""
-        return self.projection(functional.embedding(ids, self.weight))
+        found = self.projection(functional.embedding(ids, self.weight))
+        return found if self.embed_scale == 1 else found * self.embed_scale
 
     def resize(self, table: nn.Parameter) -> None:
         """Read another table, `(vocabulary, wide)`."""
@@ -175,8 +177,8 @@ class ReplacedTokenForPreTraining(ComposedModel):
 
     def _project(self, at: str, table: nn.Parameter) -> dict[str, str]:
         """Give the generator a projected view of the shared table; returns what else is tied by that."""
-        width = self.generator.get_input_embeddings().weight.shape[1]
-        embedding = ProjectedEmbedding(table, width)
+        own = self.generator.get_input_embeddings()
+        embedding = ProjectedEmbedding(table, own.weight.shape[1], float(getattr(own, "embed_scale", 1.0)))
         output = self.generator.get_output_embeddings()
         tied = bool(self.generator.config.tie_word_embeddings) and output is not None
         self.generator.set_input_embeddings(embedding)

@@ -17,13 +17,13 @@ class RNNConfig(LanguageModelConfig):
         cell_type: `lstm` or `gru`.
         embedding_size: width of the token embeddings; `hidden_size` if None.
         embedding_scale: factor by which the first layer reads the table of embeddings, which a tied softmax reads as it
-            is; the root of their width if None. Configs saved before there was this field mean 1.
+            is; the root of their width if None, for a GRU twice that. Configs saved before there was this field mean 1.
         last_hidden_size: width of the last layer; `hidden_size` if None.
         project_embeddings: whether a linear layer carries embeddings of another width to `hidden_size`, and the last
             layer's output back for tied embeddings. If false the first layer reads the embeddings as they are, as in
             AWD-LSTM and PyTorch's word_language_model.
         project_output: whether a linear layer stands before a tied softmax even where the widths agree (the projection of
-            Press and Wolf 2017); as `project_embeddings` if None. Configs saved before there was this field mean false.
+            Press and Wolf 2017), which learns faster at first; TRL's trainers can't align a model with it.
         bidirectional: whether each layer also reads backwards; its output is both directions, concatenated, so
             twice as wide. None becomes true in a masked language model and false in all others.
         embedding_dropout: share of vocabulary rows dropped (Merity 2017, section 4.3).
@@ -52,12 +52,12 @@ class RNNConfig(LanguageModelConfig):
         "forget_bias": (-100.0, 100.0),
         "embedding_scale": (1e-3, 1e6),
     }
-    _later_fields: ClassVar[dict[str, Any]] = {"embedding_scale": 1.0, "project_output": False}
+    _later_fields: ClassVar[dict[str, Any]] = {"embedding_scale": 1.0}
 
     cell_type: str = "lstm"
     embedding_size: int | None = None
     embedding_scale: float | int | None = None
-    project_output: bool | None = None
+    project_output: bool = False
     last_hidden_size: int | None = None
     project_embeddings: bool = True
     bidirectional: bool | None = None
@@ -78,8 +78,6 @@ class RNNConfig(LanguageModelConfig):
             self.embedding_size = self.hidden_size
         if self.last_hidden_size is None:
             self.last_hidden_size = self.hidden_size
-        if self.project_output is None:
-            self.project_output = self.project_embeddings
 
     def check_bounds(self) -> None:
         """Check ranges and choices, and what they mean together; see the class for the fields."""
@@ -94,7 +92,7 @@ class RNNConfig(LanguageModelConfig):
 
     def _check_tying(self) -> None:
         if not self.project_embeddings and self.project_output:
-            raise ValueError("project_output needs project_embeddings: it must be false or None, got True")
+            raise ValueError("project_output needs project_embeddings: it must be false, got True")
         if self.bidirectional or not self.tie_word_embeddings or self.project_embeddings:
             return
         embedding, last = self.embedding_size or self.hidden_size, self.last_hidden_size or self.hidden_size
@@ -112,7 +110,9 @@ class RNNConfig(LanguageModelConfig):
     @property
     def input_scale(self) -> float:
         """Factor between the table of embeddings and what the first layer reads."""
-        return math.sqrt(self.input_width) if self.embedding_scale is None else float(self.embedding_scale)
+        if self.embedding_scale is not None:
+            return float(self.embedding_scale)
+        return math.sqrt(self.input_width) * (2 if self.cell_type == "gru" else 1)  # a GRU's output is larger at first
 
     @property
     def state_kind(self) -> str:

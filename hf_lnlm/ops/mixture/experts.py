@@ -139,7 +139,7 @@ def mix(
     activation: Activation,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Return the weighted sum of what its experts make of each token; see `reference.mixture`.
+    """Return the weighted sum of what its experts make of each token: y = Σ gate_i W_out,i f(W_in,i x).
 
     Args:
         x: `(tokens, width)`.

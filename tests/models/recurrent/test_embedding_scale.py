@@ -27,13 +27,16 @@ def make(**fields) -> RNNForCausalLM:
 def test_first_layer_reads_the_table_times_the_root_of_its_width(cell):
     model = make(cell_type=cell)
     table = model.model.embed_tokens
-    assert model.config.input_scale == table.embed_scale == 4.0
-    assert float(table.weight.detach().std()) == pytest.approx(0.25, rel=0.1)
+    scale = {"lstm": 4.0, "gru": 8.0}[cell]
+    assert model.config.input_scale == table.embed_scale == scale
+    assert float(table.weight.detach().std()) == pytest.approx(1 / scale, rel=0.1)
     ids = token_ids(2, 5)
-    assert torch.equal(table(ids), table.weight[ids] * 4)
+    assert torch.equal(table(ids), table.weight[ids] * scale)
     assert torch.equal(model(inputs_embeds=table(ids)).logits, model(ids).logits)
+    assert torch.equal(model(ids).logits, model.model(ids).last_hidden_state @ table.weight.T)
+    model = make(project_output=True)
     hidden = model.output_projection(model.model(ids).last_hidden_state)
-    assert torch.equal(model(ids).logits, hidden @ table.weight.T)
+    assert torch.equal(model(ids).logits, hidden @ model.model.embed_tokens.weight.T)
 
 
 def test_saved_before_there_was_the_field_means_the_old_model(tmp_path):
@@ -55,8 +58,8 @@ def test_saved_before_there_was_the_field_means_the_old_model(tmp_path):
 
 
 def test_a_projection_of_outputs_belongs_to_one_of_embeddings():
-    assert make(project_embeddings=False).output_projection is None
-    assert make(tie_word_embeddings=False).output_projection is None
+    assert make().output_projection is None and make(project_output=True).output_projection is not None
+    assert make(tie_word_embeddings=False, project_output=True).output_projection is None
     with pytest.raises(ValueError, match="project_output needs project_embeddings"):
         RNNConfig(**FIELDS, project_embeddings=False, project_output=True)
     with pytest.raises(ValueError, match=r"embedding_scale must be between 0.001 and 1000000.0, got 0"):

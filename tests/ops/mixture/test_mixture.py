@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import gelu, relu
 
 from hf_lnlm.ops.mixture import experts as grouped
-from hf_lnlm.ops.mixture import reference
 from hf_lnlm.ops.mixture.experts import mix
 from hf_lnlm.ops.mixture.routing import route, router_loss, router_totals, stacked
+from tests.ops.mixture import reference
 
 PACKED = [0, 0, None, 0, 1, 1, 1, None, 1, 2, 2, 2]
 WHOLE = [0] * 12
