@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from ..registry import family, is_ours
+from ..registry import PREFIX, ROWS, family, is_ours
 from .findings import Folder, Said, architectures, auto_map_values, first_line, known_model_type, quiet
 from .folder import BadFile, TensorEntry, read_json, safetensors_entries, shown
 
@@ -20,16 +20,24 @@ _FLOATS = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F
 _COUNT_KEY = re.compile(r"(layers?|blocks?|groups|experts|depth|stages)$|^num_.*(layers|blocks)")
 
 
+def _another_family(config: dict[str, Any]) -> Iterator[str]:
+    """What is wrong where `auto_map` names a config class of the package, of another family than `model_type`."""
+    named = {reference.rpartition("--")[2].rpartition(".")[2] for reference in auto_map_values(config.get("auto_map"))}
+    wanted = {row.model_type for row in ROWS if row.config in named}
+    if wanted and config["model_type"].startswith(PREFIX) and config["model_type"] not in wanted:
+        yield f"model_type must be {' or '.join(sorted(wanted))}, as auto_map says, got {shown(config['model_type'])}"
+
+
 def examine_config(folder: Folder) -> Iterator[Said]:
     """Does its own class accept config.json, and does it point nowhere outside the folder?"""
     if not folder.has("config.json"):
         return
     config = read_json(folder.path / "config.json")
     model_type = config.get("model_type")
-    if not isinstance(model_type, str):
+    if not isinstance(model_type, str) or not model_type:
         yield ("fail", "config.json has no model_type")
         return
-    outside = [*_outside_references(folder), *_foreign_kernels(config)]
+    outside = [*_outside_references(folder), *_foreign_kernels(config), *_another_family(config)]
     for line in outside:
         yield ("fail", line)
     folder.config = config

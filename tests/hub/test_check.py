@@ -342,3 +342,12 @@ def test_messages_are_one_line(folder):
     (folder / "README.md").write_text("---\na: [\n---\n")
     for finding in check_folder(folder):
         assert "\n" not in finding.message
+
+
+@pytest.mark.parametrize("value", ["", "lnlm_x", "lnlm_ssm"])
+def test_a_model_type_that_is_not_that_of_the_carried_config_is_a_failure(folder, value):
+    edit_json(folder / "config.json", model_type=value)
+    said = failures(folder)["config"]
+    assert said == (
+        f"model_type must be lnlm_rnn, as auto_map says, got {value}" if value else "config.json has no model_type"
+    )
