@@ -237,7 +237,7 @@ class RelativeAttention(nn.Module):
         """
         normed = self.norm(hidden_states) if self.pre_norm else hidden_states
         query, key, value = self._heads(self.q_net(normed), 1)[0], *self._keys_and_values(normed, past, memory)
-        relative = self._relative(encodings, memory, len(hidden_states))
+        relative = self._relative(encodings, memory, hidden_states.shape[0])
         biases = shared if self.biases is None else self.biases(query)
         if biases is None:
             raise ValueError("a layer without biases of its own needs those of the model, got None")
